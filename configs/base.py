@@ -1,0 +1,74 @@
+"""Every field of a run, with its default. The other configs change a few; the command line can change any.
+
+python train.py --config=configs/digits.py --workdir=runs/digits --config.optim.learning_rate=1e-3
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, data order, augmentation and dropout
+    config.init_from = ""  # a run directory whose weights to start from; its palette is taken too
+
+    config.data = data = ConfigDict()
+    data.source = "digits"  # digits | npz:PATH
+    data.image_size = (8, 8)  # height, width of the images
+    data.channels = 1  # 1 grey, 3 colour; bits per dimension are counted over height x width x channels
+    data.validation_fraction = 0.1
+    data.test_fraction = 0.2
+    data.split_seed = 0  # apart from config.seed, so that runs with other seeds share their splits
+    data.pad = 0  # pixels of padding before a random crop of the original size
+    data.pad_mode = "constant"  # constant (black) | edge | reflect
+    data.flip = False  # mirror left and right with probability 1/2
+    data.augment_probability = 1.0  # of padding, cropping and flipping an image at all
+    data.threads = 1  # that make batches ahead of the device
+
+    config.palette = palette = ConfigDict()
+    palette.path = ""  # a .npy of centres [V, 3] in [-1, 1]; empty: k-means on the training images
+    palette.colors = 512  # V
+    palette.max_pixels = 1_000_000  # pixels that k-means looks at
+
+    config.model = model = ConfigDict()
+    model.width = 512  # D
+    model.depth = 24  # L
+    model.num_heads = 8  # N
+    model.mlp_width = 0  # F; 0: 4 x width
+    model.use_bias = False
+    model.embedding_dropout = 0.0
+    model.residual_dropout = 0.0
+    model.attention_dropout = 0.0  # needs attention = "reference"
+    model.norm_epsilon = 1e-5
+    model.dtype = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 on TPU and GPU, float32 on CPU
+    model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in half precision, else chunked
+    model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
+    model.scan_layers = True  # False unrolls the layers: slower to compile, sometimes faster to run
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 3e-3  # the peak: linear warm-up, then the schedule
+    optim.warmup_steps = 0
+    optim.schedule = "cosine"  # cosine (to zero at the last step) | constant
+    optim.b1 = 0.9
+    optim.b2 = 0.95  # 0.999 spiked in the paper (section 3.3)
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0  # on kernels only, decoupled
+    optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
+
+    config.train = train = ConfigDict()
+    train.steps = 1_000_000
+    train.batch_size = 128  # over all devices and accumulation steps
+    train.accumulate = 1  # micro-batches a step, one after the other
+    train.log_every = 10
+    train.eval_every = 1000
+    train.eval_batch_size = 128
+    train.sample_every = 1000
+    train.num_samples = 16  # images in the grid; 0: no grids
+    train.checkpoint_every = 1000
+    train.max_to_keep = 2  # newest checkpoints kept
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # -1: all devices that the other two leave
+    mesh.fsdp = 1
+    mesh.tensor = 1
+    mesh.cpu_devices = 0  # on a machine without accelerator: how many devices to make of its cores; 0: one
+    return config

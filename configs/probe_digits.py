@@ -1,0 +1,16 @@
+"""Linear probes of a model's layers on the data it was trained on.
+
+python eval_probe.py --config=configs/probe_digits.py --model=runs/digits --workdir=runs/digits/probe
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 1  # of the untrained baseline; not the training seed, so that its start is another
+    config.step = 0  # checkpoint to probe; 0: the newest
+    config.batch_size = 60  # images a forward pass
+    config.strengths = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the L2 penalty, as 1 / C; chosen on the validation split
+    config.max_iter = 1000  # of L-BFGS
+    return config

@@ -1,0 +1,149 @@
+"""A run's configuration: from the command line to checked values, and to and from config.json."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from igpt.attention import resolve_backend
+from igpt.errors import UserError, reported
+from igpt.model import ModelConfig
+
+# Fields that change how a run is carried out, not what it computes: free to change when it is resumed.
+FREE_ON_RESUME = (
+    "data.threads",
+    "mesh.",
+    "model.attention",
+    "model.remat",
+    "model.scan_layers",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batch_size",
+    "train.sample_every",
+    "train.num_samples",
+    "train.checkpoint_every",
+    "train.max_to_keep",
+)
+
+
+def define_flag(default: str | None = None):
+    """The --config flag: a Python file with get_config(), whose every field --config.a.b=value overrides."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Python file with the configuration; --config.a.b=value overrides a field.", lock_config=True
+    )
+
+
+def run_app(main, config_flag, *required: str) -> None:
+    """Parses a script's flags and calls `main(config)`. A user's mistake ends in one message and exit code 2."""
+    if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
+        print(sys.modules["__main__"].__doc__.strip(), "\n\nFlags:", flags.FLAGS.main_module_help().split(":", 1)[1])
+        return
+    with reported():
+        try:
+            stray = flags.FLAGS(sys.argv)[1:]
+            config = config_flag.value
+            if config is not None and not isinstance(config, ConfigDict):
+                config.seed  # noqa: B018 - a config file that failed to load raises its own error when it is read
+        except FileNotFoundError as error:
+            raise UserError(f"there is no config file {error.filename or error}; see configs/") from None
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+            message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+            raise UserError(f"{message} (every field and its default: configs/base.py; the flags: --help)") from None
+        if stray:
+            raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
+        for name in required:
+            if not flags.FLAGS[name].value:
+                raise UserError(f"--{name} is missing; see --help for an example")
+        main(config)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for values that no part of a run could use. Parts check what only they know."""
+    least = {
+        "seed": 0,
+        "data.threads": 1,
+        "palette.colors": 1,
+        "palette.max_pixels": 1,
+        "optim.warmup_steps": 0,
+        "train.steps": 1,
+        "train.batch_size": 1,
+        "train.accumulate": 1,
+        "train.log_every": 1,
+        "train.eval_every": 1,
+        "train.eval_batch_size": 1,
+        "train.sample_every": 1,
+        "train.num_samples": 0,
+        "train.checkpoint_every": 1,
+        "train.max_to_keep": 1,
+    }
+    values = flatten(config)
+    for name, smallest in least.items():
+        if values[name] < smallest:
+            raise UserError(f"{name} is {values[name]}; it must be at least {smallest}")
+    size = config.data.image_size
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError(f"data.image_size is {size}; give (height, width), such as '(28,28)'")
+    if config.data.channels not in (1, 3):
+        raise UserError(f"data.channels is {config.data.channels}; choose 1 (grey) or 3 (colour)")
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The network that a run's configuration means on this machine: every "auto" is settled here."""
+    platform = jax.default_backend()
+    fields = dict(config.model)
+    if fields["dtype"] == "auto":
+        fields["dtype"] = "float32" if platform == "cpu" else "bfloat16"
+    fields["attention"] = resolve_backend(fields["attention"], platform, fields["dtype"])
+    height, width = config.data.image_size  # the palette's grid: a token a pixel
+    return ModelConfig(vocab_size=config.palette.colors, seq_len=height * width, **fields)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict:
+    """{"a.b": value} of all fields, tuples as lists, so that it compares equal before and after JSON."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def save(config: ConfigDict, workdir: Path) -> None:
+    """Writes workdir/config.json, whole or not at all."""
+    partial = workdir / "config.json.partial"
+    partial.write_text(config.to_json(indent=2) + "\n")
+    os.replace(partial, workdir / "config.json")
+
+
+def load(workdir: Path) -> ConfigDict:
+    """Reads workdir/config.json."""
+    path = workdir / "config.json"
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+        check(config)
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a run directory: it has no config.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or not ours: {error!r}") from None
+
+
+def check_resumable(new: ConfigDict, workdir: Path) -> None:
+    """Raises UserError when `workdir` holds a run of another configuration, naming every field that differs."""
+    old, new = flatten(load(workdir)), flatten(new)
+    differing = [
+        f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(FREE_ON_RESUME)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with another configuration:\n" + "\n".join(differing) + "\n"
+            "Give another --workdir, or --start_over to set the old run aside and begin anew, or "
+            f"--config.init_from={workdir} with another --workdir to start from its weights."
+        )

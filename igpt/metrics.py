@@ -1,0 +1,121 @@
+"""What a run reports: JSON lines and TensorBoard on disk, a progress bar on the terminal, and its speed.
+
+Names are `split/name`. Only process 0 of a multi-process run writes.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from igpt.model import ModelConfig
+from igpt.plots import save_png
+
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' datasheets. A device that is not here gets no MFU.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def train_flops_per_image(config: ModelConfig) -> float:
+    """Multiply-adds count 2; the backward pass costs two forwards; attention by the causal convention (half of T x T).
+
+    A token needs 2 (4 D^2 + 2 D F) L in the blocks' products, 2 D V in the head, and 2 D T L in attention: scores and
+    mixing each 2 D multiply-adds a key, over T / 2 keys on average.
+    """
+    D, F, L, T, V = config.width, config.mlp_width, config.depth, config.seq_len, config.vocab_size
+    forward = 2 * (4 * D * D + 2 * D * F) * L + 2 * D * V + 2 * D * T * L
+    return 3.0 * T * forward
+
+
+class Speed:
+    """Images per second, and the share of the devices' peak, since the last reading."""
+
+    def __init__(self, config: ModelConfig, batch_size: int):
+        self.flops, self.batch_size = train_flops_per_image(config), batch_size
+        device = jax.devices()[0].device_kind
+        # Longest name first: "TPU v5 lite" is not a "TPU v5".
+        known = [name for name in sorted(PEAK_FLOPS, key=len, reverse=True) if device.startswith(name)]
+        self.peak = PEAK_FLOPS[known[0]] * jax.device_count() if known and config.dtype != "float32" else None
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Starts a new interval: after anything that is not training, such as compiling or evaluating."""
+        self.step, self.time = step, time.perf_counter()
+
+    def read(self, step: int) -> dict:
+        """perf/... of the steps since the last reading or restart; nothing when there were none."""
+        if step == self.step:
+            return {}
+        rate = (step - self.step) * self.batch_size / (time.perf_counter() - self.time)
+        self.restart(step)
+        mfu = {} if self.peak is None else {"perf/mfu": rate * self.flops / self.peak}
+        return {"perf/images_per_sec": rate} | mfu
+
+
+class Writer:
+    """metrics.jsonl (a record a line), TensorBoard events and sample grids of one run; silent but on process 0."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self.active = jax.process_index() == 0
+        if not self.active:
+            return
+        path = workdir / "metrics.jsonl"
+        _forget_after(path, first_step)
+        self.lines = path.open("a")
+        self.events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+        self.samples = workdir / "samples"
+
+    def write(self, step: int, values: dict) -> None:
+        """Numbers of one step, on disk when this returns."""
+        if not self.active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        self.lines.write(json.dumps({"step": step} | values) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def write_samples(self, step: int, picture) -> None:
+        """A grid, uint8 [H, W, 3], as samples/STEP.png and in TensorBoard."""
+        if not self.active:
+            return
+        self.samples.mkdir(exist_ok=True)
+        save_png(picture, self.samples / f"{step:07d}.png")
+        self.events.add_image("samples", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.active:
+            self.lines.close()
+            self.events.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops records later than `step`, which a killed run wrote and its successor will write again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the line that was being written when the run was killed
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def progress_bar(first_step: int, steps: int) -> tqdm:
+    """Steps done and time left. Silent but on process 0."""
+    return tqdm(total=steps, initial=first_step, unit="step", disable=jax.process_index() != 0, dynamic_ncols=True)

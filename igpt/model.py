@@ -1,0 +1,268 @@
+"""The iGPT transformer: palette tokens in; logits, pooled features of every layer, or one cached decode step out.
+
+Architecture: Chen et al. 2020, section 2.2, in the exact form of OpenAI's release (src/model.py). Dims: B batch,
+T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from igpt.attention import BACKENDS, attend_to_cache, attention
+from igpt.errors import UserError
+from igpt.sharding import shard_batch
+
+# Sizes: Chen et al. 2020, table 2; heads from OpenAI's README. XL's heads were never published: 24 (size 128) is ours.
+PRESETS = {
+    "s": dict(width=512, depth=24, num_heads=8, seq_len=1024),
+    "m": dict(width=1024, depth=36, num_heads=8, seq_len=1024),
+    "l": dict(width=1536, depth=48, num_heads=16, seq_len=1024),
+    "l48": dict(width=1536, depth=48, num_heads=16, seq_len=2304),
+    "xl": dict(width=3072, depth=60, num_heads=24, seq_len=4096),
+}
+
+REMAT = {  # what the backward pass may keep of a block instead of computing it again
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), the released code's GELU (src/model.py, `gelu2`)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the network. Raises UserError naming the field when a value makes no sense."""
+
+    width: int
+    depth: int
+    num_heads: int
+    vocab_size: int = 512
+    seq_len: int = 1024
+    mlp_width: int = 0  # 0: four times the width
+    use_bias: bool = False  # the paper and OpenAI: none; Hugging Face: biases
+    embedding_dropout: float = 0.0  # the paper: no dropout; Hugging Face: 0.1 each
+    residual_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    norm_epsilon: float = 1e-5
+    dtype: str = "float32"  # of the computation; parameters are always float32
+    attention: str = "chunked"
+    remat: str = "none"
+    scan_layers: bool = True  # one compiled block for all layers; False unrolls them
+
+    def __post_init__(self):
+        for name in ("width", "depth", "num_heads", "vocab_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.num_heads:
+            raise UserError(
+                f"model.width {self.width} is not divisible by model.num_heads {self.num_heads}; "
+                "every head gets width / num_heads channels"
+            )
+        if self.mlp_width < 0:
+            raise UserError(f"model.mlp_width is {self.mlp_width}; give the width, or 0 for 4 x model.width")
+        if self.mlp_width == 0:
+            object.__setattr__(self, "mlp_width", 4 * self.width)
+        for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        for name, allowed in (
+            ("dtype", ("float32", "bfloat16", "float16")),
+            ("attention", BACKENDS),
+            ("remat", tuple(REMAT)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.num_heads
+
+
+class Norm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * gain: no centring and no shift (OpenAI's src/model.py, `norm`)."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.gain = nnx.Param(jnp.ones(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)  # a mean of squares loses too much in bfloat16
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale * self.gain[...]).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """einsum(equation, x, kernel) + bias, computed in x's dtype from float32 parameters."""
+
+    def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs):
+        self.equation = equation
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape))
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)). Init: OpenAI's src/model.py, `attn` and `mlp`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, N, K, F = config.width, config.num_heads, config.head_size, config.mlp_width
+
+        def bias(*shape):
+            return shape if config.use_bias else None
+
+        self.attention_norm = Norm(D, config.norm_epsilon)
+        self.qkv = Linear("btd,dcnk->btcnk", (D, 3, N, K), D**-0.5, bias(3, N, K), rngs)
+        self.out = Linear("btnk,nkd->btd", (N, K, D), (D * config.depth) ** -0.5, bias(D), rngs)
+        self.mlp_norm = Norm(D, config.norm_epsilon)
+        self.up = Linear("btd,df->btf", (D, F), 0.02, bias(F), rngs)
+        self.down = Linear("btf,fd->btd", (F, D), 0.02, bias(D), rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], attend, key: Array | None = None):
+        """Returns the block's output and its BlockOutputs. `attend(q, k, v)`, each [B, T, N, K], mixes positions."""
+        normed = self.attention_norm(x)
+        q, k, v = jnp.moveaxis(self.qkv(normed), 2, 0)
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        x = x + dropout(self.out(attend(q, k, v, keys[0])), self.config.residual_dropout, keys[1])
+        hidden = quick_gelu(self.up(self.mlp_norm(x)))
+        x = x + dropout(self.down(hidden), self.config.residual_dropout, keys[2])
+        return x, BlockOutputs(pool(normed), k, v)
+
+
+class BlockOutputs(NamedTuple):
+    """What a block computes on its way; whatever the caller leaves unused is never computed under jit."""
+
+    features: Float[Array, "B D"]
+    keys: Float[Array, "B T N K"]
+    values: Float[Array, "B T N K"]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every position so far, a pair of arrays a layer so that each is updated in place."""
+
+    keys: tuple[Float[Array, "B N T K"], ...]
+    values: tuple[Float[Array, "B N T K"], ...]
+
+
+class ImageGPT(nnx.Module):
+    """The whole network. Holds parameters; every method is a pure function of them and its arguments."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        # The last row of the token table is the start-of-sequence vector.
+        self.token_table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size + 1, config.width)))
+        self.position_table = nnx.Param(0.01 * jax.random.normal(rngs.params(), (config.seq_len, config.width)))
+        layer_keys = jax.random.split(rngs.params(), config.depth)
+        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(layer_keys)  # leaves [L, ...]
+        self.final_norm = Norm(config.width, config.norm_epsilon)
+        # Zeros: the first prediction is uniform, the first loss ln V (Chen et al. 2020, appendix A.1).
+        self.head = Linear("btd,dv->btv", (config.width, config.vocab_size), 0.0, None, rngs)
+
+    def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
+        """Float32 logits; those at position i predict tokens[:, i] from tokens[:, :i]. A key turns dropout on."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(self.inputs(tokens)), self.config.embedding_dropout, keys[0])
+        x, _ = self.run_blocks(x, keys[1])
+        return self.logits(self.final_norm(x))
+
+    def features(self, tokens: Int[Array, "B T"]) -> Float[Array, "L+1 B D"]:
+        """f^l, the mean over positions of the normed input of block l; l = L is after the final norm (section 2.4)."""
+        x, outputs = self.run_blocks(self.embed(self.inputs(tokens)))
+        return jnp.concatenate([outputs.features, pool(self.final_norm(x))[None]])
+
+    def prefill(self, inputs: Int[Array, "B P"]) -> tuple[Float[Array, "B V"], KVCache]:
+        """Reads P inputs (the SOS, then P - 1 tokens): logits of the next token, and a cache for all T positions."""
+        x, outputs = self.run_blocks(self.embed(inputs))
+        room = [(0, 0), (0, 0), (0, 0), (0, self.config.seq_len - inputs.shape[1]), (0, 0)]
+        keys, values = (jnp.pad(jnp.swapaxes(kv, 2, 3), room) for kv in (outputs.keys, outputs.values))  # [L,B,N,T,K]
+        return self.logits(self.final_norm(x[:, -1:]))[:, 0], KVCache(tuple(keys), tuple(values))
+
+    def decode(
+        self, blocks: list[Block], token: Int[Array, "B"], position: Int[Array, ""], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Reads one more token, which sits at `position` of the inputs; `blocks` come from `unstack_blocks`."""
+        x = self.embed(token[:, None], position)
+        keys, values = list(cache.keys), list(cache.values)
+        for layer, block in enumerate(blocks):
+
+            def attend(q, k, v, _, layer=layer):
+                at = (0, 0, position, 0)
+                keys[layer] = jax.lax.dynamic_update_slice(keys[layer], jnp.swapaxes(k, 1, 2), at)
+                values[layer] = jax.lax.dynamic_update_slice(values[layer], jnp.swapaxes(v, 1, 2), at)
+                return attend_to_cache(q[:, 0], keys[layer], values[layer], position)[:, None]
+
+            x, _ = block(x, attend)
+        return self.logits(self.final_norm(x))[:, 0], KVCache(tuple(keys), tuple(values))
+
+    def unstack_blocks(self) -> list[Block]:
+        """The blocks one by one, kernels in the compute dtype: done once before a decode loop, not at every token."""
+        graph, stacked = nnx.split(self.blocks)
+
+        def cast(leaf):  # a norm's gain, [D], stays float32 as in the full forward
+            return leaf.astype(self.config.dtype) if leaf.ndim > 1 else leaf
+
+        return [
+            nnx.merge(graph, jax.tree.map(lambda leaf, layer=layer: cast(leaf[layer]), stacked))
+            for layer in range(self.config.depth)
+        ]
+
+    def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """SOS, x_0, ..., x_{T-2}: what the model reads to predict x_0, ..., x_{T-1}."""
+        start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
+        return jnp.concatenate([start, tokens[:, :-1]], axis=1)
+
+    def embed(self, inputs: Int[Array, "B P"], first_position: Array | int = 0) -> Float[Array, "B P D"]:
+        """Token plus position vectors; `inputs` sit at first_position, first_position + 1, ..."""
+        positions = jax.lax.dynamic_slice_in_dim(self.position_table[...], first_position, inputs.shape[1])
+        x = self.token_table[...][inputs] + positions
+        return shard_batch(x.astype(self.config.dtype))
+
+    def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
+        return self.head(normed).astype(jnp.float32)  # the softmax that follows needs float32
+
+    def run_blocks(self, x: Float[Array, "B P D"], key: Array | None = None) -> tuple[Array, BlockOutputs]:
+        """All blocks in turn. The BlockOutputs are stacked over layers: [L, B, ...]."""
+        config = self.config
+        graph, stacked = nnx.split(self.blocks)
+
+        def attend(q, k, v, key):
+            return attention(q, k, v, backend=config.attention, dropout=config.attention_dropout, key=key)
+
+        def run_block(x, layer):
+            params, key = layer
+            x, outputs = nnx.merge(graph, params)(x, attend, key)
+            return shard_batch(x), outputs
+
+        if config.remat != "none":
+            run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
+        layer_keys = None if key is None else jax.random.split(key, config.depth)
+        unroll = 1 if config.scan_layers else config.depth
+        return jax.lax.scan(run_block, x, (stacked, layer_keys), unroll=unroll)
+
+
+def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:
+    """The mean over positions, in float32: a thousand bfloat16 additions would lose the small ones."""
+    return jnp.mean(normed.astype(jnp.float32), axis=1)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+
+
+def count_params(config: ModelConfig) -> int:
+    """The exact number of parameters, from shapes alone."""
+    abstract = nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract)))

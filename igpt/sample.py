@@ -1,0 +1,195 @@
+"""Sample images from a model, or complete the lower part of given ones.
+
+    python -m igpt.sample --model=runs/digits --num=16 --out=samples.png
+    python -m igpt.sample --model=runs/digits --complete=test --keep=0.5 --num=7 --out=completions.png
+    python -m igpt.sample --model=runs/faces --complete=photo.png --num=7 --out=completions.png
+
+Completions are drawn a row an image: what the model was shown, its --num continuations, and the original.
+"""
+
+import argparse
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from igpt.errors import UserError, reported
+from igpt.model import ImageGPT
+from igpt.sharding import replicate
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from its logits. top_k 0 and top_p 1 keep the whole palette; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not (self.temperature >= 0.0 and np.isfinite(self.temperature)):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give the number of colours to keep, or 0 for all")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all)")
+
+
+def image_keys(seed: int, num: int, first: int = 0) -> Array:
+    """A key for each of the images first, first + 1, ...: image i of a seed is the same in every batch."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(num))
+
+
+def sample_tokens(
+    model: ImageGPT, prefix: Int[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
+) -> Int[Array, "B T"]:
+    """Continues each row of `prefix` (P = 0: from nothing) to T tokens, on device from the first to the last."""
+    length = model.config.seq_len
+    if not prefix.shape[1] < length:
+        raise UserError(f"{prefix.shape[1]} of {length} pixels are given: there is nothing left to sample")
+    graph, params = nnx.split(model)
+    return _generate(
+        graph, params, prefix, keys, sampling.temperature, sampling.temperature == 0.0, sampling.top_k, sampling.top_p
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "greedy", "top_k", "top_p"))
+def _generate(graph, params, prefix, keys, temperature, greedy, top_k, top_p):
+    model = nnx.merge(graph, params)
+    blocks = model.unstack_blocks()
+
+    def draw(logits, position):
+        if greedy:
+            return jnp.argmax(logits, axis=-1)
+        position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+        return jax.vmap(jax.random.categorical)(position_keys, truncate(logits / temperature, top_k, top_p))
+
+    def step(carry, position):
+        token, cache = carry
+        logits, cache = model.decode(blocks, token, position, cache)
+        token = draw(logits, position)
+        return (token, cache), token
+
+    given = prefix.shape[1]
+    start = jnp.full((prefix.shape[0], 1), model.config.vocab_size)
+    logits, cache = model.prefill(jnp.concatenate([start, prefix], axis=1))
+    first = draw(logits, given)
+    _, rest = jax.lax.scan(step, (first, cache), jnp.arange(given + 1, model.config.seq_len))
+    return replicate(jnp.concatenate([prefix, first[:, None], rest.T], axis=1))
+
+
+def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """Sets to -inf what lies outside the top_k largest logits, then outside the smallest set of probability top_p.
+
+    Values equal to the last one kept are kept too. Nucleus: Holtzman et al. 2019.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p < 1.0:
+        descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probability = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability  # mass of all that is likelier
+        smallest = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits
+
+
+def sample_images(
+    pretrained, num: int, seed: int = 0, sampling: Sampling = Sampling(), batch_size: int = 64
+) -> np.ndarray:
+    """`num` unconditional images, uint8 [num, H, W, 3]."""
+    prefix = np.zeros((num, 0), np.int32)
+    return _in_batches(pretrained, prefix, image_keys(seed, num), sampling, batch_size)
+
+
+def complete_images(
+    pretrained, images: np.ndarray, keep: float, num: int, seed: int = 0, sampling=Sampling(), batch_size: int = 64
+) -> np.ndarray:
+    """`num` continuations of the upper part of each uint8 image [N, H, W, 3]: uint8 [N, num, H, W, 3].
+
+    `keep` is the fraction of rows that are given; at least one row is kept back.
+    """
+    tokens = pretrained.palette.encode(images)
+    _, rows, columns = tokens.shape
+    given = kept_rows(keep, rows) * columns
+    prefix = np.repeat(tokens.reshape(len(images), -1)[:, :given], num, axis=0)
+    finished = _in_batches(pretrained, prefix, image_keys(seed, len(prefix)), sampling, batch_size)
+    return finished.reshape(len(images), num, *images.shape[1:])
+
+
+def kept_rows(keep: float, rows: int) -> int:
+    """How many of the upper rows a completion is given."""
+    if not 0.0 <= keep < 1.0:
+        raise UserError(f"keep is {keep}; it is the fraction of the rows that is given, from 0 to below 1")
+    return min(round(keep * rows), rows - 1)
+
+
+def _in_batches(pretrained, prefix, keys, sampling, batch_size) -> np.ndarray:
+    """Samples at most `batch_size` images at a time; the last batch is filled up so that one program serves all."""
+    grid = pretrained.palette.grid(*pretrained.config.data.image_size)
+    count, images = len(prefix), []
+    batch_size = min(batch_size, count)
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        tokens = np.asarray(sample_tokens(pretrained.model, prefix[rows], keys[rows], sampling))
+        images.append(pretrained.palette.decode(tokens.reshape(-1, *grid)))
+    return np.concatenate(images)[:count]
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m igpt.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a run directory")
+    parser.add_argument("--out", required=True, help="the PNG to write")
+    parser.add_argument("--num", type=int, default=16, help="images, or continuations of each image (default 16)")
+    parser.add_argument("--complete", metavar="IMAGE", help="an image file, or 'test': images of the run's test split")
+    parser.add_argument("--images", type=int, default=8, help="how many images '--complete=test' takes (default 8)")
+    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows given (default 0.5)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest colours; 0: all (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest mass p (default 1: all)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images sampled at a time (default 64)")
+    args = parser.parse_args(argv)
+    with reported():
+        _run(args)
+
+
+def _run(args) -> None:
+    from igpt import data
+    from igpt.checkpoint import load
+    from igpt.plots import check_writable, image_grid, save_png
+
+    for name in ("num", "images", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    check_writable(args.out)
+    pretrained = load(args.model, args.step)
+    settings = pretrained.config.data
+    if not args.complete:
+        picture = image_grid(sample_images(pretrained, args.num, args.seed, sampling, args.batch_size))
+    else:
+        if args.complete == "test":
+            images = data.open_source(settings).test.images[: args.images]
+        else:
+            images = data.read_image(args.complete, *settings.image_size, settings.channels)[None]
+        finished = complete_images(pretrained, images, args.keep, args.num, args.seed, sampling, args.batch_size)
+        originals = pretrained.palette.decode(pretrained.palette.encode(images))
+        shown = originals.copy()
+        shown[:, kept_rows(args.keep, images.shape[1]) :] = 255
+        rows = np.concatenate([shown[:, None], finished, originals[:, None]], axis=1)
+        picture = image_grid(rows.reshape(-1, *images.shape[1:]), columns=args.num + 2)
+    save_png(picture, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

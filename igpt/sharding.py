@@ -1,0 +1,126 @@
+"""Where arrays live: one device mesh, and one table from parameter paths to mesh axes.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and every large parameter with its Adam moments; `tensor`
+splits heads and mlp channels inside a block (Shoeybi et al. 2019). Their product is the number of devices.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from igpt.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Path (as in "blocks.qkv.kernel") -> mesh axis of each dimension. An optimizer moment ends in its parameter's path,
+# so that one table serves both. Every leaf matches exactly one rule: see `spec_of`.
+RULES = (
+    (r"token_table", P(None, "fsdp")),  # [V+1, D]
+    (r"position_table", P(None, "fsdp")),  # [T, D]
+    (r"blocks\.qkv\.kernel", P(None, "fsdp", None, "tensor", None)),  # [L, D, 3, N, K]
+    (r"blocks\.qkv\.bias", P(None, None, "tensor", None)),  # [L, 3, N, K]
+    (r"blocks\.out\.kernel", P(None, "tensor", None, "fsdp")),  # [L, N, K, D]
+    (r"blocks\.up\.kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+    (r"blocks\.up\.bias", P(None, "tensor")),  # [L, F]
+    (r"blocks\.down\.kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"blocks\.(out|down)\.bias", P()),  # [L, D]
+    (r"(blocks\.attention_norm|blocks\.mlp_norm|final_norm)\.gain", P()),  # [L, D], [D]
+    (r"head\.kernel", P("fsdp", None)),  # [D, V]
+    (r"step|count", P()),  # scalars
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """The mesh over all devices (or those given). One axis may be -1: whatever the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh is {sizes}; every axis must be at least 1, and one of them may be -1 (all that is left)")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"mesh {sizes} asks for {'a multiple of ' if free else ''}{fixed} devices, but there are {len(devices)}; "
+            "change config.mesh so that data x fsdp x tensor is the number of devices"
+        )
+    for name in free:
+        sizes[name] = len(devices) // fixed
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_of(path: str) -> P:
+    """The one rule for a leaf's path; UserError when none or several match."""
+    found = [spec for pattern, spec in RULES if re.fullmatch(rf"(.*\.)?({pattern})", path)]
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} sharding rules match {path!r}, exactly one must; amend RULES in igpt/sharding.py"
+        )
+    return found[0]
+
+
+def path_of(key_path) -> str:
+    """A leaf's place in a tree as dotted names: ['params']['head']['kernel'] -> params.head.kernel."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
+
+
+def shardings(tree, mesh: Mesh):
+    """A NamedSharding for every leaf of a tree of (abstract) arrays, by RULES."""
+
+    def sharding(key_path, leaf):
+        path = path_of(key_path)
+        spec = spec_of(path)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"{path} has shape {tuple(leaf.shape)}: its dimension of {size} cannot be split over mesh.{axis}="
+                    f"{mesh.shape[axis]}; choose a mesh whose {axis!r} size divides it"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Every device must get the same number of examples of every micro-batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or accumulate < 1 or batch_size % (shards * accumulate):
+        lower = batch_size // (shards * accumulate) * shards * accumulate
+        raise UserError(
+            f"{name} {batch_size} does not divide into {shards} device groups (mesh data x fsdp) x "
+            f"{accumulate} accumulation steps; use a multiple of {shards * accumulate}, such as "
+            f"{max(lower, shards * accumulate)}"
+        )
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> slice:
+    """The rows of a global batch that this process's devices hold, so that it reads no others."""
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    bounds = [index[0].indices(batch_size) for index in indices.values()]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def to_devices(batch: dict, batch_size: int, mesh: Mesh) -> dict:
+    """This process's rows of a batch -> global arrays, split over the batch axes of the mesh."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def shard_batch(x: jax.Array) -> jax.Array:
+    """Keeps the leading dimension split over the batch axes; outside a mesh (one device, sampling) does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Gives every device the whole of x, so that any process can read it; outside a mesh does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P())

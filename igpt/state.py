@@ -1,0 +1,123 @@
+"""The training state, its sharded creation, and the pure steps that move it on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from igpt.loss import next_pixel
+from igpt.model import ImageGPT, ModelConfig
+from igpt.sharding import shard_batch, shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that an update changes: how many there were, the parameters (nested dicts), the optimizer's moments."""
+
+    step: Int[Array, ""]
+    params: dict
+    opt_state: Any
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+    """(graph, state of shapes with shardings). No array is made: what `create_state` and a restore both follow."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
+    state = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(params))
+    return graph, with_shardings(state, mesh)
+
+
+def with_shardings(tree, mesh: Mesh):
+    """Abstract leaves, each with the sharding that the rule table gives its path."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """A new state, every leaf made on the devices that will hold it."""
+    _, abstract = abstract_state(config, optimizer, mesh)
+
+    def create():
+        return _fresh(nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), optimizer)
+
+    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+
+
+def _fresh(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def next_pixel_loss(graph: nnx.GraphDef) -> Callable:
+    """loss(params, batch, key) -> per-image nats per token [B]; a key turns dropout on."""
+
+    def loss(params, batch, key=None):
+        return next_pixel(nnx.merge(graph, params)(batch["tokens"], key), batch["tokens"])
+
+    return loss
+
+
+def make_train_step(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    abstract: TrainState,
+    accumulate: int = 1,
+    dropout_seed: int | None = None,
+) -> Callable:
+    """train_step(state, batch) -> (state, metrics), jitted; the old state's memory is given to the new one.
+
+    The batch is worked through in `accumulate` micro-batches whose gradients are averaged. `dropout_seed` None: none.
+    """
+
+    def loss_and_grads(params, batch, key):
+        return jax.value_and_grad(lambda params: jnp.mean(loss(params, batch, key)))(params)
+
+    def train_step(state: TrainState, batch: dict):
+        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+        if accumulate == 1:
+            value, grads = loss_and_grads(state.params, batch, key)
+        else:
+            value, grads = _averaged(loss_and_grads, state.params, batch, key, accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "train/loss": value,
+            "train/grad_norm": optax.global_norm(grads),
+            "train/learning_rate": jnp.asarray(schedule(state.step)),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, None))
+
+
+def _averaged(loss_and_grads, params, batch, key, accumulate):
+    def micro_batches(x):  # every device keeps its own rows: micro-batch i is rows i, i + A, i + 2A, ...
+        return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+
+    def add(total, part):
+        index, batch = part
+        batch = jax.tree.map(shard_batch, batch)
+        one = loss_and_grads(params, batch, None if key is None else jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, one), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), jax.tree.map(micro_batches, batch)))
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def make_eval_step(loss: Callable) -> Callable:
+    """eval_step(params, batch) -> (sum of losses over the unmasked examples, their number)."""
+
+    def eval_step(params, batch):
+        return jnp.sum(loss(params, batch) * batch["mask"]), jnp.sum(batch["mask"])
+
+    return jax.jit(eval_step)

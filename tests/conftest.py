@@ -1,0 +1,39 @@
+"""Eight CPU devices for every test, and runs small enough for seconds."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def tiny_config():
+    """The digits config shrunk to seconds; sizes are prime where nothing has to divide them."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.model.update(width=20, depth=3, num_heads=2, mlp_width=28, remat="none")
+    config.optim.update(learning_rate=3e-3, warmup_steps=2)
+    config.train.update(
+        steps=6, batch_size=8, log_every=1, eval_every=3, eval_batch_size=40, sample_every=6, num_samples=3
+    )
+    config.train.checkpoint_every = 3
+    config.mesh.cpu_devices = 0
+    return config
+
+
+@pytest.fixture
+def write_npz(tmp_path):
+    """write_npz(images=..., labels=...) -> the path of a .npz with those arrays."""
+
+    def write(**arrays):
+        path = tmp_path / "images.npz"
+        np.savez(path, **arrays)
+        return path
+
+    return write

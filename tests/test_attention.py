@@ -1,0 +1,144 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igpt import attention as attention_module
+from igpt.attention import attend_to_cache, attention, resolve_backend
+from igpt.errors import UserError
+
+
+def random_qkv(length, seed=0, batch=2, heads=3, size=5):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return tuple(jax.random.normal(key, (batch, length, heads, size)) for key in keys)
+
+
+def by_hand(q, k, v, causal):
+    """Attention in float64 NumPy, one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = t + 1 if causal else q.shape[1]
+        scores = k[b, :seen, n] @ q[b, t, n] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ v[b, :seen, n]
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_reference_is_softmax_attention(causal):
+    q, k, v = random_qkv(13)
+    ours = attention(q, k, v, backend="reference", causal=causal)
+    np.testing.assert_allclose(ours, by_hand(q, k, v, causal), atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 7, 8, 23, 32])  # shorter than a block, whole blocks, and a rest
+def test_chunked_equals_the_reference_in_value_and_gradient(monkeypatch, length, causal):
+    monkeypatch.setattr(attention_module, "CHUNK", 8)
+    q, k, v = random_qkv(length)
+    weights = jax.random.normal(jax.random.key(9), q.shape)
+
+    def value_and_grads(backend):
+        def weighted(q, k, v):
+            return jnp.sum(weights * attention(q, k, v, backend=backend, causal=causal))
+
+        return attention(q, k, v, backend=backend, causal=causal), *jax.grad(weighted, (0, 1, 2))(q, k, v)
+
+    for ours, reference in zip(value_and_grads("chunked"), value_and_grads("reference"), strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-6)
+
+
+def test_chunked_never_computes_blocks_above_the_diagonal():
+    q, k, v = random_qkv(16 * attention_module.CHUNK, batch=1, heads=1)
+
+    def product_flops(backend):
+        """Multiply-adds in the program as traced: what a back end asks for, whatever the compiler does."""
+        jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, backend=backend))(q, k, v)
+        return count_dot_flops(jaxpr.jaxpr)
+
+    assert product_flops("chunked") == product_flops("reference") * 17 // 32  # 1 + 2 + ... + 16 of 16 x 16 blocks
+
+
+def count_dot_flops(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += count_dot_flops(inner)
+    return total
+
+
+def test_chunked_needs_a_fraction_of_the_reference_memory():
+    q, k, v = random_qkv(8 * attention_module.CHUNK, batch=1, heads=4)
+
+    def peak_bytes(backend):
+        def loss(q, k, v):
+            return jnp.sum(attention(q, k, v, backend=backend) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak_bytes("chunked") < 0.5 * peak_bytes("reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_position_t_sees_nothing_after_it(monkeypatch, backend):
+    monkeypatch.setattr(attention_module, "CHUNK", 4)
+    q, k, v = random_qkv(11)
+    jacobian = jax.jacobian(lambda v: attention(q, k, v, backend=backend)[0, :, 0, 0])(v)  # [T, B, T, N, K]
+    influence = np.abs(jacobian).sum(axis=(1, 3, 4))
+    assert (np.triu(influence, 1) == 0).all() and (np.diag(influence) > 0).all()
+
+
+def test_the_cache_gives_what_the_full_sequence_gives():
+    q, k, v = random_qkv(13)
+    full = attention(q, k, v, backend="reference")
+    keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    for position in (0, 5, 12):
+        step = attend_to_cache(q[:, position], keys, values, position)
+        np.testing.assert_allclose(step, full[:, position], atol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_is_refused_where_it_cannot_be():
+    q, k, _ = random_qkv(5)
+    v = jnp.ones((2, 5, 3, 5))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    dropped = jax.vmap(lambda key: attention(q, k, v, backend="reference", dropout=0.5, key=key))(keys)
+    assert float(dropped.std()) > 0.1
+    np.testing.assert_allclose(dropped.mean(0), np.ones(v.shape), atol=0.1)
+    with pytest.raises(UserError, match="'chunked' back end cannot.*reference"):
+        attention(q, k, v, backend="chunked", dropout=0.5, key=keys[0])
+
+
+def test_the_back_end_is_never_chosen_silently():
+    assert resolve_backend("auto", "cpu", "float32") == "chunked"
+    assert resolve_backend("auto", "gpu", "bfloat16") == "cudnn"
+    assert resolve_backend("auto", "gpu", "float32") == "chunked"
+    assert resolve_backend("reference", "tpu", "bfloat16") == "reference"
+    with pytest.raises(UserError, match="'cudnn' needs an NVIDIA GPU.*cpu"):
+        resolve_backend("cudnn", "cpu", "bfloat16")
+    with pytest.raises(UserError, match="'flash'; choose"):
+        resolve_backend("flash", "gpu", "bfloat16")
+    with pytest.raises(UserError, match="unknown attention back end 'flash'"):
+        attention(*random_qkv(3), backend="flash")
+
+
+@pytest.mark.gpu
+def test_cudnn_equals_the_reference_in_value_and_gradient():
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(256, heads=4, size=64))
+
+    def value_and_grads(backend):
+        def total(q, k, v):
+            return jnp.sum(attention(q, k, v, backend=backend).astype(jnp.float32) ** 2)
+
+        return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+    ours, reference = value_and_grads("cudnn"), value_and_grads("reference")
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.linalg.norm(one - other) <= 2e-2 * np.linalg.norm(other)

@@ -1,0 +1,213 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from igpt import attention as attention_module
+from igpt.errors import UserError
+from igpt.loss import next_pixel
+from igpt.model import PRESETS, ImageGPT, ModelConfig, Norm, count_params
+
+TINY = ModelConfig(width=14, depth=3, num_heads=2, vocab_size=11, seq_len=13, mlp_width=17)
+
+
+def random_model(config=TINY, seed=0):
+    """A model whose every parameter, the zero head and biases too, is random."""
+    graph, state = nnx.split(ImageGPT(config, nnx.Rngs(seed)))
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+
+
+def with_config(model, **changes):
+    """The same parameters in a network that computes differently."""
+    target, _ = nnx.split(nnx.eval_shape(lambda: ImageGPT(dataclasses.replace(model.config, **changes), nnx.Rngs(0))))
+    return nnx.merge(target, nnx.to_pure_dict(nnx.state(model)))
+
+
+def random_tokens(config=TINY, batch=3, seed=7):
+    return jax.random.randint(jax.random.key(seed), (batch, config.seq_len), 0, config.vocab_size)
+
+
+def by_hand(model, tokens):
+    """Logits and pooled features in float64 NumPy, following OpenAI's src/model.py line by line."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model)))
+    config, blocks = model.config, params["blocks"]
+
+    def norm(x, gain):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * gain
+
+    def softmax(x):
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    inputs = np.concatenate([np.full((len(tokens), 1), config.vocab_size), tokens[:, :-1]], axis=1)
+    h = params["token_table"][inputs] + params["position_table"]
+    features = []
+    for layer in range(config.depth):
+        n = norm(h, blocks["attention_norm"]["gain"][layer])
+        features.append(n.mean(1))
+        q, k, v = np.einsum("btd,dcnk->cbntk", n, blocks["qkv"]["kernel"][layer])
+        if config.use_bias:
+            bias = blocks["qkv"]["bias"][layer][:, None, :, None]
+            q, k, v = q + bias[0], k + bias[1], v + bias[2]
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(config.head_size)
+        scores = np.where(np.tril(np.ones(scores.shape[-2:])), scores, -1e10)
+        a = np.einsum("bntk,nkd->btd", softmax(scores) @ v, blocks["out"]["kernel"][layer])
+        h = h + a + (blocks["out"]["bias"][layer] if config.use_bias else 0)
+        m = norm(h, blocks["mlp_norm"]["gain"][layer]) @ blocks["up"]["kernel"][layer]
+        m = m + (blocks["up"]["bias"][layer] if config.use_bias else 0)
+        m = m / (1 + np.exp(-1.702 * m)) @ blocks["down"]["kernel"][layer]
+        h = h + m + (blocks["down"]["bias"][layer] if config.use_bias else 0)
+    n = norm(h, params["final_norm"]["gain"])
+    return n @ params["head"]["kernel"], np.stack([*features, n.mean(1)])
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("s", 76_571_648), ("m", 455_157_760), ("l", 1_362_250_752), ("l48", 1_364_216_832), ("xl", 6_810_875_904)],
+)
+def test_published_sizes_have_the_published_parameter_counts(preset, expected):
+    assert count_params(ModelConfig(**PRESETS[preset])) == expected
+
+
+def test_the_first_loss_is_exactly_ln_v():
+    config = dataclasses.replace(TINY, vocab_size=512)
+    tokens = random_tokens(config)
+    losses = next_pixel(ImageGPT(config, nnx.Rngs(0))(tokens), tokens)
+    np.testing.assert_allclose(losses, np.log(512), atol=1e-6)
+
+
+def test_initialisation_has_the_released_standard_deviations():
+    config = ModelConfig(width=256, depth=4, num_heads=4, vocab_size=512, seq_len=400)
+    params = nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(0))))
+    blocks = params["blocks"]
+    for leaf, std in (
+        (params["token_table"], 0.02),
+        (params["position_table"], 0.01),
+        (blocks["qkv"]["kernel"], 256**-0.5),
+        (blocks["out"]["kernel"], (256 * 4) ** -0.5),
+        (blocks["up"]["kernel"], 0.02),
+        (blocks["down"]["kernel"], 0.02),
+    ):
+        assert abs(float(leaf.std()) / std - 1) < 0.02
+        assert abs(float(leaf.mean())) < 0.02 * std
+    assert not np.array_equal(blocks["up"]["kernel"][0], blocks["up"]["kernel"][1])
+    assert (params["head"]["kernel"] == 0).all() and (blocks["mlp_norm"]["gain"] == 1).all()
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_logits_and_features_equal_the_released_arithmetic(use_bias):
+    model = random_model(dataclasses.replace(TINY, use_bias=use_bias))
+    tokens = random_tokens()
+    logits, features = by_hand(model, np.asarray(tokens))
+    np.testing.assert_allclose(model(tokens), logits, atol=5e-5)
+    np.testing.assert_allclose(model.features(tokens), features, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_logits_at_i_depend_on_no_token_from_i_on(monkeypatch, backend):
+    monkeypatch.setattr(attention_module, "CHUNK", 4)
+    model = with_config(random_model(), attention=backend)
+    tokens = random_tokens(batch=1)
+
+    def logits(soft_tokens):  # a row of weights over the palette for each token, so that there is a gradient
+        table = jnp.concatenate([model.token_table[-1:], (soft_tokens @ model.token_table[:-1])[:-1]])
+        x, _ = model.run_blocks((table + model.position_table[...])[None])
+        return model.logits(model.final_norm(x))[0]
+
+    one_hot = jax.nn.one_hot(tokens[0], model.config.vocab_size)
+    np.testing.assert_allclose(logits(one_hot), model(tokens)[0], atol=1e-5)
+    influence = np.abs(jax.jacobian(logits)(one_hot)).sum(axis=(1, 3))  # [position, token]
+    assert (np.triu(influence) == 0).all()
+    assert (influence[np.tril_indices(model.config.seq_len, -1)] > 0).all()
+
+
+@pytest.mark.parametrize("given", [0, 1, 6, 12])
+def test_cached_decoding_equals_the_full_forward(given):
+    model = random_model()
+    tokens = random_tokens()
+    full = model(tokens)
+    inputs = model.inputs(tokens)
+    logits, cache = model.prefill(inputs[:, : given + 1])
+    np.testing.assert_allclose(logits, full[:, given], atol=1e-5)
+    blocks = model.unstack_blocks()
+    for position in range(given + 1, model.config.seq_len):
+        logits, cache = model.decode(blocks, inputs[:, position], jnp.array(position), cache)
+        np.testing.assert_allclose(logits, full[:, position], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}, {"attention": "reference"}]
+)
+def test_ways_of_computing_agree_in_loss_and_gradients(change):
+    tokens = random_tokens()
+
+    def loss_and_grads(model):
+        graph, params = nnx.split(model)
+        return jax.value_and_grad(lambda p: next_pixel(nnx.merge(graph, p)(tokens), tokens).mean())(params)
+
+    model = random_model()
+    for one, other in zip(
+        jax.tree.leaves(loss_and_grads(model)),
+        jax.tree.leaves(loss_and_grads(with_config(model, **change))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+    def temporaries(remat):
+        config = ModelConfig(width=32, depth=6, num_heads=2, vocab_size=11, seq_len=64, remat=remat)
+        graph, params = nnx.split(ImageGPT(config, nnx.Rngs(0)))
+        tokens = random_tokens(config, batch=8)
+        step = jax.jit(jax.grad(lambda p: next_pixel(nnx.merge(graph, p)(tokens), tokens).mean()))
+        return step.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < temporaries("dots") < temporaries("none")
+
+
+def test_dropout_needs_a_key_and_repeats_with_it():
+    model = with_config(random_model(), embedding_dropout=0.2, residual_dropout=0.2)
+    tokens = random_tokens()
+    plain = with_config(model, embedding_dropout=0.0, residual_dropout=0.0)(tokens)
+    np.testing.assert_array_equal(model(tokens), plain)
+    one, same, other = (model(tokens, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other) and not np.allclose(one, plain)
+
+
+def test_bfloat16_computes_close_to_float32_and_returns_float32():
+    model = random_model()
+    tokens = random_tokens()
+    half = with_config(model, dtype="bfloat16")
+    assert half(tokens).dtype == jnp.float32 and half.features(tokens).dtype == jnp.float32
+    exact = model(tokens)
+    error = np.linalg.norm(half(tokens) - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.05
+
+
+def test_the_norm_neither_centres_nor_shifts():
+    x = jnp.array([[3.0, 4.0]])
+    np.testing.assert_allclose(Norm(2, 1e-5)(x), x / np.sqrt(12.5 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 15}, "width 15 is not divisible by model.num_heads 2"),
+        ({"depth": 0}, "depth is 0"),
+        ({"residual_dropout": 1.0}, r"residual_dropout is 1.0.*\[0, 1\)"),
+        ({"dtype": "int8"}, "'int8'; choose one of float32"),
+        ({"attention": "auto"}, "'auto'; choose one of reference"),
+        ({"remat": "some"}, "'some'; choose one of none"),
+        ({"mlp_width": -1}, "mlp_width is -1"),
+    ],
+)
+def test_impossible_networks_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(TINY, **change)

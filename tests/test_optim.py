@@ -1,0 +1,77 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from igpt.errors import UserError
+from igpt.optim import make_optimizer
+
+
+def settings(**changes):
+    optim = base.get_config().optim
+    optim.update(changes)
+    return optim
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+    _, schedule = make_optimizer(settings(learning_rate=0.5, warmup_steps=10), steps=100)
+    rates = np.array([schedule(step) for step in range(101)])
+    assert 0 < rates[0] < 0.06
+    assert rates.argmax() == 10 and np.isclose(rates[10], 0.5)
+    assert (np.diff(rates[:11]) > 0).all() and (np.diff(rates[10:]) < 0).all()
+    assert np.isclose(rates[55], 0.25) and np.isclose(rates[100], 0.0)
+
+
+def test_a_constant_schedule_stays():
+    _, schedule = make_optimizer(settings(learning_rate=0.5, schedule="constant"), steps=100)
+    assert schedule(0) == schedule(99) == 0.5
+
+
+def test_an_update_is_adam_by_hand():
+    optimizer, _ = make_optimizer(settings(learning_rate=0.1, schedule="constant"), steps=9)
+    params, moments = {"head": {"kernel": jnp.array([1.0, -2.0])}}, [np.zeros(2), np.zeros(2)]
+    state, value = optimizer.init(params), np.array([1.0, -2.0])
+    for step in range(1, 4):
+        grad = value * step
+        updates, state = optimizer.update({"head": {"kernel": jnp.asarray(grad)}}, state, params)
+        params = optax.apply_updates(params, updates)
+        moments = [0.9 * moments[0] + 0.1 * grad, 0.95 * moments[1] + 0.05 * grad**2]
+        value = value - 0.1 * (moments[0] / (1 - 0.9**step)) / (np.sqrt(moments[1] / (1 - 0.95**step)) + 1e-8)
+        np.testing.assert_allclose(params["head"]["kernel"], value, rtol=1e-5)
+
+
+def test_weight_decay_touches_kernels_only():
+    optimizer, _ = make_optimizer(settings(weight_decay=0.1), steps=9)
+    params = {
+        "up": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        "norm": {"gain": jnp.ones(2)},
+        "token_table": jnp.ones(2),
+    }
+    updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
+    assert (updates["up"]["kernel"] < 0).all()
+    for untouched in (updates["up"]["bias"], updates["norm"]["gain"], updates["token_table"]):
+        assert (untouched == 0).all()
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees():
+    clipped, _ = make_optimizer(settings(clip_norm=1.0, eps=1.0), steps=9)
+    free, _ = make_optimizer(settings(eps=1.0), steps=9)
+    params = {"head": {"kernel": jnp.zeros(2)}}
+    large, unit = ({"head": {"kernel": jnp.array(g)}} for g in ([30.0, 40.0], [0.6, 0.8]))
+    ours, _ = clipped.update(large, clipped.init(params), params)
+    expected, _ = free.update(unit, free.init(params), params)
+    np.testing.assert_allclose(ours["head"]["kernel"], expected["head"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"warmup_steps": 9}, "warmup_steps is 9, but the run has only 9 steps"),
+        ({"schedule": "linear"}, "'linear'; choose cosine or constant"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(settings(**change), steps=9)

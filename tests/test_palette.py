@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+from igpt import palette
+from igpt.errors import UserError
+from igpt.palette import Palette
+
+
+def random_palette(colors=37, seed=0):
+    return Palette(np.random.default_rng(seed).uniform(-1, 1, (colors, 3)).astype(np.float32))
+
+
+def brute_force(images, centers):
+    values = images.reshape(-1, 1, 3) / 127.5 - 1.0
+    distances = np.square(values - centers.astype(np.float64)).sum(-1)
+    return distances.argmin(1).reshape(images.shape[:-1])
+
+
+def test_encode_equals_the_float64_argmin():
+    images = np.random.default_rng(1).integers(0, 256, (5, 13, 11, 3), np.uint8)
+    ours = random_palette()
+    np.testing.assert_array_equal(ours.encode(images), brute_force(images, ours.centers))
+
+
+def test_a_second_encoding_from_the_filled_table_is_the_same():
+    images = np.random.default_rng(2).integers(0, 256, (3, 7, 7, 3), np.uint8)
+    ours = random_palette()
+    np.testing.assert_array_equal(ours.encode(images), ours.encode(images))
+
+
+def test_ties_go_to_the_first_centre():
+    centers = np.array([[0.5, 0, 0], [-0.5, 0, 0], [0.5, 0, 0]], np.float32)
+    image = np.array([[[255, 127, 127], [0, 127, 127]]], np.uint8)
+    np.testing.assert_array_equal(Palette(centers).encode(image), [[0, 1]])
+    between = Palette(np.array([[1, 1, 1], [-1, -1, -1], [1, 1, 1]], np.float32))
+    np.testing.assert_array_equal(between.encode(np.full((1, 1, 3), 255, np.uint8)), [[0]])
+
+
+def test_decoding_and_encoding_again_changes_nothing():
+    ours = random_palette(colors=64)
+    tokens = np.arange(64).reshape(8, 8)
+    assert len(np.unique(ours.decode(tokens).reshape(-1, 3), axis=0)) == 64
+    np.testing.assert_array_equal(ours.encode(ours.decode(tokens)), tokens)
+
+
+def test_decode_rounds_by_the_released_rule():
+    centers = np.array([[-1, 0, 1], [0.5 / 127.5 - 1, 1.5 / 127.5 - 1, 2.4 / 127.5 - 1]], np.float64)
+    np.testing.assert_array_equal(Palette(centers).decode([0]), [[0, 128, 255]])  # 127.5 is halfway: to even
+    assert Palette(centers).decode([1])[0, 2] == 2
+
+
+def test_grey_levels_are_kept_exactly_when_there_is_room():
+    levels = np.array([0, 3, 17, 128, 254, 255], np.uint8)
+    images = np.repeat(np.random.default_rng(0).permutation(np.tile(levels, 6)).reshape(1, 6, 6, 1), 3, axis=-1)
+    fitted = palette.fit(images, colors=6)
+    np.testing.assert_array_equal(fitted.decode(np.arange(6))[:, 0], levels)
+    np.testing.assert_array_equal(fitted.decode(fitted.encode(images)), images)
+
+
+def test_fit_finds_clusters_and_is_a_function_of_the_seed():
+    rng = np.random.default_rng(0)
+    truth = np.array([[20, 30, 200], [220, 40, 30], [40, 210, 60]])
+    images = np.clip(truth[rng.integers(0, 3, (4, 16, 16))] + rng.integers(-4, 5, (4, 16, 16, 3)), 0, 255)
+    images = images.astype(np.uint8)
+    fitted = palette.fit(images, colors=3, seed=1)
+    found = fitted.decode(np.arange(3)).astype(int)
+    assert sorted(np.abs(found[:, None] - truth).max(-1).argmin(1)) == [0, 1, 2]
+    assert np.abs(found[:, None] - truth).max(-1).min(1).max() <= 2
+    np.testing.assert_array_equal(palette.fit(images, colors=3, seed=1).centers, fitted.centers)
+
+
+def test_fit_looks_at_no_more_pixels_than_it_may(monkeypatch):
+    import sklearn.cluster
+
+    seen = []
+
+    class Spy(sklearn.cluster.KMeans):
+        def fit(self, x, sample_weight=None):
+            seen.append(sample_weight.sum())
+            return super().fit(x, sample_weight=sample_weight)
+
+    monkeypatch.setattr(sklearn.cluster, "KMeans", Spy)
+    images = np.random.default_rng(0).integers(0, 256, (9, 31, 31, 3), np.uint8)
+    palette.fit(images, colors=5, max_pixels=1000)
+    assert seen == [1000]
+
+
+def test_fit_says_how_many_colours_there_are_when_too_many_are_asked_for():
+    with pytest.raises(UserError, match=r"palette.colors is 9.*only 2.*palette.colors=2"):
+        palette.fit(np.array([[[[0, 0, 0], [9, 9, 9]]]], np.uint8), colors=9)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    ours = random_palette()
+    ours.save(tmp_path / "palette.npy")
+    np.testing.assert_array_equal(Palette.load(tmp_path / "palette.npy").centers, ours.centers)
+    assert [path.name for path in tmp_path.iterdir()] == ["palette.npy"]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((5, 4), np.float32), r"shape \[V, 3\].*\[5, 4\]"),
+        (np.zeros((4, 3), np.uint8), r"floats in \[-1, 1\].*uint8"),
+        (np.full((4, 3), 7.0), r"floats in \[-1, 1\].*7.0"),
+        (np.full((4, 3), np.nan), r"floats in \[-1, 1\]"),
+    ],
+)
+def test_what_cannot_be_a_palette_is_refused(tmp_path, array, message):
+    np.save(tmp_path / "p.npy", array)
+    with pytest.raises(UserError, match=message):
+        Palette.load(tmp_path / "p.npy")
+
+
+def test_unreadable_and_pickled_palettes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no palette at"):
+        Palette.load(tmp_path / "absent.npy")
+    (tmp_path / "text.npy").write_text("hello")
+    with pytest.raises(UserError, match="is not a palette"):
+        Palette.load(tmp_path / "text.npy")
+    np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(UserError, match="is not a palette"):
+        Palette.load(tmp_path / "pickle.npy")
+
+
+def test_images_and_tokens_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="uint8"):
+        random_palette().encode(np.zeros((2, 2, 3)))
+    with pytest.raises(UserError, match=r"0\.\.36"):
+        random_palette().decode([37])

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt.errors import UserError
+from igpt.plots import check_writable, image_grid, probe_curve, save_png
+
+
+def test_a_grid_shows_every_image_row_by_row_enlarged_by_whole_pixels():
+    images = np.random.default_rng(0).integers(0, 255, (5, 3, 4, 3), np.uint8)
+    picture = image_grid(images, columns=2, min_side=8, gap=1)
+    assert picture.shape == (3 * 7 + 1, 2 * 9 + 1, 3)
+    for i, image in enumerate(images):
+        top, left = 1 + i // 2 * 7, 1 + i % 2 * 9
+        np.testing.assert_array_equal(picture[top : top + 6 : 2, left : left + 8 : 2], image)
+        np.testing.assert_array_equal(picture[top + 1 : top + 6 : 2, left + 1 : left + 8 : 2], image)
+    assert (picture[0] == 255).all() and (picture[-7:-1, 10:] == 255).all()  # gaps, and the empty sixth place
+
+
+def test_pictures_are_written_whole(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    save_png(picture, tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "absent/a.png"])
+def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path, name):
+    with pytest.raises(UserError, match="PNG|cannot be written"):
+        check_writable(tmp_path / name)
+
+
+def test_the_probe_curve_is_a_picture(tmp_path):
+    def entry(layer, accuracy):
+        return {"layer": layer, "test_accuracy": accuracy, "interval": (accuracy - 0.1, accuracy + 0.05)}
+
+    layers = {"layers": [entry(0, 0.5), entry(1, 0.7)]}
+    probe_curve({"pretrained": layers, "random_init": layers, "raw_pixels": entry(None, 0.6)}, tmp_path / "probe.png")
+    assert Image.open(tmp_path / "probe.png").size[0] > 300

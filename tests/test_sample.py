@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_model import TINY, random_model
+
+from igpt.checkpoint import Pretrained
+from igpt.errors import UserError
+from igpt.palette import Palette
+from igpt.sample import Sampling, complete_images, image_keys, kept_rows, sample_images, sample_tokens, truncate
+from igpt.sharding import make_mesh, shardings
+
+
+def nothing(count):
+    return np.zeros((count, 0), np.int32)
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_is_in():
+    model = random_model()
+    together = sample_tokens(model, nothing(7), image_keys(0, 7))
+    alone = sample_tokens(model, nothing(1), image_keys(0, 1, first=4))
+    np.testing.assert_array_equal(together[4:5], alone)
+
+
+def test_the_same_seed_gives_the_same_images_and_another_does_not():
+    model = random_model()
+    one, same, other = (sample_tokens(model, nothing(3), image_keys(seed, 3)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert not np.array_equal(one[0], one[1])
+
+
+def test_greedy_tokens_are_the_argmax_of_the_full_forward():
+    model = random_model()
+    tokens = sample_tokens(model, nothing(2), image_keys(0, 2), Sampling(temperature=0.0))
+    np.testing.assert_array_equal(tokens, model(tokens).argmax(-1))
+
+
+def test_a_completion_keeps_what_was_given_and_conditions_on_it():
+    model = random_model()
+    prefix = np.array([[3, 1, 4, 1, 5], [3, 1, 4, 1, 6]], np.int32)
+    tokens = sample_tokens(model, prefix, image_keys(0, 2), Sampling(temperature=0.0))
+    np.testing.assert_array_equal(tokens[:, :5], prefix)
+    np.testing.assert_array_equal(tokens[:, 5:], model(tokens).argmax(-1)[:, 5:])
+
+
+def test_drawn_tokens_follow_the_models_distribution():
+    model = random_model()
+    count = 20_000
+    prefix = np.tile(np.arange(TINY.seq_len - 2, dtype=np.int32) % 11, (count, 1))
+    tokens = np.asarray(sample_tokens(model, prefix, image_keys(3, count), Sampling(temperature=1.7)))
+    expected = jax.nn.softmax(model(tokens[:1])[0, -2] / 1.7) * count
+    observed = np.bincount(tokens[:, -2], minlength=11)
+    assert np.sum((observed - expected) ** 2 / expected) < 29.6  # chi-square, 10 degrees of freedom, p = 0.001
+
+
+def test_top_k_keeps_the_k_largest():
+    logits = jax.random.normal(jax.random.key(0), (5, 11))
+    kept = np.isfinite(truncate(logits, top_k=3, top_p=1.0))
+    np.testing.assert_array_equal(kept, np.argsort(np.argsort(-logits)) < 3)
+    np.testing.assert_array_equal(truncate(logits, 0, 1.0), logits)
+    np.testing.assert_array_equal(truncate(logits, 99, 1.0), logits)
+
+
+def test_top_p_keeps_the_smallest_set_of_that_mass():
+    probability = np.array([[0.05, 0.4, 0.25, 0.3]])
+    for top_p, kept in ((0.3, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.75, [1, 2, 3]), (0.99, [0, 1, 2, 3])):
+        found = np.flatnonzero(np.isfinite(truncate(jnp.log(probability), 0, top_p)[0]))
+        np.testing.assert_array_equal(found, kept)
+
+
+def test_top_1_is_greedy():
+    model = random_model()
+    greedy = sample_tokens(model, nothing(3), image_keys(0, 3), Sampling(temperature=0.0))
+    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6)):
+        np.testing.assert_array_equal(sample_tokens(model, nothing(3), image_keys(0, 3), sampling), greedy)
+
+
+def test_sharded_sampling_gives_the_tokens_of_one_device():
+    from igpt.model import ImageGPT, ModelConfig
+
+    config = ModelConfig(width=16, depth=2, num_heads=4, vocab_size=11, seq_len=13)
+    model = random_model(config)
+    alone = sample_tokens(model, nothing(8), image_keys(0, 8))
+    mesh = make_mesh(2, 2, 2)
+    graph, params = nnx.split(model)
+    params = jax.device_put(nnx.to_pure_dict(params), shardings(nnx.to_pure_dict(params), mesh))
+    with jax.set_mesh(mesh):
+        together = sample_tokens(nnx.merge(graph, params), nothing(8), image_keys(0, 8))
+    np.testing.assert_array_equal(together, alone)
+    assert isinstance(model, ImageGPT)
+
+
+def pretrained(height=3, width=4):
+    from ml_collections import ConfigDict
+
+    from igpt.model import ModelConfig
+
+    config = ModelConfig(width=14, depth=2, num_heads=2, vocab_size=11, seq_len=height * width)
+    greys = Palette((np.linspace(-1, 1, 11))[:, None].repeat(3, axis=1))
+    return Pretrained(ConfigDict({"data": {"image_size": (height, width)}}), random_model(config), greys)
+
+
+def test_images_do_not_depend_on_how_many_are_made_at_a_time():
+    ours = pretrained()
+    images = sample_images(ours, num=7, seed=1)
+    assert images.shape == (7, 3, 4, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(sample_images(ours, num=7, seed=1, batch_size=3), images)
+    np.testing.assert_array_equal(sample_images(ours, num=2, seed=1), images[:2])
+
+
+def test_completed_images_keep_their_upper_rows():
+    ours = pretrained()
+    images = ours.palette.decode(np.random.default_rng(0).integers(0, 11, (2, 3, 4)))
+    finished = complete_images(ours, images, keep=0.67, num=5)
+    assert finished.shape == (2, 5, 3, 4, 3)
+    np.testing.assert_array_equal(finished[:, :, :2], np.repeat(images[:, None, :2], 5, axis=1))
+    assert len(np.unique(finished[0, :, 2], axis=0)) > 1
+
+
+def test_at_least_one_row_is_left_to_complete():
+    assert [kept_rows(keep, 8) for keep in (0.0, 0.5, 0.99)] == [0, 4, 7]
+    for keep in (1.0, -0.1):
+        with pytest.raises(UserError, match="keep is"):
+            kept_rows(keep, 8)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(UserError, match=f"{next(iter(settings))} is"):
+        Sampling(**settings)

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from igpt.errors import UserError
+from igpt.model import PRESETS, ModelConfig
+from igpt.optim import make_optimizer
+from igpt.sharding import BATCH, check_batch_size, make_mesh, process_rows, replicate, shard_batch, shardings, spec_of
+from igpt.state import abstract_state
+
+
+def abstract(mesh, **changes):
+    fields = dict(width=16, depth=2, num_heads=4, vocab_size=11, seq_len=13, use_bias=True) | changes
+    optimizer, _ = make_optimizer(base.get_config().optim, steps=9)
+    return abstract_state(ModelConfig(**fields), optimizer, mesh)[1]
+
+
+def leaf_paths(tree):
+    from igpt.sharding import path_of
+
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_every_leaf_of_the_state_matches_exactly_one_rule(use_bias):
+    state = abstract(make_mesh(2, 2, 2), use_bias=use_bias)
+    assert len(leaf_paths(state)) > 20  # each was looked up, or this would have raised
+
+
+def test_moments_are_sharded_like_their_parameters():
+    leaves = leaf_paths(abstract(make_mesh(2, 2, 2)))
+    params = {path.removeprefix("params."): leaf for path, leaf in leaves.items() if path.startswith("params.")}
+    for path, leaf in params.items():
+        moments = [
+            other for name, other in leaves.items() if name.startswith("opt_state") and name.endswith("." + path)
+        ]
+        assert len(moments) == 2
+        assert all(moment.sharding == leaf.sharding for moment in moments)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_under_fsdp_a_chip_holds_its_share_of_the_state(preset):
+    leaves = leaf_paths(
+        abstract(make_mesh(1, 8, 1), use_bias=False, mlp_width=0, **PRESETS[preset] | {"vocab_size": 512})
+    )
+    total = sum(leaf.size for leaf in leaves.values())
+    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves.values())
+    assert held < total / 8 * 1.01
+
+
+def test_an_unknown_leaf_and_a_doubly_matched_one_are_named(monkeypatch):
+    with pytest.raises(UserError, match=r"0 sharding rules match 'blocks\.router\.kernel'"):
+        spec_of("blocks.router.kernel")
+    monkeypatch.setattr("igpt.sharding.RULES", ((r"token_table", P()), (r".*table", P())))
+    with pytest.raises(UserError, match="2 sharding rules match 'token_table'"):
+        spec_of("token_table")
+
+
+def test_a_dimension_that_cannot_be_split_is_named():
+    with pytest.raises(UserError, match=r"params\.blocks\.down\.kernel.*dimension of 14.*tensor=4"):
+        abstract(make_mesh(1, 2, 4), mlp_width=14)
+
+
+def test_one_axis_takes_what_the_others_leave():
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(2, -1, 1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (4, 4, 1), (-2, 1, 1)])
+def test_meshes_that_are_not_the_devices_are_refused(sizes):
+    with pytest.raises(UserError, match="mesh"):
+        make_mesh(*sizes)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
+    mesh = make_mesh(2, 2, 2)
+    check_batch_size("train.batch_size", 24, 2, mesh)
+    with pytest.raises(UserError, match="train.batch_size 30 does not divide into 4 .* 2 .* such as 24"):
+        check_batch_size("train.batch_size", 30, 2, mesh)
+
+
+def test_a_process_reads_the_rows_its_devices_hold():
+    assert process_rows(24, make_mesh(2, 2, 2)) == slice(0, 24)
+    some = make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    assert process_rows(24, some) == slice(0, 24)
+
+
+def test_constraints_hold_inside_a_mesh_and_vanish_outside():
+    x = jnp.ones((8, 3))
+    assert jax.jit(shard_batch)(x).sharding.is_fully_replicated
+    mesh = make_mesh(4, 2, 1)
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda x: shard_batch(x) * 2)(x)
+        assert split.sharding.spec == BATCH
+        assert jax.jit(replicate)(split).sharding.is_fully_replicated
+
+
+def test_shardings_keep_the_structure_of_the_tree():
+    tree = {"head": {"kernel": jax.ShapeDtypeStruct((8, 5), jnp.float32)}}
+    found = shardings(tree, make_mesh(2, 2, 2))
+    assert found["head"]["kernel"].spec == P("fsdp", None)

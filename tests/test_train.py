@@ -1,0 +1,252 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from igpt import state as state_module
+from igpt.errors import NonFiniteError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {record["step"]: record["train/loss"] for record in records(workdir) if "train/loss" in record}
+
+
+def final_arrays(workdir, step):
+    """Every array of a checkpoint, parameters and moments, as NumPy."""
+    with ocp.CheckpointManager(workdir.absolute() / "checkpoints", item_names=("params", "optimizer")) as checkpoints:
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(), optimizer=ocp.args.StandardRestore())
+        return jax.tree.map(np.asarray, dict(checkpoints.restore(step, args=items)))
+
+
+def assert_bitwise_equal(one, other):
+    paths_one, paths_other = (jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other))
+    assert len(paths_one) == len(paths_other) > 20
+    for (path, a), (_, b) in zip(paths_one, paths_other, strict=True):
+        assert a.tobytes() == b.tobytes(), f"{path} differs"
+
+
+def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys):
+    evaluation = train.run(tiny_config, tmp_path / "run")
+    names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
+    assert names == {"config", "palette", "checkpoints", "metrics", "events", "samples"}
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert abs(losses(tmp_path / "run")[1] - np.log(17)) < 1e-5
+    assert losses(tmp_path / "run")[6] < 2.7
+    assert records(tmp_path / "run")[-1] == {"step": 6} | evaluation
+    assert evaluation["eval/bits_per_dim"] == pytest.approx(evaluation["eval/loss"] / np.log(2))
+    output = capsys.readouterr().out
+    for told in ("attention chunked", "float32", "1258 images", "mesh data 8", "eval_probe.py", "igpt.sample"):
+        assert told in output
+
+
+def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path):
+    tiny_config.model.residual_dropout = 0.1
+    train.run(tiny_config, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    real_save, train.checkpoint.save = train.checkpoint.save, None
+    try:
+
+        def save_then_stop(checkpoints, state, step):
+            real_save(checkpoints, state, step)
+            raise Interrupted
+
+        train.checkpoint.save = save_then_stop
+        with pytest.raises(Interrupted):
+            train.run(tiny_config, tmp_path / "parts")
+    finally:
+        train.checkpoint.save = real_save
+    train.run(tiny_config, tmp_path / "parts")
+    assert_bitwise_equal(final_arrays(tmp_path / "whole", 6), final_arrays(tmp_path / "parts", 6))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path):
+    """Real processes, a real SIGKILL, two devices."""
+    command = [
+        sys.executable, "train.py", "--config=configs/digits.py", "--config.train.steps=40",
+        "--config.optim.warmup_steps=5", "--config.train.checkpoint_every=10", "--config.train.eval_every=20",
+        "--config.train.num_samples=0", "--config.train.log_every=1", "--config.model.width=24",
+        "--config.model.depth=2", "--config.model.num_heads=2", "--config.model.residual_dropout=0.1",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+    def start(workdir):
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted, process = start(whole), start(killed)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "metrics.jsonl").exists() and max(losses(killed), default=0) >= 13:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 13 <= max(losses(killed)) < 40
+    output = uninterrupted.communicate(timeout=120)[0]
+    assert uninterrupted.returncode == 0, output.decode()
+    again = start(killed)
+    output = again.communicate(timeout=120)[0].decode()
+    assert again.returncode == 0, output
+    assert "resumed after step " in output
+    assert_bitwise_equal(final_arrays(whole, 40), final_arrays(killed, 40))
+    assert losses(killed) == losses(whole)
+
+
+def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
+    train.run(tiny_config, tmp_path / "run")
+    before = records(tmp_path / "run")
+    capsys.readouterr()
+    train.run(tiny_config, tmp_path / "run")
+    assert records(tmp_path / "run") == before
+    assert "already finished its 6 steps" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
+    real = state_module.next_pixel
+
+    def poisoned(logits, tokens):  # once the head has grown past what three updates of this run can make of it
+        return real(logits, tokens) * jax.numpy.where(abs(logits).max() > 0.2, jax.numpy.nan, 1.0)
+
+    monkeypatch.setattr(state_module, "next_pixel", poisoned)
+    tiny_config.train.update(steps=40, checkpoint_every=1, eval_every=40, sample_every=40, num_samples=0)
+    with pytest.raises(NonFiniteError, match=r"step \d+: loss nan.*checkpoint is that of step \d+.*learning_rate"):
+        train.run(tiny_config, tmp_path / "run")
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    finite = losses(tmp_path / "run")
+    assert max(steps) == max(finite) and np.isfinite(list(finite.values())).all()
+    arrays = final_arrays(tmp_path / "run", max(steps))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays["params"]))
+
+
+def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_config, tmp_path, monkeypatch):
+    events = []
+    real_get, real_make = jax.device_get, train.make_train_step
+
+    def make(*args, **kwargs):
+        step = real_make(*args, **kwargs)
+
+        def dispatch(state, batch):
+            events.append("dispatch")
+            return step(state, batch)
+
+        return dispatch
+
+    def get(values):
+        if isinstance(values, dict) and "train/loss" in values:
+            events.append("read")
+        return real_get(values)
+
+    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(jax, "device_get", get)
+    tiny_config.train.update(steps=4, eval_every=9, sample_every=9, checkpoint_every=9, num_samples=0)
+    train.run(tiny_config, tmp_path / "run")
+    assert events == ["dispatch", "dispatch", "read", "dispatch", "read", "dispatch", "read", "read"]
+
+
+def test_another_run_is_left_alone_until_the_user_says_so(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    tiny_config.seed = 1
+    with pytest.raises(UserError, match="another configuration"):
+        train.run(tiny_config, tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    train.run(tiny_config, tmp_path / "run", start_over=True)
+    aside = {tmp_path / "run" / path.relative_to(tmp_path / "run.old-1"): path.read_bytes()
+             for path in (tmp_path / "run.old-1").rglob("*") if path.is_file()}  # fmt: skip
+    assert aside == before
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 12}, "batch_size 12 does not divide into 8"),
+        ({"mesh.fsdp": 3}, "mesh .* devices, but there are 8"),
+        ({"palette.colors": 512}, "only 17 different colours; set palette.colors=17"),
+        ({"data.image_size": (28, 28)}, r"images of 8 x 8 .* image_size='\(8,8\)'"),
+        ({"data.channels": 3}, "data.channels=1"),
+        ({"model.attention": "cudnn"}, "needs an NVIDIA GPU"),
+        ({"data.source": "npz:absent.npz"}, "no file absent.npz"),
+        ({"data.pad_mode": "wrap"}, "'wrap'; choose constant"),
+        ({"init_from": "absent"}, "absent"),
+        ({"model.attention_dropout": 0.1}, "'chunked' back end cannot"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(tiny_config, tmp_path, changes, message):
+    tiny_config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        train.run(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_palette_file_of_the_wrong_size_is_refused(tiny_config, tmp_path):
+    np.save(tmp_path / "palette.npy", np.zeros((5, 3), np.float32))
+    tiny_config.palette.path = str(tmp_path / "palette.npy")
+    with pytest.raises(UserError, match=r"has 5 colours, but palette\.colors is 17"):
+        train.run(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "first")
+    tiny_config.init_from = str(tmp_path / "first")
+    tiny_config.train.steps = 3
+    train.run(tiny_config, tmp_path / "second")
+    assert losses(tmp_path / "second")[1] < 2.6 < losses(tmp_path / "first")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/digits.py", "--workdir=RUN", "--config.model.widht=3"], 'Did you mean "width"'),
+        (["--config=configs/digits.py", "--workdir=RUN", "--config.model.width=wide"], "model.width=wide"),
+        (["--config=configs/digits.py", "--workdir=RUN", "--config.train.steps=2.5"], "train.steps=2.5"),
+        (["--config=configs/absent.py", "--workdir=RUN"], "no config file"),
+        (["--config=configs/digits.py"], "--workdir is missing"),
+        (["--workdir=RUN"], "--config is missing"),
+        (["--config=configs/digits.py", "--workdir=RUN", "stray"], "'stray' is not a flag"),
+        (["--config=configs/digits.py", "--workdir=RUN", "--confg=1"], "confg"),
+        (["--config=configs/digits.py", "--workdir=RUN", "--config.train.batch_size=7"], "batch_size 7"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_message_and_exit_code_2(tmp_path, arguments, message):
+    arguments = [argument.replace("RUN", str(tmp_path / "run")) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_examples_and_flags():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    for told in ("python train.py --config=configs/digits.py", "--workdir", "--start_over", "configs/base.py"):
+        assert told in done.stdout

@@ -1,0 +1,262 @@
+"""Pretrain an Image GPT.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits
+    python train.py --config=configs/digits.py --workdir=runs/short --config.train.steps=100
+    python train.py --config=configs/digits.py --workdir=runs/mine --config.data.source=npz:images.npz \\
+        --config.data.image_size="(28,28)" --config.palette.colors=256
+
+Run it again with the same --workdir and it goes on where it stopped. configs/base.py explains every field.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict
+
+from igpt import checkpoint, data, sample
+from igpt import config as configuration
+from igpt import palette as palettes
+from igpt.checkpoint import Pretrained
+from igpt.errors import NonFiniteError, UserError
+from igpt.loss import bits_per_dim, marginal_entropy
+from igpt.metrics import Speed, Writer, progress_bar
+from igpt.model import ModelConfig
+from igpt.optim import make_optimizer
+from igpt.palette import Palette
+from igpt.plots import image_grid
+from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
+from igpt.state import abstract_state, create_state, make_eval_step, make_train_step, next_pixel_loss
+
+CONFIG = configuration.define_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: config, palette, checkpoints, metrics, samples.")
+START_OVER = flags.DEFINE_bool("start_over", False, "Set an earlier run in --workdir aside (renamed) and begin anew.")
+
+
+def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
+    """Trains to config.train.steps and returns the last evaluation's metrics. Raises UserError before any harm."""
+    workdir = Path(workdir)
+    configuration.check(config)
+    resuming = (workdir / "config.json").exists() and not start_over
+    if resuming:
+        configuration.check_resumable(config, workdir)
+    train = config.train
+
+    # The mesh, and which rows of every batch are this process's to read.
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
+    check_batch_size("train.eval_batch_size", train.eval_batch_size, 1, mesh)
+    rows, eval_rows = process_rows(train.batch_size, mesh), process_rows(train.eval_batch_size, mesh)
+
+    # Images become tokens.
+    source = data.open_source(config.data)
+    palette = find_palette(config, workdir if resuming else None, source)
+    augmentation = data.Augmentation(
+        config.data.pad, config.data.pad_mode, config.data.flip, config.data.augment_probability
+    )
+    batches = data.TrainBatches(source.train, palette, train.batch_size, config.seed, augmentation, rows)
+
+    # Everything about the state but its values: shapes, shardings, the compiled steps to be.
+    model_config = configuration.model_config(config)
+    optimizer, schedule = make_optimizer(config.optim, train.steps)
+    graph, abstract = abstract_state(model_config, optimizer, mesh)
+    has_dropout = max(model_config.embedding_dropout, model_config.residual_dropout, model_config.attention_dropout)
+    train_step = make_train_step(
+        next_pixel_loss(graph),
+        optimizer,
+        schedule,
+        abstract,
+        accumulate=train.accumulate,
+        dropout_seed=config.seed if has_dropout else None,
+    )
+    eval_step = make_eval_step(next_pixel_loss(graph))
+
+    # From here on the run writes.
+    if start_over:
+        set_aside(workdir)
+    make_workdir(workdir)
+    if jax.process_index() == 0:
+        configuration.save(config, workdir)
+        palette.save(workdir / "palette.npy")
+    checkpoints = checkpoint.open_checkpoints(workdir, train.max_to_keep)
+
+    # The values, from the first of: 1. this run's newest checkpoint; 2. config.init_from; 3. a fresh start.
+    if (first_step := checkpoints.latest_step() or 0) > 0:
+        state = checkpoint.restore(checkpoints, abstract, first_step)
+        origin = f"resumed after step {first_step}"
+    else:
+        state = create_state(model_config, optimizer, mesh, config.seed)
+        origin = "fresh"
+        if config.init_from:
+            state = checkpoint.start_from(config.init_from, config, state, abstract)
+            origin = f"weights of {config.init_from}"
+    describe(workdir, origin, model_config, state, mesh, source, palette)
+
+    writer = Writer(workdir, first_step)
+    speed = Speed(model_config, train.batch_size)
+    bar = progress_bar(first_step, train.steps)
+    started = time.perf_counter()
+    evaluation = {}
+    waiting = None  # (step, metrics) of the newest update: read only once the next one is under way
+
+    def report(step: int, metrics: dict) -> None:
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not all(map(math.isfinite, metrics.values())):
+            raise NonFiniteError(
+                f"step {step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}. The last good "
+                f"checkpoint is that of step {checkpoints.latest_step() or 'none'}. Try a lower "
+                "optim.learning_rate, a longer optim.warmup_steps or optim.clip_norm=1 in a new --workdir."
+            )
+        bar.update(step - bar.n)
+        if step == first_step + 1:
+            speed.restart(step)  # the first update waited for the compiler
+        if step % train.log_every == 0 or step in (first_step + 1, train.steps):
+            metrics |= speed.read(step)
+            writer.write(step, metrics)
+            bar.set_postfix(
+                {"loss": f"{metrics['train/loss']:.4f}", "img/s": f"{metrics.get('perf/images_per_sec', 0):.0f}"}
+            )
+
+    try:
+        with jax.set_mesh(mesh):
+            for step, batch in enumerate(batches.iterate(first_step, train.steps, config.data.threads), first_step + 1):
+                state, metrics = train_step(state, to_devices(batch, train.batch_size, mesh))
+                if waiting is not None:
+                    report(*waiting)
+                waiting = step, metrics
+
+                last = step == train.steps
+                evaluating = last or step % train.eval_every == 0
+                sampling = train.num_samples and (last or step % train.sample_every == 0)
+                saving = last or step % train.checkpoint_every == 0
+                if not (evaluating or sampling or saving):
+                    continue
+                report(*waiting)  # nothing is evaluated, shown or kept before it is known to be finite
+                waiting = None
+                if saving:
+                    checkpoint.save(checkpoints, state, step)
+                if evaluating:
+                    evaluation = evaluate(
+                        eval_step,
+                        state.params,
+                        data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows),
+                        train.eval_batch_size,
+                        mesh,
+                    )
+                    evaluation["eval/bits_per_dim"] = bits_per_dim(
+                        evaluation["eval/loss"], model_config.seq_len, *source.image_size, source.channels
+                    )
+                    writer.write(step, evaluation)
+                    bar.write(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
+                if sampling:
+                    model = nnx.merge(graph, state.params)
+                    pretrained = Pretrained(config, model, palette)
+                    images = sample.sample_images(pretrained, train.num_samples, config.seed)
+                    writer.write_samples(step, image_grid(images))
+                speed.restart(step)
+    finally:
+        bar.close()
+        writer.close()
+        checkpoints.close()  # waits for the checkpoint that is being written
+
+    farewell(workdir, train, evaluation, time.perf_counter() - started, first_step)
+    return evaluation
+
+
+def set_aside(workdir: Path) -> None:
+    """Renames an earlier run to WORKDIR.old-N, so that starting over loses nothing."""
+    if not (workdir / "config.json").exists():
+        return
+    number = 1
+    while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
+        number += 1
+    if jax.process_index() == 0:
+        workdir.rename(aside)
+        print(f"set the earlier run aside as {aside}")
+
+
+def make_workdir(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
+
+
+def find_palette(config: ConfigDict, resumed: Path | None, source: data.Source) -> Palette:
+    """The palette of the run resumed, else of the run it starts from, else the given file, else a fit to the images."""
+    if resumed and (resumed / "palette.npy").exists():
+        path = resumed / "palette.npy"
+    elif config.init_from:
+        path = Path(config.init_from) / "palette.npy"
+    elif config.palette.path:
+        path = config.palette.path
+    else:
+        return palettes.fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
+    palette = Palette.load(path)
+    checkpoint.check_palette_size(palette, config, path)
+    return palette
+
+
+def describe(workdir, origin, model: ModelConfig, state, mesh, source: data.Source, palette: Palette) -> None:
+    """Says what is about to run: nothing that was chosen automatically stays unsaid."""
+    if jax.process_index() != 0:
+        return
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    tokens = palette.encode(source.train.images).reshape(len(source.train), -1)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(
+        f"run      {workdir} ({origin})\n"
+        f"data     {source.name}: {len(source.train)} images for training, {len(source.validation)} for validation, "
+        f"{len(source.test)} for test\n"
+        f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
+        f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: "
+        f"{marginal_entropy(tokens, model.vocab_size):.4f}\n"
+        f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
+        f"{count:,} parameters\n"
+        f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
+        f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
+        flush=True,
+    )
+
+
+def evaluate(eval_step, params, batches, batch_size: int, mesh) -> dict:
+    """Mean loss over every held-out image, in nats a token."""
+    sums = [eval_step(params, to_devices(batch, batch_size, mesh)) for batch in batches]
+    total, count = np.sum(jax.device_get(sums), axis=0)
+    return {"eval/loss": float(total / count)}
+
+
+def farewell(workdir, train: ConfigDict, evaluation: dict, seconds: float, first_step: int) -> None:
+    """The result, and what one would want to run next."""
+    if jax.process_index() != 0:
+        return
+    if first_step >= train.steps:
+        print(f"{workdir} had already finished its {train.steps} steps.")
+    else:
+        minutes, seconds = divmod(round(seconds), 60)
+        print(
+            f"finished step {train.steps} in {minutes}:{seconds:02d}; "
+            f"validation loss {evaluation['eval/loss']:.4f} nats a token"
+        )
+        if train.num_samples:
+            print(f"samples: {workdir}/samples/{train.steps:07d}.png")
+    print(
+        "next:\n"
+        f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe\n"
+        f"  python -m igpt.sample --model={workdir} --num=16 --out=samples.png\n"
+        f"  python -m igpt.sample --model={workdir} --complete=test --num=7 --out=completions.png"
+    )
+
+
+def main(config: ConfigDict) -> None:
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    run(config, WORKDIR.value, START_OVER.value)
+
+
+if __name__ == "__main__":
+    configuration.run_app(main, CONFIG, "config", "workdir")
