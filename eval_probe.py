@@ -63,6 +63,9 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         "random_init": fit_layers(untrained, "random initialisation"),
         "pretrained": fit_layers(pretrained.model, "pretrained"),
     }
+    results["metrics"] = {
+        f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"] for layer in results["pretrained"]["layers"]
+    }
     partial = workdir / "probe.json.partial"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(partial, workdir / "probe.json")

@@ -8,6 +8,7 @@
 Run it again with the same --workdir and it goes on where it stopped. configs/base.py explains every field.
 """
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 from igpt import checkpoint, data, sample
 from igpt import config as configuration
 from igpt import palette as palettes
+from igpt.attention import check_dropout
 from igpt.checkpoint import Pretrained
 from igpt.errors import NonFiniteError, UserError
 from igpt.loss import bits_per_dim, marginal_entropy
@@ -62,16 +64,18 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
 
     # Everything about the state but its values: shapes, shardings, the compiled steps to be.
     model_config = configuration.model_config(config)
+    check_dropout(model_config.attention, model_config.attention_dropout)
+    if config.init_from:
+        checkpoint.check_same_network(config.init_from, config)
     optimizer, schedule = make_optimizer(config.optim, train.steps)
     graph, abstract = abstract_state(model_config, optimizer, mesh)
-    has_dropout = max(model_config.embedding_dropout, model_config.residual_dropout, model_config.attention_dropout)
     train_step = make_train_step(
         next_pixel_loss(graph),
         optimizer,
         schedule,
         abstract,
         accumulate=train.accumulate,
-        dropout_seed=config.seed if has_dropout else None,
+        dropout_seed=config.seed if model_config.has_dropout else None,
     )
     eval_step = make_eval_step(next_pixel_loss(graph))
 
@@ -92,7 +96,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
         state = create_state(model_config, optimizer, mesh, config.seed)
         origin = "fresh"
         if config.init_from:
-            state = checkpoint.start_from(config.init_from, config, state, abstract)
+            params, _ = checkpoint.restore_params(Path(config.init_from), abstract.params)
+            state = dataclasses.replace(state, params=params)
             origin = f"weights of {config.init_from}"
     describe(workdir, origin, model_config, state, mesh, source, palette)
 
@@ -114,6 +119,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
         bar.update(step - bar.n)
         if step == first_step + 1:
             speed.restart(step)  # the first update waited for the compiler
+            bar.write(f"step {step}: train/loss {metrics['train/loss']:.4f}")
         if step % train.log_every == 0 or step in (first_step + 1, train.steps):
             metrics |= speed.read(step)
             writer.write(step, metrics)
@@ -140,16 +146,10 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                 if saving:
                     checkpoint.save(checkpoints, state, step)
                 if evaluating:
-                    evaluation = evaluate(
-                        eval_step,
-                        state.params,
-                        data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows),
-                        train.eval_batch_size,
-                        mesh,
-                    )
-                    evaluation["eval/bits_per_dim"] = bits_per_dim(
-                        evaluation["eval/loss"], model_config.seq_len, *source.image_size, source.channels
-                    )
+                    batches_once = data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows)
+                    loss = evaluate(eval_step, state.params, batches_once, train.eval_batch_size, mesh)
+                    bits = bits_per_dim(loss, model_config.seq_len, *source.image_size, source.channels)
+                    evaluation = {"eval/loss": loss, "eval/bits_per_dim": bits}
                     writer.write(step, evaluation)
                     bar.write(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
                 if sampling:
@@ -223,11 +223,11 @@ def describe(workdir, origin, model: ModelConfig, state, mesh, source: data.Sour
     )
 
 
-def evaluate(eval_step, params, batches, batch_size: int, mesh) -> dict:
+def evaluate(eval_step, params, batches, batch_size: int, mesh) -> float:
     """Mean loss over every held-out image, in nats a token."""
     sums = [eval_step(params, to_devices(batch, batch_size, mesh)) for batch in batches]
     total, count = np.sum(jax.device_get(sums), axis=0)
-    return {"eval/loss": float(total / count)}
+    return float(total / count)
 
 
 def farewell(workdir, train: ConfigDict, evaluation: dict, seconds: float, first_step: int) -> None:

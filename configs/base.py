@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     model.residual_dropout = 0.0
     model.attention_dropout = 0.0  # needs attention = "reference"
     model.norm_epsilon = 1e-5
-    model.dtype = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 on TPU and GPU, float32 on CPU
-    model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in half precision, else chunked
+    model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
+    model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in bfloat16, else chunked
     model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
     model.scan_layers = True  # False unrolls the layers: slower to compile, sometimes faster to run
 

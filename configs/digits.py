@@ -1,6 +1,8 @@
 """scikit-learn's handwritten digits, 8 x 8: an Image GPT that learns in minutes on a laptop.
 
-python train.py --config=configs/digits.py --workdir=runs/digits
+    python train.py --config=configs/digits.py --workdir=runs/digits
+
+Expect RESULT
 """
 
 from ml_collections import ConfigDict
@@ -12,24 +14,27 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.palette.colors = 17  # every grey level of the data set, exactly
 
+    # 1,258 images are soon known by heart: most are shifted by up to a pixel, and weights decay.
     config.data.pad = 1
-    config.data.augment_probability = 0.5
+    config.data.augment_probability = 0.8
 
-    config.model.width = 96
-    config.model.depth = 6
-    config.model.num_heads = 3
+    config.model.width = 128
+    config.model.depth = 4
+    config.model.num_heads = 4
+    config.model.remat = "dots"  # on a CPU memory traffic costs more than computing activations again
 
-    config.optim.learning_rate = 2e-3
-    config.optim.warmup_steps = 100
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 150
+    config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
 
-    config.train.steps = 2000
+    config.train.steps = 3000
     config.train.batch_size = 16
     config.train.eval_every = 500
     config.train.eval_batch_size = 60
-    config.train.sample_every = 500
+    config.train.sample_every = 1000
     config.train.num_samples = 36
     config.train.checkpoint_every = 500
 
-    config.mesh.cpu_devices = 2
+    config.mesh.cpu_devices = 2  # one a core: twice as fast as one device that spreads every small product over two
     return config

@@ -6,7 +6,7 @@ causal mask position t attends to positions 0..t (Chen et al. 2020, section 2.2;
 - `reference`: all T x T scores at once. The one to read, and the one the others are tested against.
 - `chunked`: a block of queries at a time against the keys it may see, so that blocks above the diagonal are never
   computed and no more than one block of scores is ever held; the backward pass recomputes them.
-- `cudnn`: NVIDIA's fused kernel, for float16 and bfloat16 on GPUs.
+- `cudnn`: NVIDIA's fused kernel, for bfloat16 on GPUs.
 """
 
 import functools
@@ -23,17 +23,26 @@ CHUNK = 128  # queries a block; see benchmarks/attention.py
 
 def resolve_backend(name: str, platform: str, dtype: str) -> str:
     """The back end that `name` ("auto" or one of BACKENDS) means on `platform`; an impossible one is an error."""
-    half = dtype in ("float16", "bfloat16")
+    cudnn_can = platform == "gpu" and dtype == "bfloat16"
     if name == "auto":
-        return "cudnn" if platform == "gpu" and half else "chunked"
+        return "cudnn" if cudnn_can else "chunked"
     if name not in BACKENDS:
         raise UserError(f"model.attention is {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
-    if name == "cudnn" and (platform != "gpu" or not half):
+    if name == "cudnn" and not cudnn_can:
         raise UserError(
             f"model.attention='cudnn' needs an NVIDIA GPU and bfloat16, but this is {platform} with {dtype}; "
             "use 'auto', 'chunked' or 'reference'"
         )
     return name
+
+
+def check_dropout(backend: str, dropout: float) -> None:
+    """Raises UserError when training would need dropout on attention weights that `backend` never materialises."""
+    if dropout > 0.0 and backend != "reference":
+        raise UserError(
+            f"model.attention_dropout is {dropout}, which the {backend!r} back end cannot do; "
+            "set model.attention='reference' or model.attention_dropout=0"
+        )
 
 
 def attention(
@@ -48,11 +57,7 @@ def attention(
 ) -> Float[Array, "B T N K"]:
     """Softmax attention by the named back end. `dropout` on the attention weights needs `reference` and a key."""
     if key is not None and dropout > 0.0:
-        if backend != "reference":
-            raise UserError(
-                f"dropout on attention weights is {dropout}, which the {backend!r} back end cannot do; "
-                "set model.attention='reference' or model.attention_dropout=0"
-            )
+        check_dropout(backend, dropout)
         return _attend(q, k, v, first_query=0, causal=causal, dropout=dropout, key=key)
     match backend:
         case "reference":

@@ -5,7 +5,6 @@
 Parameters and optimizer are separate items, so that whoever only wants the model never reads the moments.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,18 +86,16 @@ def load(ref: str | Path, step: int | None = None) -> Pretrained:
     return Pretrained(config, nnx.merge(graph, params), palette, step)
 
 
-def start_from(ref: str, config: ConfigDict, state: TrainState, abstract: TrainState) -> TrainState:
-    """A fresh state with the weights of the run `ref`, whose network must be the same."""
+def check_same_network(ref: str, config: ConfigDict) -> None:
+    """Raises UserError unless the run `ref` has a network into which the weights of this one would fit."""
     theirs, ours = (network(configuration.model_config(c)) for c in (configuration.load(Path(ref)), config))
     differing = [f"{name} is {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
     if differing:
         raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; make the config agree")
-    params, _ = restore_params(Path(ref), abstract.params)
-    return dataclasses.replace(state, params=params)
 
 
 def network(model: ModelConfig) -> dict:
-    """The fields that fix the parameters' shapes and meaning, and so must agree before weights are shared."""
+    """The fields that fix the parameters' shapes and meaning."""
     names = ("vocab_size", "seq_len", "width", "depth", "num_heads", "mlp_width", "use_bias")
     return {name: getattr(model, name) for name in names}
 

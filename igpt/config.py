@@ -79,6 +79,7 @@ def check(config: ConfigDict) -> None:
         "train.num_samples": 0,
         "train.checkpoint_every": 1,
         "train.max_to_keep": 1,
+        "mesh.cpu_devices": 0,
     }
     values = flatten(config)
     for name, smallest in least.items():

@@ -74,7 +74,7 @@ class ModelConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, allowed in (
-            ("dtype", ("float32", "bfloat16", "float16")),
+            ("dtype", ("float32", "bfloat16")),
             ("attention", BACKENDS),
             ("remat", tuple(REMAT)),
         ):
@@ -84,6 +84,10 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def has_dropout(self) -> bool:
+        return max(self.embedding_dropout, self.residual_dropout, self.attention_dropout) > 0.0
 
 
 class Norm(nnx.Module):
@@ -100,16 +104,16 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """einsum(equation, x, kernel) + bias, computed in x's dtype from float32 parameters."""
+    """einsum(equation, x, kernel) + bias, computed in x's dtype from float32 parameters; `out_dtype` None: x's."""
 
     def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs):
         self.equation = equation
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape))
 
-    def __call__(self, x: Array) -> Array:
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(self, x: Array, out_dtype=None) -> Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Block(nnx.Module):
@@ -229,7 +233,7 @@ class ImageGPT(nnx.Module):
         return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
-        return self.head(normed).astype(jnp.float32)  # the softmax that follows needs float32
+        return self.head(normed, jnp.float32)  # accumulated and kept in float32 for the softmax that follows
 
     def run_blocks(self, x: Float[Array, "B P D"], key: Array | None = None) -> tuple[Array, BlockOutputs]:
         """All blocks in turn. The BlockOutputs are stacked over layers: [L, B, ...]."""

@@ -43,7 +43,8 @@ def test_chunked_equals_the_reference_in_value_and_gradient(monkeypatch, length,
         def weighted(q, k, v):
             return jnp.sum(weights * attention(q, k, v, backend=backend, causal=causal))
 
-        return attention(q, k, v, backend=backend, causal=causal), *jax.grad(weighted, (0, 1, 2))(q, k, v)
+        value = jax.jit(lambda q, k, v: attention(q, k, v, backend=backend, causal=causal))
+        return value(q, k, v), *jax.jit(jax.grad(weighted, (0, 1, 2)))(q, k, v)
 
     for ours, reference in zip(value_and_grads("chunked"), value_and_grads("reference"), strict=True):
         np.testing.assert_allclose(ours, reference, atol=2e-6)
@@ -90,7 +91,7 @@ def test_chunked_needs_a_fraction_of_the_reference_memory():
 def test_position_t_sees_nothing_after_it(monkeypatch, backend):
     monkeypatch.setattr(attention_module, "CHUNK", 4)
     q, k, v = random_qkv(11)
-    jacobian = jax.jacobian(lambda v: attention(q, k, v, backend=backend)[0, :, 0, 0])(v)  # [T, B, T, N, K]
+    jacobian = jax.jit(jax.jacobian(lambda v: attention(q, k, v, backend=backend)[0, :, 0, 0]))(v)  # [T, B, T, N, K]
     influence = np.abs(jacobian).sum(axis=(1, 3, 4))
     assert (np.triu(influence, 1) == 0).all() and (np.diag(influence) > 0).all()
 
@@ -108,7 +109,8 @@ def test_dropout_keeps_the_mean_and_is_refused_where_it_cannot_be():
     q, k, _ = random_qkv(5)
     v = jnp.ones((2, 5, 3, 5))
     keys = jax.random.split(jax.random.key(0), 2000)
-    dropped = jax.vmap(lambda key: attention(q, k, v, backend="reference", dropout=0.5, key=key))(keys)
+    drop = jax.vmap(lambda key: attention(q, k, v, backend="reference", dropout=0.5, key=key))
+    dropped = jax.jit(drop)(keys)
     assert float(dropped.std()) > 0.1
     np.testing.assert_allclose(dropped.mean(0), np.ones(v.shape), atol=0.1)
     with pytest.raises(UserError, match="'chunked' back end cannot.*reference"):

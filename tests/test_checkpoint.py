@@ -101,14 +101,9 @@ def test_a_palette_of_another_size_is_refused(tmp_path):
         igpt.load(tmp_path)
 
 
-def test_weights_start_another_run_and_must_fit(tmp_path):
+def test_weights_of_another_network_are_refused(tmp_path):
     config = run_directory(tmp_path)
-    theirs = saved(tmp_path, make_mesh(2, 2, 2))
-    _, abstract = abstract_state(TINY, optimizer(), make_mesh())
-    fresh = create_state(TINY, optimizer(), make_mesh(), seed=5)
-    started = checkpoint.start_from(str(tmp_path), config, fresh, abstract)
-    assert_equal(started.params, theirs.params)
-    assert_equal(started.opt_state, fresh.opt_state)
-    config.model.width = 32
-    with pytest.raises(UserError, match="another network: width is 16 there, 32 here"):
-        checkpoint.start_from(str(tmp_path), config, fresh, abstract)
+    checkpoint.check_same_network(str(tmp_path), config)
+    config.model.width, config.data.image_size = 32, (4, 4)
+    with pytest.raises(UserError, match="another network: seq_len is 64 there, 16 here; width is 16 there, 32 here"):
+        checkpoint.check_same_network(str(tmp_path), config)

@@ -218,6 +218,10 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
     tiny_config.train.steps = 3
     train.run(tiny_config, tmp_path / "second")
     assert losses(tmp_path / "second")[1] < 2.6 < losses(tmp_path / "first")[1]
+    tiny_config.model.width = 24
+    with pytest.raises(UserError, match="another network: width is 20 there, 24 here"):
+        train.run(tiny_config, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize(

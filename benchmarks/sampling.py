@@ -1,0 +1,85 @@
+"""Sampling on the CPU: ours, ours without the KV cache (as OpenAI's sampler works), and transformers' generate().
+
+pip install -e ".[bench]"
+python benchmarks/sampling.py --out=benchmarks/results/sampling_cpu.json
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from peer import transformers_model
+from report import median_seconds, write
+
+from igpt.model import ImageGPT, ModelConfig
+from igpt.sample import image_keys, sample_tokens
+
+MODELS = {
+    "digits, 8 x 8": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=17, seq_len=64),
+    "width 256, 16 x 16": ModelConfig(width=256, depth=6, num_heads=4, vocab_size=512, seq_len=256),
+}
+
+
+@jax.jit
+def without_cache(model: ImageGPT, keys: jax.Array) -> jax.Array:
+    """The same draws from the same distributions, each from a forward pass over all T positions."""
+
+    def step(tokens, position):
+        logits = model(tokens)[:, position]
+        position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+        return tokens.at[:, position].set(jax.vmap(jax.random.categorical)(position_keys, logits)), None
+
+    tokens = jnp.zeros((len(keys), model.config.seq_len), jnp.int32)
+    return jax.lax.scan(step, tokens, jnp.arange(model.config.seq_len))[0]
+
+
+def with_random_head(config: ModelConfig) -> ImageGPT:
+    """A head of zeros would make every draw uniform, and any cache look right."""
+    model = ImageGPT(config, nnx.Rngs(0))
+    model.head.kernel[...] = jax.random.normal(jax.random.key(1), model.head.kernel.shape) * 0.1
+    return model
+
+
+def measure(config: ModelConfig, batch_size: int, repeats: int) -> dict:
+    model, peer = with_random_head(config), transformers_model(config).eval()
+    keys, nothing = image_keys(0, batch_size), np.zeros((batch_size, 0), np.int32)
+    start = torch.full((batch_size, 1), config.vocab_size)
+
+    def generate():
+        with torch.no_grad():  # one token fewer than ours: its positions end before the last pixel's prediction
+            return peer.generate(start, max_length=config.seq_len, do_sample=True, top_k=0).numpy()
+
+    seconds = {
+        "ours": median_seconds(lambda: sample_tokens(model, nothing, keys), repeats),
+        "without_cache": median_seconds(lambda: without_cache(model, keys), repeats),
+        "transformers": median_seconds(generate, repeats),
+    }
+    agree = np.mean(np.asarray(sample_tokens(model, nothing, keys)) == np.asarray(without_cache(model, keys)))
+    return {
+        "images_per_s": {name: batch_size / time for name, time in seconds.items()},
+        "times_faster": {name: time / seconds["ours"] for name, time in seconds.items()},
+        "tokens_equal_without_cache": float(agree),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="the JSON to write")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    rows = []
+    for name, config in MODELS.items():
+        rows.append({"model": name, "tokens": config.seq_len} | measure(config, args.batch_size, args.repeats))
+        rates = ", ".join(f"{who} {rate:.1f}" for who, rate in rows[-1]["images_per_s"].items())
+        print(f"{name}: images/s {rates}; {rows[-1]['tokens_equal_without_cache']:.1%} of tokens equal", flush=True)
+    settings = {"batch_size": args.batch_size, "repeats": args.repeats}
+    write(args.out, {"what": "unconditional sampling, float32, medians"} | settings | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
