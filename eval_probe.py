@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -22,10 +21,6 @@ from igpt.errors import UserError
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
 from igpt.probe import check_labels, extract_features, fit_probe, raw_pixels
-
-CONFIG = configuration.define_flag()
-MODEL = flags.DEFINE_string("model", None, "A run directory.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where probe.json and probe.png go.")
 
 
 def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
@@ -64,7 +59,8 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         "pretrained": fit_layers(pretrained.model, "pretrained"),
     }
     results["metrics"] = {
-        f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"] for layer in results["pretrained"]["layers"]
+        f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"]
+        for layer in results["pretrained"]["layers"]
     }
     partial = workdir / "probe.json.partial"
     partial.write_text(json.dumps(results, indent=2) + "\n")
@@ -96,11 +92,11 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(config: ConfigDict) -> None:
-    results = run(config, MODEL.value, WORKDIR.value)
+def main(config: ConfigDict, model: str, workdir: str) -> None:
+    results = run(config, model, workdir)
     print(table(results))
-    print(f"wrote {WORKDIR.value}/probe.json and {WORKDIR.value}/probe.png")
+    print(f"wrote {workdir}/probe.json and {workdir}/probe.png")
 
 
 if __name__ == "__main__":
-    configuration.run_app(main, CONFIG, "config", "model", "workdir")
+    configuration.run_app(main, {"model": "A run directory.", "workdir": "Where probe.json and probe.png go."})

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -33,10 +32,6 @@ from igpt.palette import Palette
 from igpt.plots import image_grid
 from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
 from igpt.state import abstract_state, create_state, make_eval_step, make_train_step, next_pixel_loss
-
-CONFIG = configuration.define_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: config, palette, checkpoints, metrics, samples.")
-START_OVER = flags.DEFINE_bool("start_over", False, "Set an earlier run in --workdir aside (renamed) and begin anew.")
 
 
 def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
@@ -252,11 +247,15 @@ def farewell(workdir, train: ConfigDict, evaluation: dict, seconds: float, first
     )
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, workdir: str, start_over: bool) -> None:
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    run(config, WORKDIR.value, START_OVER.value)
+    run(config, workdir, start_over)
 
 
 if __name__ == "__main__":
-    configuration.run_app(main, CONFIG, "config", "workdir")
+    configuration.run_app(
+        main,
+        required={"workdir": "Where the run lives: config, palette, checkpoints, metrics, samples."},
+        switches={"start_over": "Set an earlier run in --workdir aside (renamed, not deleted) and begin anew."},
+    )

@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     data.source = "digits"  # digits | npz:PATH
     data.image_size = (8, 8)  # height, width of the images
     data.channels = 1  # 1 grey, 3 colour; bits per dimension are counted over height x width x channels
-    data.validation_fraction = 0.1
-    data.test_fraction = 0.2
+    data.validation_fraction = 0.1  # of the images, held out for eval/loss
+    data.test_fraction = 0.2  # held out for probes
     data.split_seed = 0  # apart from config.seed, so that runs with other seeds share their splits
     data.pad = 0  # pixels of padding before a random crop of the original size
     data.pad_mode = "constant"  # constant (black) | edge | reflect
@@ -34,11 +34,11 @@ def get_config() -> ConfigDict:
     model.depth = 24  # L
     model.num_heads = 8  # N
     model.mlp_width = 0  # F; 0: 4 x width
-    model.use_bias = False
-    model.embedding_dropout = 0.0
-    model.residual_dropout = 0.0
+    model.use_bias = False  # in every linear layer but the head; the paper has none
+    model.embedding_dropout = 0.0  # of token plus position vectors; the paper has no dropout
+    model.residual_dropout = 0.0  # of what each half of a block adds
     model.attention_dropout = 0.0  # needs attention = "reference"
-    model.norm_epsilon = 1e-5
+    model.norm_epsilon = 1e-5  # under the root of the norm
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
     model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in bfloat16, else chunked
     model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
@@ -46,29 +46,29 @@ def get_config() -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 3e-3  # the peak: linear warm-up, then the schedule
-    optim.warmup_steps = 0
+    optim.warmup_steps = 0  # linear, from almost zero
     optim.schedule = "cosine"  # cosine (to zero at the last step) | constant
-    optim.b1 = 0.9
+    optim.b1 = 0.9  # Adam's decay of the mean
     optim.b2 = 0.95  # 0.999 spiked in the paper (section 3.3)
-    optim.eps = 1e-8
+    optim.eps = 1e-8  # Adam's; not stated in the paper
     optim.weight_decay = 0.0  # on kernels only, decoupled
     optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
 
     config.train = train = ConfigDict()
-    train.steps = 1_000_000
+    train.steps = 1_000_000  # updates in all
     train.batch_size = 128  # over all devices and accumulation steps
     train.accumulate = 1  # micro-batches a step, one after the other
-    train.log_every = 10
-    train.eval_every = 1000
-    train.eval_batch_size = 128
-    train.sample_every = 1000
+    train.log_every = 10  # steps between records in metrics.jsonl
+    train.eval_every = 1000  # steps between evaluations on the validation split
+    train.eval_batch_size = 128  # images at a time in evaluation
+    train.sample_every = 1000  # steps between grids in samples/
     train.num_samples = 16  # images in the grid; 0: no grids
-    train.checkpoint_every = 1000
+    train.checkpoint_every = 1000  # steps between checkpoints
     train.max_to_keep = 2  # newest checkpoints kept
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # -1: all devices that the other two leave
-    mesh.fsdp = 1
-    mesh.tensor = 1
+    mesh.fsdp = 1  # splits the batch, the parameters and Adam's moments
+    mesh.tensor = 1  # splits heads and mlp channels
     mesh.cpu_devices = 0  # on a machine without accelerator: how many devices to make of its cores; 0: one
     return config

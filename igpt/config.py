@@ -30,35 +30,51 @@ FREE_ON_RESUME = (
 )
 
 
-def define_flag(default: str | None = None):
-    """The --config flag: a Python file with get_config(), whose every field --config.a.b=value overrides."""
-    return config_flags.DEFINE_config_file(
-        "config", default, "Python file with the configuration; --config.a.b=value overrides a field.", lock_config=True
-    )
+def run_app(main, required: dict[str, str], switches: dict[str, str] | None = None) -> None:
+    """Runs a script: parses its flags and calls `main(config, **flags)`.
 
-
-def run_app(main, config_flag, *required: str) -> None:
-    """Parses a script's flags and calls `main(config)`. A user's mistake ends in one message and exit code 2."""
+    `required` and `switches` are the script's own string and boolean flags with their help; --config, a Python file
+    with get_config(), comes on top. A user's mistake ends in one message and exit code 2.
+    """
+    switches = switches or {}
+    config_help = "Python file with get_config(); --config.a.b=value sets a field."
+    config_flag = config_flags.DEFINE_config_file("config", None, config_help, lock_config=True)
+    for name, text in required.items():
+        flags.DEFINE_string(name, None, text)
+    for name, text in switches.items():
+        flags.DEFINE_bool(name, False, text)
     if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
-        print(sys.modules["__main__"].__doc__.strip(), "\n\nFlags:", flags.FLAGS.main_module_help().split(":", 1)[1])
+        texts = {"config": config_help} | required | switches
+        print(
+            sys.modules["__main__"].__doc__.strip(),
+            "\n\nFlags:",
+            *(f"\n  --{name:<12}{text}" for name, text in texts.items()),
+        )
         return
     with reported():
-        try:
-            stray = flags.FLAGS(sys.argv)[1:]
-            config = config_flag.value
-            if config is not None and not isinstance(config, ConfigDict):
-                config.seed  # noqa: B018 - a config file that failed to load raises its own error when it is read
-        except FileNotFoundError as error:
-            raise UserError(f"there is no config file {error.filename or error}; see configs/") from None
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-            message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
-            raise UserError(f"{message} (every field and its default: configs/base.py; the flags: --help)") from None
-        if stray:
-            raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
-        for name in required:
+        config = _parse(config_flag)
+        values = {name: flags.FLAGS[name].value for name in (*required, *switches)}
+        for name in ("config", *required):
             if not flags.FLAGS[name].value:
                 raise UserError(f"--{name} is missing; see --help for an example")
-        main(config)
+        main(config, **values)
+
+
+def _parse(config_flag) -> ConfigDict:
+    """Reads the command line; whatever absl and ml_collections raise becomes a UserError."""
+    try:
+        stray = flags.FLAGS(sys.argv)[1:]
+        config = config_flag.value
+        if config is not None and not isinstance(config, ConfigDict):
+            config.seed  # noqa: B018 - a config file that failed to load raises its own error when it is read
+    except OSError as error:  # its message says which file was looked for, on its own last line
+        raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+        raise UserError(f"{message} (every field and its default: configs/base.py; the flags: --help)") from None
+    if stray:
+        raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
+    return config
 
 
 def check(config: ConfigDict) -> None:

@@ -90,7 +90,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "train/loss": value,
-            "train/grad_norm": optax.global_norm(grads),
+            "train/grad_norm": optax.tree.norm(grads),
             "train/learning_rate": jnp.asarray(schedule(state.step)),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,18 @@ features_of = jax.jit(lambda model, tokens: model.features(tokens))
 TINY = ModelConfig(width=14, depth=3, num_heads=2, vocab_size=11, seq_len=13, mlp_width=17)
 
 
-def random_model(config=TINY, seed=0):
+@functools.cache
+def random_model(config=TINY):
     """A model whose every parameter, the zero head and biases too, is random."""
-    graph, state = nnx.split(ImageGPT(config, nnx.Rngs(seed)))
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+
+    def noisy(key):
+        leaves, tree = jax.tree.flatten(nnx.state(ImageGPT(config, nnx.Rngs(0))))
+        keys = jax.random.split(key, len(leaves))
+        noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, jax.tree.map(jnp.add, leaves, noise))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
+    return nnx.merge(graph, jax.jit(noisy)(jax.random.key(100)))
 
 
 def with_config(model, **changes):

@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from igpt.sharding import make_mesh, to_devices
 from igpt.state import abstract_state, create_state, make_eval_step, make_train_step, next_pixel_loss
 
 GOLDEN = Path(__file__).parent / "golden" / "train_steps.json"
-TINY = dict(width=24, depth=3, num_heads=4, vocab_size=11, seq_len=13, mlp_width=28)
+TINY = dict(width=24, depth=2, num_heads=4, vocab_size=11, seq_len=13, mlp_width=28)
 
 
 def batch_of(step, size=16):
     return {"tokens": np.random.default_rng(step).integers(0, 11, (size, 13)).astype(np.int32)}
 
 
+@functools.cache  # several tests compare with the same runs
 def train(mesh, steps=4, accumulate=1, seed=0, **changes):
     """Losses, gradient norms and the last state of a few updates on one fixed stream of batches."""
     config = ModelConfig(**TINY | changes)

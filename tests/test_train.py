@@ -81,8 +81,8 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
 def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path):
     """Real processes, a real SIGKILL, two devices."""
     command = [
-        sys.executable, "train.py", "--config=configs/digits.py", "--config.train.steps=40",
-        "--config.optim.warmup_steps=5", "--config.train.checkpoint_every=10", "--config.train.eval_every=20",
+        sys.executable, "train.py", "--config=configs/digits.py", "--config.train.steps=120",
+        "--config.optim.warmup_steps=5", "--config.train.checkpoint_every=10", "--config.train.eval_every=30",
         "--config.train.num_samples=0", "--config.train.log_every=1", "--config.model.width=24",
         "--config.model.depth=2", "--config.model.num_heads=2", "--config.model.residual_dropout=0.1",
     ]  # fmt: skip
@@ -101,19 +101,19 @@ def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends
     uninterrupted, process = start(whole), start(killed)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (killed / "metrics.jsonl").exists() and max(losses(killed), default=0) >= 13:
+        if any(path.name.isdigit() for path in killed.glob("checkpoints/*")):  # one is finished
             break
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 13 <= max(losses(killed)) < 40
+    assert 10 <= max(losses(killed)) < 120
     output = uninterrupted.communicate(timeout=120)[0]
     assert uninterrupted.returncode == 0, output.decode()
     again = start(killed)
     output = again.communicate(timeout=120)[0].decode()
     assert again.returncode == 0, output
     assert "resumed after step " in output
-    assert_bitwise_equal(final_arrays(whole, 40), final_arrays(killed, 40))
+    assert_bitwise_equal(final_arrays(whole, 120), final_arrays(killed, 120))
     assert losses(killed) == losses(whole)
 
 
@@ -188,7 +188,7 @@ def test_another_run_is_left_alone_until_the_user_says_so(tiny_config, tmp_path)
         ({"train.batch_size": 12}, "batch_size 12 does not divide into 8"),
         ({"mesh.fsdp": 3}, "mesh .* devices, but there are 8"),
         ({"palette.colors": 512}, "only 17 different colours; set palette.colors=17"),
-        ({"data.image_size": (28, 28)}, r"images of 8 x 8 .* image_size='\(8,8\)'"),
+        ({"data.image_size": (28, 28)}, r"images of 8 x 8 .* --config\.data\.image_size='\(8,8\)'"),
         ({"data.channels": 3}, "data.channels=1"),
         ({"model.attention": "cudnn"}, "needs an NVIDIA GPU"),
         ({"data.source": "npz:absent.npz"}, "no file absent.npz"),
@@ -217,7 +217,7 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
     tiny_config.init_from = str(tmp_path / "first")
     tiny_config.train.steps = 3
     train.run(tiny_config, tmp_path / "second")
-    assert losses(tmp_path / "second")[1] < 2.6 < losses(tmp_path / "first")[1]
+    assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1] - 0.1
     tiny_config.model.width = 24
     with pytest.raises(UserError, match="another network: width is 20 there, 24 here"):
         train.run(tiny_config, tmp_path / "third")
@@ -230,7 +230,7 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
         (["--config=configs/digits.py", "--workdir=RUN", "--config.model.widht=3"], 'Did you mean "width"'),
         (["--config=configs/digits.py", "--workdir=RUN", "--config.model.width=wide"], "model.width=wide"),
         (["--config=configs/digits.py", "--workdir=RUN", "--config.train.steps=2.5"], "train.steps=2.5"),
-        (["--config=configs/absent.py", "--workdir=RUN"], "no config file"),
+        (["--config=configs/absent.py", "--workdir=RUN"], "No such file or directory: 'configs/absent.py'"),
         (["--config=configs/digits.py"], "--workdir is missing"),
         (["--workdir=RUN"], "--config is missing"),
         (["--config=configs/digits.py", "--workdir=RUN", "stray"], "'stray' is not a flag"),
