@@ -4,8 +4,8 @@ Layout: q, k, v are [B, T, N, K]. Scores are q.k / sqrt(K), their softmax is tak
 causal mask position t attends to positions 0..t (Chen et al. 2020, section 2.2; OpenAI's src/model.py, `attn`).
 
 - `reference`: all T x T scores at once. The one to read, and the one the others are tested against.
-- `chunked`: a block of queries at a time against the keys it may see, so that blocks above the diagonal are never
-  computed and no more than one block of scores is ever held; the backward pass recomputes them.
+- `chunked`: block by block with a running softmax, so that blocks above the diagonal are never computed and memory
+  grows with T, not T x T; the backward pass computes the scores again.
 - `cudnn`: NVIDIA's fused kernel, for bfloat16 on GPUs.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn")
-CHUNK = 128  # queries a block; see benchmarks/attention.py
+CHUNK = 128  # queries and keys a block; see benchmarks/attention.py
 
 
 def resolve_backend(name: str, platform: str, dtype: str) -> str:
@@ -58,24 +58,25 @@ def attention(
     """Softmax attention by the named back end. `dropout` on the attention weights needs `reference` and a key."""
     if key is not None and dropout > 0.0:
         check_dropout(backend, dropout)
-        return _attend(q, k, v, first_query=0, causal=causal, dropout=dropout, key=key)
+        return _attend(q, k, v, causal, dropout, key)
     match backend:
         case "reference":
-            return _attend(q, k, v, first_query=0, causal=causal)
-        case "chunked":
+            return _attend(q, k, v, causal)
+        case "chunked" if q.shape[1] > CHUNK:
             return _chunked(q, k, v, causal)
+        case "chunked":  # a single block: nothing to skip and nothing to save
+            return _attend(q, k, v, causal)
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     raise UserError(f"unknown attention back end {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
-def _attend(q, k, v, *, first_query, causal, dropout=0.0, key=None):
-    """Attention of queries first_query, first_query + 1, ... to all given keys."""
+def _attend(q, k, v, causal, dropout=0.0, key=None):
     # Scores and softmax in float32: in bfloat16 two weights that differ by less than 0.4 % would be one.
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     if causal:
-        query = first_query + jnp.arange(q.shape[1])[:, None]
-        scores = jnp.where(jnp.arange(k.shape[1]) <= query, scores, jnp.finfo(jnp.float32).min)
+        position = jnp.arange(q.shape[1])
+        scores = jnp.where(position <= position[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if key is not None:
         weights = jnp.where(jax.random.bernoulli(key, 1.0 - dropout, weights.shape), weights / (1.0 - dropout), 0.0)
@@ -83,17 +84,92 @@ def _attend(q, k, v, *, first_query, causal, dropout=0.0, key=None):
     return jnp.einsum("bnts,bsnk->btnk", weights.astype(v.dtype), v)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _chunked(q, k, v, causal):
-    length = q.shape[1]
-    if length <= CHUNK:  # a single block: nothing to skip, and too small for recomputation to save memory
-        return _attend(q, k, v, first_query=0, causal=causal)
-    blocks = []
-    for start in range(0, length, CHUNK):
-        stop = min(start + CHUNK, length)
-        visible = stop if causal else length
-        block = jax.checkpoint(functools.partial(_attend, first_query=start, causal=causal))
-        blocks.append(block(q[:, start:stop], k[:, :visible], v[:, :visible]))
-    return jnp.concatenate(blocks, axis=1)
+    """Softmax attention by blocks of CHUNK queries and CHUNK keys, with a running softmax (Dao et al. 2022, 2023)."""
+    return _chunked_forward(q, k, v, causal)[0]
+
+
+def _chunked_forward(q, k, v, causal):
+    q_blocks, k_blocks, v_blocks = map(_blocks, (q, k, v))
+
+    def step(carry, pair):
+        out, peak, total = carry  # unnormalised output, largest score and sum of exponentials of each query so far
+        i, j = pair
+        scores = _block_scores(q_blocks[i], k_blocks[j], i, j, q.shape[1], causal)
+        new_peak = jnp.maximum(peak[i], scores.max(axis=-1))
+        shrink = jnp.exp(peak[i] - new_peak)
+        weights = jnp.exp(scores - new_peak[..., None])
+        mixed = jnp.einsum("bnts,bsnk->btnk", weights.astype(v.dtype), v_blocks[j], preferred_element_type=jnp.float32)
+        out = out.at[i].set(out[i] * _per_query(shrink) + mixed)
+        total = total.at[i].set(total[i] * shrink + weights.sum(axis=-1))
+        return (out, peak.at[i].set(new_peak), total), None
+
+    count, batch, size, heads, _ = q_blocks.shape
+    per_query = jnp.zeros((count, batch, heads, size), jnp.float32)
+    start = (jnp.zeros(q_blocks.shape, jnp.float32), per_query + jnp.finfo(jnp.float32).min, per_query)
+    (out, peak, total), _ = jax.lax.scan(step, start, _block_pairs(count, causal))
+    out = _unblock(out / jax.vmap(_per_query)(total), q.shape[1]).astype(v.dtype)
+    return out, (q, k, v, out, peak + jnp.log(total))
+
+
+def _chunked_backward(causal, residuals, d_out):
+    q, k, v, out, log_total = residuals
+    q_blocks, k_blocks, v_blocks, d_out_blocks = map(_blocks, (q, k, v, d_out))
+    # How far each query's output already points along its gradient: what the softmax takes off every weight.
+    along = _blocks(jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True))[..., 0].swapaxes(2, 3)
+
+    def step(carry, pair):
+        d_q, d_k, d_v = carry
+        i, j = pair
+        weights = jnp.exp(_block_scores(q_blocks[i], k_blocks[j], i, j, q.shape[1], causal) - log_total[i][..., None])
+        d_weights = jnp.einsum("btnk,bsnk->bnts", d_out_blocks[i], v_blocks[j], preferred_element_type=jnp.float32)
+        d_scores = weights * (d_weights - along[i][..., None]) / jnp.sqrt(q.shape[-1])
+        weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+        d_q = d_q.at[i].add(jnp.einsum("bnts,bsnk->btnk", d_scores, k_blocks[j], preferred_element_type=jnp.float32))
+        d_k = d_k.at[j].add(jnp.einsum("bnts,btnk->bsnk", d_scores, q_blocks[i], preferred_element_type=jnp.float32))
+        d_v = d_v.at[j].add(jnp.einsum("bnts,btnk->bsnk", weights, d_out_blocks[i], preferred_element_type=jnp.float32))
+        return (d_q, d_k, d_v), None
+
+    zeros = jnp.zeros(q_blocks.shape, jnp.float32)
+    gradients, _ = jax.lax.scan(step, (zeros, zeros, zeros), _block_pairs(len(q_blocks), causal))
+    return tuple(_unblock(gradient, q.shape[1]).astype(q.dtype) for gradient in gradients)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _block_pairs(count: int, causal: bool) -> tuple[Array, Array]:
+    """(query block, key block) of all blocks that any query may see: the lower triangle under a causal mask."""
+    pairs = [(i, j) for i in range(count) for j in range(i + 1 if causal else count)]
+    queries, keys = zip(*pairs, strict=True)
+    return jnp.array(queries), jnp.array(keys)
+
+
+def _block_scores(q, k, i, j, length, causal):
+    """Float32 scores of query block i against key block j; the last block's padding and later keys are masked."""
+    scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
+    query, key = i * CHUNK + jnp.arange(CHUNK)[:, None], j * CHUNK + jnp.arange(CHUNK)
+    visible = (key <= query) & (key < length) if causal else key < length
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+
+def _blocks(x):
+    """[B, T, N, K] -> [T / CHUNK, B, CHUNK, N, K], padded with zeros to whole blocks."""
+    batch, length, heads, size = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
+    return x.reshape(batch, -1, CHUNK, heads, size).swapaxes(0, 1)
+
+
+def _unblock(blocks, length):
+    """The inverse of `_blocks`."""
+    count, batch, size, heads, width = blocks.shape
+    return blocks.swapaxes(0, 1).reshape(batch, count * size, heads, width)[:, :length]
+
+
+def _per_query(x):
+    """[B, N, T] -> [B, T, N, 1], to scale the rows of an output."""
+    return x.swapaxes(1, 2)[..., None]
 
 
 def attend_to_cache(

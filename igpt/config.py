@@ -44,12 +44,9 @@ def run_app(main, required: dict[str, str], switches: dict[str, str] | None = No
     for name, text in switches.items():
         flags.DEFINE_bool(name, False, text)
     if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
-        texts = {"config": config_help} | required | switches
-        print(
-            sys.modules["__main__"].__doc__.strip(),
-            "\n\nFlags:",
-            *(f"\n  --{name:<12}{text}" for name, text in texts.items()),
-        )
+        print(sys.modules["__main__"].__doc__.strip() + "\n\nFlags:")
+        for name, text in ({"config": config_help} | required | switches).items():
+            print(f"  --{name:<12}{text}")
         return
     with reported():
         config = _parse(config_flag)
