@@ -36,7 +36,7 @@ def main() -> None:
     print(f"{'shape [B, T, N, K]':<26}{'back end':<16}{'median ms':>10}{'ratio':>8}{'MiB':>8}{'ratio':>8}")
     for preset, shape in SHAPES.items():
         reference = None
-        for backend, chunk in (("reference", 0), ("chunked", 64), ("chunked", 128), ("chunked", 256)):
+        for backend, chunk in (("reference", 0), ("chunked", 128), ("chunked", 256), ("chunked", 512)):
             attention_module.CHUNK = chunk or attention_module.CHUNK
             seconds, size = measure(backend, shape, args.repeats)
             reference = reference or (seconds, size)

@@ -19,7 +19,7 @@ from igpt.sample import image_keys, sample_tokens
 
 MODELS = {
     "digits, 8 x 8": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=17, seq_len=64),
-    "width 256, 16 x 16": ModelConfig(width=256, depth=6, num_heads=4, vocab_size=512, seq_len=256),
+    "width 128, 16 x 16": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=512, seq_len=256),
 }
 
 
@@ -68,8 +68,8 @@ def measure(config: ModelConfig, batch_size: int, repeats: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
     rows = []

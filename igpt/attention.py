@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn")
-CHUNK = 128  # queries and keys a block; see benchmarks/attention.py
+CHUNK = 256  # queries and keys a block; see benchmarks/attention.py
 
 
 def resolve_backend(name: str, platform: str, dtype: str) -> str:

@@ -21,11 +21,11 @@ def batch_of(step, size=16):
 
 
 @functools.cache  # several tests compare with the same runs
-def train(mesh, steps=4, accumulate=1, seed=0, **changes):
+def train(mesh, steps=4, accumulate=1, seed=0, learning_rate=1e-2, one_batch=False, **changes):
     """Losses, gradient norms and the last state of a few updates on one fixed stream of batches."""
     config = ModelConfig(**TINY | changes)
     optim = base.get_config().optim
-    optim.update(learning_rate=1e-2, clip_norm=1.0)
+    optim.update(learning_rate=learning_rate, clip_norm=1.0)
     optimizer, schedule = make_optimizer(optim, steps=10)
     graph, abstract = abstract_state(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed)
@@ -34,7 +34,7 @@ def train(mesh, steps=4, accumulate=1, seed=0, **changes):
     history = []
     with jax.set_mesh(mesh):
         for index in range(steps):
-            state, metrics = step(state, to_devices(batch_of(index), 16, mesh))
+            state, metrics = step(state, to_devices(batch_of(0 if one_batch else index), 16, mesh))
             history.append([float(metrics["train/loss"]), float(metrics["train/grad_norm"])])
     return np.array(history), state
 
@@ -58,6 +58,14 @@ def test_dropout_is_the_same_on_any_mesh():
     plain, _ = train(one_device())
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert np.abs(alone[1:] - plain[1:]).max() > 1e-3
+
+
+def test_dropout_differs_from_step_to_step():
+    still = dict(learning_rate=1e-30, one_batch=True, steps=2)
+    (_, first), (_, second) = train(one_device(), **still)[0]
+    assert first == second
+    (_, first), (_, second) = train(one_device(), residual_dropout=0.2, **still)[0]
+    assert abs(first - second) > 1e-4
 
 
 def test_accumulated_micro_batches_are_one_batch():
