@@ -72,10 +72,10 @@ def main() -> None:
         tokens = np.random.default_rng(0).integers(0, config.palette.colors, (batch_size, 64)).astype(np.int32)
         seconds = {"ours": ours(config, tokens, args.repeats), "transformers": theirs(config, tokens, args.repeats)}
         ratio = seconds["transformers"] / seconds["ours"]
-        rows.append({"batch_size": batch_size, "seconds": seconds, "times_faster": ratio})
+        rows.append({"batch_size": batch_size, "seconds": seconds, "speed_ratio": ratio})
         print(
             f"batch {batch_size}: ours {batch_size / seconds['ours']:.0f} images/s, "
-            f"transformers {batch_size / seconds['transformers']:.0f} images/s, {ratio:.2f} times faster",
+            f"transformers {batch_size / seconds['transformers']:.0f} images/s, {ratio:.2f} times as fast",
             flush=True,
         )
     model = {name: config.model[name] for name in ("width", "depth", "num_heads")}

@@ -11,6 +11,17 @@ def get_config() -> ConfigDict:
     config.seed = 1  # of the untrained baseline; not the training seed, so that its start is another
     config.step = 0  # checkpoint to probe; 0: the newest
     config.batch_size = 60  # images a forward pass
-    config.strengths = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the L2 penalty, as 1 / C; chosen on the validation split
+    config.strengths = (
+        0.01,
+        0.03,
+        0.1,
+        0.3,
+        1.0,
+        3.0,
+        10.0,
+        30.0,
+        100.0,
+        300.0,
+    )  # C = 1 / L2 penalty; chosen on validation
     config.max_iter = 1000  # of L-BFGS
     return config
