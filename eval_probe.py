@@ -2,8 +2,8 @@
 
     python eval_probe.py --config=configs/probe_digits.py --model=runs/digits --workdir=runs/digits/probe
 
-Prints accuracy by layer beside two baselines fitted in the same way: the raw pixels, and the same network before
-training. Writes probe.json and probe.png to --workdir.
+Prints accuracy by layer beside two baselines fitted in the same way: the raw pixels, and an untrained network of
+the same shape. Writes probe.json and probe.png to --workdir.
 """
 
 import json
@@ -25,8 +25,8 @@ from igpt.probe import check_labels, extract_features, fit_probe, raw_pixels
 
 def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
     """Probes every layer of the model `ref` and returns the results that are written to workdir/probe.json."""
-    workdir = Path(workdir)
     check(config)
+    workdir = Path(workdir)
     pretrained = checkpoint.load(ref, config.step or None)
     source = data.open_source(pretrained.config.data)
     splits = [source.train, source.validation, source.test]
@@ -38,7 +38,7 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
 
     def fit(features: list[np.ndarray]) -> dict:
-        return fit_probe(features, labels, config.strengths, config.max_iter)
+        return fit_probe(features, labels, config.inverse_penalties, config.max_iter)
 
     def fit_layers(model: ImageGPT, title: str) -> dict:
         features = [extract_features(model, split, pretrained.palette, config.batch_size) for split in splits]
@@ -54,6 +54,7 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         "step": pretrained.step,
         "source": source.name,
         "images": dict(zip(("train", "validation", "test"), map(len, splits), strict=True)),
+        "inverse_penalties": list(config.inverse_penalties),
         "raw_pixels": fit([raw_pixels(split, source.channels) for split in splits]),
         "random_init": fit_layers(untrained, "random initialisation"),
         "pretrained": fit_layers(pretrained.model, "pretrained"),
@@ -70,11 +71,16 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
 
 
 def check(config: ConfigDict) -> None:
+    if missing := [
+        name for name in ("seed", "step", "batch_size", "inverse_penalties", "max_iter") if name not in config
+    ]:
+        raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see configs/probe_digits.py")
     for name in ("batch_size", "max_iter"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}; it must be at least 1")
-    if not config.strengths or min(config.strengths) <= 0:
-        raise UserError(f"strengths is {config.strengths}; give one or more positive values of C, such as '(0.1,1.0)'")
+    penalties = config.inverse_penalties
+    if not penalties or min(penalties) <= 0:
+        raise UserError(f"inverse_penalties is {penalties}; give one or more positive values of C, such as '(0.1,1.0)'")
 
 
 def table(results: dict) -> str:

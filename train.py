@@ -1,7 +1,7 @@
 """Pretrain an Image GPT.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
-    python train.py --config=configs/digits.py --workdir=runs/short --config.train.steps=100
+    python train.py --config=configs/digits.py --workdir=runs/short --config.train.steps=50
     python train.py --config=configs/digits.py --workdir=runs/mine --config.data.source=npz:images.npz \\
         --config.data.image_size="(28,28)" --config.palette.colors=256
 
@@ -10,6 +10,7 @@ Run it again with the same --workdir and it goes on where it stopped. configs/ba
 
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 
@@ -35,8 +36,11 @@ from igpt.state import abstract_state, create_state, make_eval_step, make_train_
 
 
 def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
-    """Trains to config.train.steps and returns the last evaluation's metrics. Raises UserError before any harm."""
-    workdir = Path(workdir)
+    """Trains to config.train.steps and returns the last evaluation's metrics (none if it had already finished).
+
+    Raises UserError before anything is written, NonFiniteError when training diverges.
+    """
+    workdir = check_workdir(workdir)
     configuration.check(config)
     resuming = (workdir / "config.json").exists() and not start_over
     if resuming:
@@ -60,8 +64,6 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     # Everything about the state but its values: shapes, shardings, the compiled steps to be.
     model_config = configuration.model_config(config)
     check_dropout(model_config.attention, model_config.attention_dropout)
-    if config.init_from:
-        checkpoint.check_same_network(config.init_from, config)
     optimizer, schedule = make_optimizer(config.optim, train.steps)
     graph, abstract = abstract_state(model_config, optimizer, mesh)
     train_step = make_train_step(
@@ -74,26 +76,29 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     )
     eval_step = make_eval_step(next_pixel_loss(graph))
 
+    # Where the values come from: 1. this run's newest checkpoint; 2. config.init_from; 3. a fresh start.
+    first_step = max(checkpoint.finished_steps(workdir), default=0) if resuming else 0
+    origin = f"resumed after step {first_step}" if first_step else "fresh"
+    starting_params = None
+    if config.init_from and not first_step:
+        checkpoint.check_same_network(config.init_from, config)
+        starting_params, _ = checkpoint.restore_params(Path(config.init_from), abstract.params)
+        origin = f"weights of {config.init_from}"
+
     # From here on the run writes.
     if start_over:
         set_aside(workdir)
-    make_workdir(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         configuration.save(config, workdir)
         palette.save(workdir / "palette.npy")
     checkpoints = checkpoint.open_checkpoints(workdir, train.max_to_keep)
-
-    # The values, from the first of: 1. this run's newest checkpoint; 2. config.init_from; 3. a fresh start.
-    if (first_step := checkpoints.latest_step() or 0) > 0:
+    if first_step:
         state = checkpoint.restore(checkpoints, abstract, first_step)
-        origin = f"resumed after step {first_step}"
     else:
         state = create_state(model_config, optimizer, mesh, config.seed)
-        origin = "fresh"
-        if config.init_from:
-            params, _ = checkpoint.restore_params(Path(config.init_from), abstract.params)
-            state = dataclasses.replace(state, params=params)
-            origin = f"weights of {config.init_from}"
+        if starting_params is not None:
+            state = dataclasses.replace(state, params=starting_params)
     describe(workdir, origin, model_config, state, mesh, source, palette)
 
     writer = Writer(workdir, first_step)
@@ -138,8 +143,6 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                     continue
                 report(*waiting)  # nothing is evaluated, shown or kept before it is known to be finite
                 waiting = None
-                if saving:
-                    checkpoint.save(checkpoints, state, step)
                 if evaluating:
                     batches_once = data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows)
                     loss = evaluate(eval_step, state.params, batches_once, train.eval_batch_size, mesh)
@@ -152,6 +155,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                     pretrained = Pretrained(config, model, palette)
                     images = sample.sample_images(pretrained, train.num_samples, config.seed)
                     writer.write_samples(step, image_grid(images))
+                if saving:  # last: a run that resumes from here has nothing of this step left to do
+                    checkpoint.save(checkpoints, state, step)
                 speed.restart(step)
     finally:
         bar.close()
@@ -162,9 +167,20 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     return evaluation
 
 
+def check_workdir(workdir: str | Path) -> Path:
+    """The workdir as a path that this run can write to, or UserError."""
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir} is a bucket; for now a run directory has to be a local or mounted path")
+    workdir = Path(workdir).absolute()
+    nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
+    return workdir
+
+
 def set_aside(workdir: Path) -> None:
     """Renames an earlier run to WORKDIR.old-N, so that starting over loses nothing."""
-    if not (workdir / "config.json").exists():
+    if not (workdir.is_dir() and any(workdir.iterdir())):
         return
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
@@ -172,13 +188,6 @@ def set_aside(workdir: Path) -> None:
     if jax.process_index() == 0:
         workdir.rename(aside)
         print(f"set the earlier run aside as {aside}")
-
-
-def make_workdir(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
 
 
 def find_palette(config: ConfigDict, resumed: Path | None, source: data.Source) -> Palette:
@@ -201,7 +210,7 @@ def describe(workdir, origin, model: ModelConfig, state, mesh, source: data.Sour
     if jax.process_index() != 0:
         return
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    tokens = palette.encode(source.train.images).reshape(len(source.train), -1)
+    tokens = palette.encode(source.train.images[:10_000])  # enough for each pixel's histogram
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run      {workdir} ({origin})\n"
@@ -209,7 +218,7 @@ def describe(workdir, origin, model: ModelConfig, state, mesh, source: data.Sour
         f"{len(source.test)} for test\n"
         f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
         f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: "
-        f"{marginal_entropy(tokens, model.vocab_size):.4f}\n"
+        f"{marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size):.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
         f"{count:,} parameters\n"
         f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
@@ -248,6 +257,7 @@ def farewell(workdir, train: ConfigDict, evaluation: dict, seconds: float, first
 
 
 def main(config: ConfigDict, workdir: str, start_over: bool) -> None:
+    configuration.check(config)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     run(config, workdir, start_over)

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 3e-3  # the peak: linear warm-up, then the schedule
-    optim.warmup_steps = 0  # linear, from almost zero
+    optim.warmup_steps = 0  # linear, from almost zero; at most half of the steps
     optim.schedule = "cosine"  # cosine (to zero at the last step) | constant
     optim.b1 = 0.9  # Adam's decay of the mean
     optim.b2 = 0.95  # 0.999 spiked in the paper (section 3.3)

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 3000
     config.train.batch_size = 16
     config.train.eval_every = 500
-    config.train.eval_batch_size = 60
+    config.train.eval_batch_size = 64
     config.train.sample_every = 1000
     config.train.num_samples = 36
     config.train.checkpoint_every = 500

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config.seed = 1  # of the untrained baseline; not the training seed, so that its start is another
     config.step = 0  # checkpoint to probe; 0: the newest
     config.batch_size = 60  # images a forward pass
-    config.strengths = (
+    config.inverse_penalties = (
         0.01,
         0.03,
         0.1,

@@ -21,17 +21,19 @@ BACKENDS = ("reference", "chunked", "cudnn")
 CHUNK = 256  # queries and keys a block; see benchmarks/attention.py
 
 
-def resolve_backend(name: str, platform: str, dtype: str) -> str:
-    """The back end that `name` ("auto" or one of BACKENDS) means on `platform`; an impossible one is an error."""
-    cudnn_can = platform == "gpu" and dtype == "bfloat16"
+def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int) -> str:
+    """The back end that `name` ("auto" or one of BACKENDS) means on `device`; an impossible one is an error."""
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0" with CUDA, "gfx90a" with ROCm, absent elsewhere
+    ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
+    cudnn_can = device.platform == "gpu" and ampere and dtype == "bfloat16" and head_size % 8 == 0 and head_size <= 128
     if name == "auto":
         return "cudnn" if cudnn_can else "chunked"
     if name not in BACKENDS:
         raise UserError(f"model.attention is {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     if name == "cudnn" and not cudnn_can:
         raise UserError(
-            f"model.attention='cudnn' needs an NVIDIA GPU and bfloat16, but this is {platform} with {dtype}; "
-            "use 'auto', 'chunked' or 'reference'"
+            "model.attention='cudnn' needs an NVIDIA GPU from Ampere on, bfloat16 and a head size that is a "
+            f"multiple of 8 up to 128; this is {device.device_kind}, {dtype} and {head_size}. Use 'auto'"
         )
     return name
 

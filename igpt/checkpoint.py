@@ -38,6 +38,19 @@ def open_checkpoints(workdir: Path, max_to_keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options)
 
 
+def finished_steps(workdir: Path) -> list[int]:
+    """The steps of a run's finished checkpoints, oldest first; reads only."""
+    if not (workdir / FOLDER).is_dir():
+        return []
+    with _reader(workdir) as checkpoints:
+        return sorted(checkpoints.all_steps())
+
+
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=("params", "optimizer"))
+
+
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, step: int) -> None:
     """Starts writing the state after `step` updates; returns once it is copied off the devices."""
     items = ocp.args.Composite(
@@ -59,15 +72,13 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, step: int)
 
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
     """The parameters alone, of the newest checkpoint unless `step` names one; and the step they are of."""
-    if not (workdir / FOLDER).is_dir():
-        raise UserError(f"{workdir} has no checkpoints yet: train first, or name another run directory")
-    with ocp.CheckpointManager(workdir.absolute() / FOLDER, item_names=("params", "optimizer")) as checkpoints:
-        steps = checkpoints.all_steps()
-        if step is None and not steps:
-            raise UserError(f"{workdir} has no finished checkpoint yet: train first, or name another run directory")
-        if step is not None and step not in steps:
-            raise UserError(f"{workdir} has no checkpoint of step {step}; it has {sorted(steps)}")
-        step = checkpoints.latest_step() if step is None else step
+    steps = finished_steps(workdir)
+    if not steps:
+        raise UserError(f"{workdir} has no finished checkpoint yet: train first, or name another run directory")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
+    with _reader(workdir) as checkpoints:
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return checkpoints.restore(step, args=items).params, step
 
@@ -78,6 +89,7 @@ def load(ref: str | Path, step: int | None = None) -> Pretrained:
     if not workdir.is_dir():
         raise UserError(f"there is no run directory {ref}; give the --workdir of a training run")
     config = configuration.load(workdir)
+    config.model.attention = "auto"  # what the training machine could do, this one may not
     palette = Palette.load(workdir / "palette.npy")
     check_palette_size(palette, config, workdir / "palette.npy")
     graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(configuration.model_config(config), nnx.Rngs(0))))

@@ -1,5 +1,6 @@
 """A run's configuration: from the command line to checked values, and to and from config.json."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,7 +17,10 @@ from igpt.model import ModelConfig
 # Fields that change how a run is carried out, not what it computes: free to change when it is resumed.
 FREE_ON_RESUME = (
     "data.threads",
-    "mesh.",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.cpu_devices",
     "model.attention",
     "model.remat",
     "model.scan_layers",
@@ -76,12 +80,21 @@ def _parse(config_flag) -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that no part of a run could use. Parts check what only they know."""
+    missing = [name for name in ("data", "palette", "model", "optim", "train", "mesh") if name not in config]
+    if missing:
+        raise UserError(
+            f"this is no training configuration: it has no {', '.join(missing)}; start from configs/base.py"
+        )
     least = {
         "seed": 0,
+        "data.split_seed": 0,
         "data.threads": 1,
         "palette.colors": 1,
         "palette.max_pixels": 1,
         "optim.warmup_steps": 0,
+        "optim.weight_decay": 0.0,
+        "optim.clip_norm": 0.0,
+        "optim.eps": 0.0,
         "train.steps": 1,
         "train.batch_size": 1,
         "train.accumulate": 1,
@@ -107,13 +120,14 @@ def check(config: ConfigDict) -> None:
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """The network that a run's configuration means on this machine: every "auto" is settled here."""
-    platform = jax.default_backend()
-    fields = dict(config.model)
-    if fields["dtype"] == "auto":
-        fields["dtype"] = "float32" if platform == "cpu" else "bfloat16"
-    fields["attention"] = resolve_backend(fields["attention"], platform, fields["dtype"])
+    device = jax.devices()[0]
     height, width = config.data.image_size  # the palette's grid: a token a pixel
-    return ModelConfig(vocab_size=config.palette.colors, seq_len=height * width, **fields)
+    fields = dict(config.model, attention="chunked", vocab_size=config.palette.colors, seq_len=height * width)
+    if fields["dtype"] == "auto":
+        fields["dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
+    model = ModelConfig(**fields)
+    attention = resolve_backend(config.model.attention, device, model.dtype, model.head_size)
+    return dataclasses.replace(model, attention=attention)
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
@@ -153,7 +167,7 @@ def check_resumable(new: ConfigDict, workdir: Path) -> None:
     differing = [
         f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_ON_RESUME)
+        if old.get(name) != new.get(name) and name not in FREE_ON_RESUME
     ]
     if differing:
         raise UserError(

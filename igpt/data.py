@@ -102,9 +102,10 @@ def _digits():
 def _npz(path: str):
     """Arrays `images` uint8 [N, H, W] or [N, H, W, 3] and, optionally, integer `labels` [N]."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single .npy array; save it with np.savez(path, images=...)")
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise UserError(f"{path} is a single .npy array; save it with np.savez(path, images=...)")
+        with arrays:
             if "images" not in arrays:
                 raise UserError(
                     f"{path} has no array 'images' (it has {', '.join(arrays.files) or 'none'}); "

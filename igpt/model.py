@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from igpt.attention import BACKENDS, attend_to_cache, attention
 from igpt.errors import UserError
-from igpt.sharding import shard_batch
+from igpt.sharding import replicate, shard_batch
 
 # Sizes: Chen et al. 2020, table 2; heads from OpenAI's README. XL's heads were never published: 24 (size 128) is ours.
 PRESETS = {
@@ -228,8 +228,9 @@ class ImageGPT(nnx.Module):
 
     def embed(self, inputs: Int[Array, "B P"], first_position: Array | int = 0) -> Float[Array, "B P D"]:
         """Token plus position vectors; `inputs` sit at first_position, first_position + 1, ..."""
-        positions = jax.lax.dynamic_slice_in_dim(self.position_table[...], first_position, inputs.shape[1])
-        x = self.token_table[...][inputs] + positions
+        # Both tables are small: gathered whole, the lookup itself needs no communication.
+        tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
+        x = tokens[inputs] + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])
         return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:

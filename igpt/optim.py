@@ -10,11 +10,12 @@ from igpt.sharding import path_of
 
 def make_optimizer(optim: ConfigDict, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of `steps` updates and its schedule, update number -> learning rate."""
-    peak, warmup = optim.learning_rate, optim.warmup_steps
+    peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
     if not peak > 0:
         raise UserError(f"optim.learning_rate is {peak}; it must be above 0")
-    if warmup >= steps:
-        raise UserError(f"optim.warmup_steps is {warmup}, but the run has only {steps} steps; warm up for fewer")
+    for name in ("b1", "b2"):
+        if not 0.0 <= optim[name] < 1.0:
+            raise UserError(f"optim.{name} is {optim[name]}; it must lie in [0, 1)")
     match optim.schedule:
         case "cosine":
             decay = optax.cosine_decay_schedule(peak, steps - warmup)

@@ -114,8 +114,8 @@ def fit(images: np.ndarray, colors: int, seed: int = 0, max_pixels: int = 1_000_
         distinct, counts = np.unique(pixels, axis=0, return_counts=True)
     if len(distinct) < colors:
         raise UserError(
-            f"palette.colors is {colors}, but the images have only {len(distinct)} different colours; "
-            f"set palette.colors={len(distinct)} to keep them exactly"
+            f"palette.colors is {colors}, but the {len(pixels):,} pixels looked at have only {len(distinct)} different "
+            f"colours; set palette.colors={len(distinct)}"
         )
     if len(distinct) == colors:
         centers = distinct / 127.5 - 1.0

@@ -39,10 +39,10 @@ def check_labels(*splits: Split) -> None:
         raise UserError(f"all training images have the label {splits[0].labels[0]}; a probe needs two classes or more")
 
 
-def fit_probe(features: list[np.ndarray], labels: list[Int[np.ndarray, "N"]], strengths, max_iter: int) -> dict:
+def fit_probe(features: list[np.ndarray], labels: list[Int[np.ndarray, "N"]], inverse_penalties, max_iter: int) -> dict:
     """Multinomial logistic regression (scikit-learn, L-BFGS) on standardised features.
 
-    `features` and `labels` are those of the train, validation and test splits. `strengths` are values of C, the
+    `features` and `labels` are those of the train, validation and test splits. `inverse_penalties` are values of C, the
     inverse of the L2 penalty: the one with the best validation accuracy is kept, the smallest on ties.
     Returns C, accuracies, and the 95 % interval of the test accuracy.
     """
@@ -54,7 +54,7 @@ def fit_probe(features: list[np.ndarray], labels: list[Int[np.ndarray, "N"]], st
     scaler = StandardScaler().fit(features[0])
     train, validation, test = (scaler.transform(part).astype(np.float64) for part in features)
     best = None
-    for strength in sorted(strengths):
+    for strength in sorted(inverse_penalties):
         probe = LogisticRegression(C=strength, max_iter=max_iter)
         # One BLAS thread: on products this small, several spend their time waiting for each other (50 times slower).
         with warnings.catch_warnings(), threadpool_limits(1, "blas"):

@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and every large parameter
 splits heads and mlp channels inside a block (Shoeybi et al. 2019). Their product is the number of devices.
 """
 
+import itertools
 import re
 
 import jax
@@ -99,8 +100,13 @@ def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh) ->
 def process_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of a global batch that this process's devices hold, so that it reads no others."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    bounds = [index[0].indices(batch_size) for index in indices.values()]
-    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+    parts = sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(parts)):
+        raise UserError(
+            f"the rows {parts} of a batch that this process's devices hold are not contiguous; "
+            "choose a mesh whose data x fsdp groups follow the order of the processes"
+        )
+    return slice(parts[0][0], parts[-1][1])
 
 
 def to_devices(batch: dict, batch_size: int, mesh: Mesh) -> dict:

@@ -1,8 +1,10 @@
 """Eight CPU devices for every test, and runs small enough for seconds."""
 
 import os
+import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "gpu" not in sys.argv:  # python -m pytest -m gpu
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,14 +123,27 @@ def test_dropout_keeps_the_mean_and_is_refused_where_it_cannot_be():
 
 
 def test_the_back_end_is_never_chosen_silently():
-    assert resolve_backend("auto", "cpu", "float32") == "chunked"
-    assert resolve_backend("auto", "gpu", "bfloat16") == "cudnn"
-    assert resolve_backend("auto", "gpu", "float32") == "chunked"
-    assert resolve_backend("reference", "tpu", "bfloat16") == "reference"
-    with pytest.raises(UserError, match="'cudnn' needs an NVIDIA GPU.*cpu"):
-        resolve_backend("cudnn", "cpu", "bfloat16")
+    def device(platform, **fields):
+        return SimpleNamespace(platform=platform, device_kind=platform, **fields)
+
+    cpu, tpu = device("cpu"), device("tpu")
+    hopper, turing = (device("gpu", compute_capability=version) for version in ("9.0", "7.5"))
+    rocm = device("gpu", compute_capability="gfx90a")
+    assert resolve_backend("auto", hopper, "bfloat16", 64) == "cudnn"
+    for other, dtype, head_size in (
+        (cpu, "float32", 64),
+        (tpu, "bfloat16", 64),
+        (hopper, "float32", 64),
+        (hopper, "bfloat16", 10),
+        (turing, "bfloat16", 64),
+        (rocm, "bfloat16", 64),
+    ):
+        assert resolve_backend("auto", other, dtype, head_size) == "chunked"
+        with pytest.raises(UserError, match="'cudnn' needs an NVIDIA GPU"):
+            resolve_backend("cudnn", other, dtype, head_size)
+    assert resolve_backend("reference", tpu, "bfloat16", 64) == "reference"
     with pytest.raises(UserError, match="'flash'; choose"):
-        resolve_backend("flash", "gpu", "bfloat16")
+        resolve_backend("flash", hopper, "bfloat16", 64)
     with pytest.raises(UserError, match="unknown attention back end 'flash'"):
         attention(*random_qkv(3), backend="flash")
 

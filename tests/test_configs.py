@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import base
+from configs import base, probe_digits
 from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.optim import make_optimizer
@@ -24,6 +24,7 @@ def test_a_shipped_config_builds_its_whole_state_abstractly(name):
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     mesh = make_mesh(*(config.mesh[axis] for axis in ("data", "fsdp", "tensor")))
     check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
+    check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
     _, state = abstract_state(configuration.model_config(config), optimizer, mesh)
     assert state.params["head"]["kernel"].shape == (config.model.width, config.palette.colors)
 
@@ -57,6 +58,19 @@ def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):
     configuration.check_resumable(config, tmp_path)
 
 
+def test_arithmetic_may_not_change_when_a_run_resumes(tmp_path):
+    config = base.get_config()
+    configuration.save(config, tmp_path)
+    config.model.attention_dropout = 0.5  # its name begins with that of a field that may
+    with pytest.raises(UserError, match=r"model\.attention_dropout: 0\.0 there, 0\.5 here"):
+        configuration.check_resumable(config, tmp_path)
+
+
+def test_a_configuration_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="no training configuration: it has no data, palette"):
+        configuration.check(probe_digits.get_config())
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -64,6 +78,8 @@ def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):
         ("seed", -1, "seed is -1"),
         ("data.image_size", (8,), r"image_size is \(8,\)"),
         ("data.channels", 2, "channels is 2; choose 1"),
+        ("data.split_seed", -1, "split_seed is -1"),
+        ("optim.clip_norm", -1.0, "clip_norm is -1.0"),
     ],
 )
 def test_values_that_no_run_could_use_are_refused(field, value, message):

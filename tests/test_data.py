@@ -147,6 +147,9 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
     np.savez(tmp_path / "pickle.npz", images=np.array([{}], object))
     with pytest.raises(UserError, match=r"pickle\.npz cannot be read"):
         load_source(f"npz:{tmp_path}/pickle.npz", FRACTIONS)
+    np.save(tmp_path / "single.npy", np.zeros((9, 4, 4), np.uint8))
+    with pytest.raises(UserError, match=r"single\.npy is a single \.npy array"):
+        load_source(f"npz:{tmp_path}/single.npy", FRACTIONS)
     with pytest.raises(UserError, match="'mnist'; choose 'digits' or"):
         load_source("mnist", FRACTIONS)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import eval_probe
 import train
-from configs import probe_digits
+from configs import digits, probe_digits
 from igpt import sample
 from igpt.errors import UserError
 
@@ -22,8 +22,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A shrunk digits run, trained just enough to be better than chance."""
-    from configs import digits
-
     config = digits.get_config()
     config.model.update(width=32, depth=2, num_heads=2)
     config.train.update(steps=60, batch_size=32, eval_every=60, eval_batch_size=40, sample_every=60, num_samples=4)
@@ -85,7 +83,7 @@ def test_a_mistake_in_sampling_ends_in_one_message_and_exit_code_2(trained, tmp_
 
 def test_the_probe_reports_every_layer_beside_its_baselines(trained, tmp_path):
     config = probe_digits.get_config()
-    config.strengths = (0.1,)
+    config.inverse_penalties = (0.1,)
     results = eval_probe.run(config, trained, tmp_path / "probe")
     assert json.loads((tmp_path / "probe" / "probe.json").read_text())["step"] == 60
     assert (tmp_path / "probe" / "probe.png").exists()
@@ -103,7 +101,9 @@ def test_probing_without_a_model_or_with_impossible_settings_is_refused(trained,
     config = probe_digits.get_config()
     with pytest.raises(UserError, match="no run directory absent"):
         eval_probe.run(config, "absent", tmp_path / "probe")
-    config.strengths = (0.0,)
-    with pytest.raises(UserError, match="strengths is"):
+    with pytest.raises(UserError, match="no probe configuration"):
+        eval_probe.run(digits.get_config(), trained, tmp_path / "probe")
+    config.inverse_penalties = (0.0,)
+    with pytest.raises(UserError, match="inverse_penalties is"):
         eval_probe.run(config, trained, tmp_path / "probe")
     assert not (tmp_path / "probe").exists()

@@ -23,6 +23,12 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
     assert np.isclose(rates[55], 0.25) and np.isclose(rates[100], 0.0)
 
 
+def test_a_run_shorter_than_its_warm_up_still_comes_down():
+    _, schedule = make_optimizer(settings(learning_rate=0.5, warmup_steps=99), steps=20)
+    rates = np.array([schedule(step) for step in range(21)])
+    assert rates.argmax() == 10 and np.isclose(rates[20], 0.0)
+
+
 def test_a_constant_schedule_stays():
     _, schedule = make_optimizer(settings(learning_rate=0.5, schedule="constant"), steps=100)
     assert schedule(0) == schedule(99) == 0.5
@@ -68,7 +74,7 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
     ("change", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"warmup_steps": 9}, "warmup_steps is 9, but the run has only 9 steps"),
+        ({"b2": 1.0}, r"b2 is 1.0; it must lie in \[0, 1\)"),
         ({"schedule": "linear"}, "'linear'; choose cosine or constant"),
     ],
 )

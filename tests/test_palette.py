@@ -86,7 +86,7 @@ def test_fit_looks_at_no_more_pixels_than_it_may(monkeypatch):
 
 
 def test_fit_says_how_many_colours_there_are_when_too_many_are_asked_for():
-    with pytest.raises(UserError, match=r"palette.colors is 9.*only 2.*palette.colors=2"):
+    with pytest.raises(UserError, match=r"palette.colors is 9.*2 pixels.*only 2.*palette.colors=2"):
         palette.fit(np.array([[[[0, 0, 0], [9, 9, 9]]]], np.uint8), colors=9)
 
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base
@@ -84,8 +85,21 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
 
 def test_a_process_reads_the_rows_its_devices_hold():
     assert process_rows(24, make_mesh(2, 2, 2)) == slice(0, 24)
-    some = make_mesh(2, 1, 2, devices=jax.devices()[:4])
-    assert process_rows(24, some) == slice(0, 24)
+
+
+@pytest.mark.parametrize(
+    ("mine", "expected"), [(range(4, 8), slice(12, 24)), (range(2, 4), slice(6, 12)), ((0, 1, 6, 7), None)]
+)
+def test_a_process_with_some_of_the_devices_reads_only_theirs(monkeypatch, mine, expected):
+    mesh = make_mesh(2, 2, 2)  # 4 groups of 2 devices, 6 rows each
+    whole = NamedSharding(mesh, BATCH).devices_indices_map((24,))
+    held = {device: whole[device] for i, device in enumerate(mesh.devices.flat) if i in mine}
+    monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", lambda *_: held)
+    if expected:
+        assert process_rows(24, mesh) == expected
+    else:
+        with pytest.raises(UserError, match=r"rows \[\(0, 6\), \(18, 24\)\].*not contiguous"):
+            process_rows(24, mesh)
 
 
 def test_constraints_hold_inside_a_mesh_and_vanish_outside():

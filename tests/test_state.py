@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from igpt import attention as attention_module
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.sharding import make_mesh, to_devices
@@ -93,9 +94,17 @@ def test_the_state_keeps_its_shardings_and_gives_up_its_memory():
     assert fresh.params["blocks"]["up"]["kernel"].is_deleted()
 
 
-def test_step_counts_updates_and_the_reported_rate_is_the_one_used():
-    _, state = train(one_device(), steps=3)
-    assert int(state.step) == 3
+def test_the_step_counts_updates():
+    _, state = train(one_device())
+    assert int(state.step) == 4
+
+
+def test_chunked_attention_trains_alike_on_one_device_and_on_eight(monkeypatch):
+    plain, _ = train(one_device())
+    monkeypatch.setattr(attention_module, "CHUNK", 4)  # several blocks, and a rest
+    for mesh in (one_device(), make_mesh(2, 2, 2)):
+        chunked, _ = train.__wrapped__(mesh, remat="dots", attention="chunked")
+        np.testing.assert_allclose(chunked, plain, rtol=1e-5)
 
 
 def test_evaluation_weighs_every_unmasked_example_alike():

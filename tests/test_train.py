@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,7 @@ def test_another_run_is_left_alone_until_the_user_says_so(tiny_config, tmp_path)
         ({"data.source": "npz:absent.npz"}, "no file absent.npz"),
         ({"data.pad_mode": "wrap"}, "'wrap'; choose constant"),
         ({"init_from": "absent"}, "absent"),
+        ({"optim.learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"model.attention_dropout": 0.1}, "'chunked' back end cannot"),
     ],
 )
@@ -202,6 +204,30 @@ def test_a_mistake_is_told_before_anything_is_written(tiny_config, tmp_path, cha
     with pytest.raises(UserError, match=message):
         train.run(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_hold_a_run_is_refused(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("hello")
+    for workdir, message in ((tmp_path / "file" / "run", "no writable folder"), ("gs://bucket/run", "is a bucket")):
+        with pytest.raises(UserError, match=message):
+            train.run(tiny_config, workdir)
+
+
+def test_a_start_from_a_run_without_checkpoint_is_refused_before_anything_is_written(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "first")
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    tiny_config.init_from = str(tmp_path / "first")
+    with pytest.raises(UserError, match="no finished checkpoint yet"):
+        train.run(tiny_config, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_run_resumes_without_the_run_it_once_started_from(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "first")
+    tiny_config.init_from = str(tmp_path / "first")
+    train.run(tiny_config, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    train.run(tiny_config, tmp_path / "second")
 
 
 def test_a_palette_file_of_the_wrong_size_is_refused(tiny_config, tmp_path):
@@ -232,6 +258,7 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
         (["--config=configs/digits.py", "--workdir=RUN", "--config.train.steps=2.5"], "train.steps=2.5"),
         (["--config=configs/absent.py", "--workdir=RUN"], "No such file or directory: 'configs/absent.py'"),
         (["--config=configs/digits.py"], "--workdir is missing"),
+        (["--config=configs/probe_digits.py", "--workdir=RUN"], "no training configuration"),
         (["--workdir=RUN"], "--config is missing"),
         (["--config=configs/digits.py", "--workdir=RUN", "stray"], "'stray' is not a flag"),
         (["--config=configs/digits.py", "--workdir=RUN", "--confg=1"], "confg"),
