@@ -171,8 +171,8 @@ def check_workdir(workdir: str | Path) -> Path:
     """The workdir as a path that this run can write to, or UserError."""
     if "://" in str(workdir):
         raise UserError(f"--workdir={workdir} is a bucket; for now a run directory has to be a local or mounted path")
-    workdir = Path(workdir).absolute()
-    nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
+    workdir = Path(workdir)
+    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
     return workdir
@@ -182,6 +182,7 @@ def set_aside(workdir: Path) -> None:
     """Renames an earlier run to WORKDIR.old-N, so that starting over loses nothing."""
     if not (workdir.is_dir() and any(workdir.iterdir())):
         return
+    workdir = workdir.absolute()  # "." has no name to extend
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1

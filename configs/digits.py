@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Cost: under 4 minutes on 2 CPU cores. Expect 1.255 nats a token on held-out images and 95 % for the best layer's linear
+Cost: under 4 minutes on 2 CPU cores. Expect 1.267 nats a token on held-out images and 95.8 % for the best layer's linear
 probe (measured here, seed 0: docs/results/digits.json).
 """
 
@@ -29,13 +29,13 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
 
-    config.train.steps = 3000
+    config.train.steps = 2600
     config.train.batch_size = 16
-    config.train.eval_every = 500
+    config.train.eval_every = 650
     config.train.eval_batch_size = 64
-    config.train.sample_every = 1000
+    config.train.sample_every = 650
     config.train.num_samples = 36
-    config.train.checkpoint_every = 500
+    config.train.checkpoint_every = 650
 
     config.mesh.cpu_devices = 2  # one a core: twice as fast as one device that spreads every small product over two
     return config

@@ -47,7 +47,7 @@ def finished_steps(workdir: Path) -> list[int]:
 
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=("params", "optimizer"))
 
 
