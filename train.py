@@ -45,6 +45,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     resuming = (workdir / "config.json").exists() and not start_over
     if resuming:
         configuration.check_resumable(config, workdir)
+    elif not start_over and checkpoint.finished_steps(workdir):
+        raise UserError(f"{workdir} has checkpoints but no config.json; --start_over sets them aside and begins anew")
     train = config.train
 
     # The mesh, and which rows of every batch are this process's to read.

@@ -213,6 +213,15 @@ def test_a_workdir_that_cannot_hold_a_run_is_refused(tiny_config, tmp_path):
             train.run(tiny_config, workdir)
 
 
+def test_checkpoints_without_their_config_are_neither_resumed_nor_overwritten(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match="checkpoints but no config.json"):
+        train.run(tiny_config, tmp_path / "run")
+    train.run(tiny_config, tmp_path / "run", start_over=True)
+    assert (tmp_path / "run.old-1" / "checkpoints" / "6").is_dir()
+
+
 def test_a_start_from_a_run_without_checkpoint_is_refused_before_anything_is_written(tiny_config, tmp_path):
     train.run(tiny_config, tmp_path / "first")
     shutil.rmtree(tmp_path / "first" / "checkpoints")
