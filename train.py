@@ -125,9 +125,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
         if step % train.log_every == 0 or step in (first_step + 1, train.steps):
             metrics |= speed.read(step)
             writer.write(step, metrics)
-            bar.set_postfix(
-                {"loss": f"{metrics['train/loss']:.4f}", "img/s": f"{metrics.get('perf/images_per_sec', 0):.0f}"}
-            )
+            rate = metrics.get("perf/images_per_sec")
+            bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
 
     try:
         with jax.set_mesh(mesh):
