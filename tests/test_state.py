@@ -63,8 +63,6 @@ def test_dropout_is_the_same_on_any_mesh():
 
 def test_dropout_differs_from_step_to_step():
     still = dict(learning_rate=1e-30, one_batch=True, steps=2)
-    (_, first), (_, second) = train(one_device(), **still)[0]
-    assert first == second
     (_, first), (_, second) = train(one_device(), residual_dropout=0.2, **still)[0]
     assert abs(first - second) > 1e-4
 
@@ -78,15 +76,14 @@ def test_accumulated_micro_batches_are_one_batch():
 
 def test_the_state_keeps_its_shardings_and_gives_up_its_memory():
     mesh = make_mesh(2, 2, 2)
-    _, state = train(mesh, steps=1)
-    _, later = train(mesh, steps=2)
-    before, after = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, later))
-    assert before == after
+    _, state = train(mesh)
     kernel = state.params["blocks"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4  # fsdp x tensor
     config, optim = ModelConfig(**TINY), base.get_config().optim
     optimizer, schedule = make_optimizer(optim, steps=10)
     graph, abstract = abstract_state(config, optimizer, mesh)
+    expected, found = (jax.tree.map(lambda x: x.sharding, tree) for tree in (abstract.params, state.params))
+    assert found == expected
     fresh = create_state(config, optimizer, mesh, 0)
     step = make_train_step(next_pixel_loss(graph), optimizer, schedule, abstract)
     with jax.set_mesh(mesh):
