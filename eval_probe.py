@@ -15,11 +15,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from igpt import checkpoint, data
 from igpt import config as configuration
+from igpt import data
 from igpt.errors import UserError
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
+from igpt.pretrained import load
 from igpt.probe import check_labels, extract_features, fit_probe, raw_pixels
 
 
@@ -27,8 +28,12 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
     """Probes every layer of the model `ref` and returns the results that are written to workdir/probe.json."""
     check(config)
     workdir = Path(workdir)
-    pretrained = checkpoint.load(ref, config.step or None)
-    source = data.open_source(pretrained.config.data)
+    pretrained = load(ref, config.step or None)
+    settings = pretrained.config.data
+    settings.source = config.source or settings.source
+    if not settings.source:
+        raise UserError(f"{ref} was not trained here, so that its images are not known; set --config.source")
+    source = data.open_source(settings)
     splits = [source.train, source.validation, source.test]
     check_labels(*splits)
     labels = [split.labels for split in splits]
@@ -72,7 +77,7 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
 
 def check(config: ConfigDict) -> None:
     if missing := [
-        name for name in ("seed", "step", "batch_size", "inverse_penalties", "max_iter") if name not in config
+        name for name in ("seed", "step", "source", "batch_size", "inverse_penalties", "max_iter") if name not in config
     ]:
         raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see configs/probe_digits.py")
     for name in ("batch_size", "max_iter"):
@@ -105,4 +110,7 @@ def main(config: ConfigDict, model: str, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_app(main, {"model": "A run directory.", "workdir": "Where probe.json and probe.png go."})
+    configuration.run_app(
+        main,
+        {"model": "A run or Hugging Face directory, or a hub id.", "workdir": "Where probe.json and probe.png go."},
+    )

@@ -19,11 +19,10 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt import checkpoint, data, sample
+from igpt import checkpoint, data, pretrained, sample
 from igpt import config as configuration
 from igpt import palette as palettes
 from igpt.attention import check_dropout
-from igpt.checkpoint import Pretrained
 from igpt.errors import NonFiniteError, UserError
 from igpt.loss import bits_per_dim, marginal_entropy
 from igpt.metrics import Speed, Writer, progress_bar
@@ -83,8 +82,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     origin = f"resumed after step {first_step}" if first_step else "fresh"
     starting_params = None
     if config.init_from and not first_step:
-        checkpoint.check_same_network(config.init_from, config)
-        starting_params, _ = checkpoint.restore_params(Path(config.init_from), abstract.params)
+        pretrained.check_same_network(config.init_from, config)
+        starting_params, _ = pretrained.params_of(pretrained.resolve(config.init_from), abstract.params)
         origin = f"weights of {config.init_from}"
 
     # From here on the run writes.
@@ -153,8 +152,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                     bar.write(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
                 if sampling:
                     model = nnx.merge(graph, state.params)
-                    pretrained = Pretrained(config, model, palette)
-                    images = sample.sample_images(pretrained, train.num_samples, config.seed)
+                    with_palette = pretrained.Pretrained(config, model, palette)
+                    images = sample.sample_images(with_palette, train.num_samples, config.seed)
                     writer.write_samples(step, image_grid(images))
                 if saving:  # last: a run that resumes from here has nothing of this step left to do
                     checkpoint.save(checkpoints, state, step)
@@ -193,17 +192,18 @@ def set_aside(workdir: Path) -> None:
 
 
 def find_palette(config: ConfigDict, resumed: Path | None, source: data.Source) -> Palette:
-    """The palette of the run resumed, else of the run it starts from, else the given file, else a fit to the images."""
+    """That of the run resumed, else of the model it starts from, else the file given, else the source's, else a fit."""
     if resumed and (resumed / "palette.npy").exists():
-        path = resumed / "palette.npy"
+        origin, palette = resumed, pretrained.palette_of(resumed)
     elif config.init_from:
-        path = Path(config.init_from) / "palette.npy"
+        origin, palette = config.init_from, pretrained.palette_of(pretrained.resolve(config.init_from))
     elif config.palette.path:
-        path = config.palette.path
+        origin, palette = config.palette.path, Palette.load(config.palette.path)
+    elif source.palette is not None:
+        origin, palette = source.name, source.palette
     else:
         return palettes.fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
-    palette = Palette.load(path)
-    checkpoint.check_palette_size(palette, config, path)
+    pretrained.check_palette_size(palette, config, origin)
     return palette
 
 

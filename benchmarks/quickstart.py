@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
 from igpt import data
-from igpt.checkpoint import load
 from igpt.loss import marginal_entropy
+from igpt.pretrained import load
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, data order, augmentation and dropout
-    config.init_from = ""  # a run directory whose weights to start from; its palette is taken too
+    config.init_from = ""  # a run or Hugging Face directory, or hub id, whose weights and palette to start from
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | npz:PATH
+    data.source = "digits"  # digits | npz:PATH | openai:PREFIX (the released PREFIX_trX.npy etc., which fix the splits)
     data.image_size = (8, 8)  # height, width of the images
     data.channels = 1  # 1 grey, 3 colour; bits per dimension are counted over height x width x channels
     data.validation_fraction = 0.1  # of the images, held out for eval/loss
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     data.threads = 1  # that make batches ahead of the device
 
     config.palette = palette = ConfigDict()
-    palette.path = ""  # a .npy of centres [V, 3] in [-1, 1]; empty: k-means on the training images
+    palette.path = ""  # a .npy of centres [V, 3] in [-1, 1]; empty: the source's, else k-means on its images
     palette.colors = 512  # V
     palette.max_pixels = 1_000_000  # pixels that k-means looks at
 
@@ -39,6 +39,12 @@ def get_config() -> ConfigDict:
     model.residual_dropout = 0.0  # of what each half of a block adds
     model.attention_dropout = 0.0  # needs attention = "reference"
     model.norm_epsilon = 1e-5  # under the root of the norm
+    model.causal = True  # False, the BERT objective: every position sees all; can be loaded and probed, not yet trained
+    model.pixel_head = True  # False: a network without the head over the palette, for features only
+    model.num_classes = 0  # C, of a linear classifier on the pooled final norm; 0: none
+    model.activation = "quick_gelu"  # gelu | gelu_new | relu | silu | tanh
+    model.scale_scores = True  # by 1 / sqrt(K); False, like the next field, only to load weights trained so elsewhere
+    model.scale_scores_by_layer = False  # by 1 / (l + 1) on top
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
     model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in bfloat16, else chunked
     model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory

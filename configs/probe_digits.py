@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 1  # of the untrained baseline; not the training seed, so that its start is another
     config.step = 0  # checkpoint to probe; 0: the newest
+    config.source = ""  # of the images, as data.source in configs/base.py; empty: what the model was trained on
     config.batch_size = 60  # images a forward pass
     config.inverse_penalties = (
         0.01,

@@ -1,4 +1,4 @@
-"""Checkpoints on disk (Orbax: atomic, asynchronous, resharded on restore), and models from a reference.
+"""Checkpoints on disk (Orbax: atomic, asynchronous, resharded on restore).
 
     WORKDIR/config.json, palette.npy, checkpoints/STEP/{params, optimizer}
 
@@ -6,30 +6,14 @@ Parameters and optimizer are separate items, so that whoever only wants the mode
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
-from flax import nnx
-from ml_collections import ConfigDict
 
-from igpt import config as configuration
 from igpt.errors import UserError
-from igpt.model import ImageGPT, ModelConfig
-from igpt.palette import Palette
-from igpt.sharding import make_mesh
-from igpt.state import TrainState, with_shardings
+from igpt.state import TrainState
 
 FOLDER = "checkpoints"
-
-
-class Pretrained(NamedTuple):
-    """A model with all that is needed to use it: its run's configuration and its tokenizer."""
-
-    config: ConfigDict
-    model: ImageGPT
-    palette: Palette
-    step: int = 0
+FILE_BYTES = 64 << 20  # Orbax holds a data file in memory until it is written: its own 2 GiB would weigh as much as L
 
 
 def open_checkpoints(workdir: Path, max_to_keep: int) -> ocp.CheckpointManager:
@@ -60,6 +44,17 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, step: int) -> No
     checkpoints.save(step, args=items)
 
 
+def save_params(workdir: Path, params: dict, step: int) -> None:
+    """Writes parameters alone, as a checkpoint that can be loaded and started from, but not resumed.
+
+    It needs hardly any memory besides theirs; jax.Arrays, that is: of numpy's Orbax makes a copy first.
+    """
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)  # no second copy in memory
+    with ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options) as checkpoints:
+        item = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
+        checkpoints.save(step, args=ocp.args.Composite(params=item))
+
+
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, step: int) -> TrainState:
     """The state after `step` updates, onto the shardings of `abstract`, whatever mesh wrote it."""
     items = ocp.args.Composite(
@@ -81,41 +76,3 @@ def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tu
     with _reader(workdir) as checkpoints:
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return checkpoints.restore(step, args=items).params, step
-
-
-def load(ref: str | Path, step: int | None = None) -> Pretrained:
-    """The model that `ref` names. A reference is a run directory; nothing outside it is read."""
-    workdir = Path(ref)
-    if not workdir.is_dir():
-        raise UserError(f"there is no run directory {ref}; give the --workdir of a training run")
-    config = configuration.load(workdir)
-    config.model.attention = "auto"  # what the training machine could do, this one may not
-    palette = Palette.load(workdir / "palette.npy")
-    check_palette_size(palette, config, workdir / "palette.npy")
-    graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(configuration.model_config(config), nnx.Rngs(0))))
-    local = make_mesh(data=1, devices=jax.local_devices()[:1])
-    params, step = restore_params(workdir, with_shardings(nnx.to_pure_dict(params), local), step)
-    return Pretrained(config, nnx.merge(graph, params), palette, step)
-
-
-def check_same_network(ref: str, config: ConfigDict) -> None:
-    """Raises UserError unless the run `ref` has a network into which the weights of this one would fit."""
-    theirs, ours = (network(configuration.model_config(c)) for c in (configuration.load(Path(ref)), config))
-    differing = [f"{name} is {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
-    if differing:
-        raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; make the config agree")
-
-
-def network(model: ModelConfig) -> dict:
-    """The fields that fix the parameters' shapes and meaning."""
-    names = ("vocab_size", "seq_len", "width", "depth", "num_heads", "mlp_width", "use_bias")
-    return {name: getattr(model, name) for name in names}
-
-
-def check_palette_size(palette: Palette, config: ConfigDict, path) -> None:
-    """A model's vocabulary is its palette: they must agree before either is used."""
-    if palette.vocab_size != config.palette.colors:
-        raise UserError(
-            f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}; "
-            f"set palette.colors={palette.vocab_size} or give a palette of that size"
-        )

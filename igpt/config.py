@@ -78,9 +78,24 @@ def _parse(config_flag) -> ConfigDict:
     return config
 
 
+def check_network(config: ConfigDict) -> None:
+    """Raises UserError unless `config` says what network it is of, on which images: enough to load one."""
+    missing = [name for name in ("data", "palette", "model") if name not in config]
+    if missing:
+        raise UserError(f"this is no configuration of ours: it has no {', '.join(missing)}; start from configs/base.py")
+    size = config.data.image_size
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError(f"data.image_size is {size}; give (height, width), such as '(28,28)'")
+    if config.data.channels not in (1, 3):
+        raise UserError(f"data.channels is {config.data.channels}; choose 1 (grey) or 3 (colour)")
+    if config.palette.colors < 1:
+        raise UserError(f"palette.colors is {config.palette.colors}; it must be at least 1")
+
+
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no part of a run could use. Parts check what only they know."""
-    missing = [name for name in ("data", "palette", "model", "optim", "train", "mesh") if name not in config]
+    """Raises UserError for values that no part of a training run could use. Parts check what only they know."""
+    check_network(config)
+    missing = [name for name in ("optim", "train", "mesh") if name not in config]
     if missing:
         raise UserError(
             f"this is no training configuration: it has no {', '.join(missing)}; start from configs/base.py"
@@ -89,7 +104,6 @@ def check(config: ConfigDict) -> None:
         "seed": 0,
         "data.split_seed": 0,
         "data.threads": 1,
-        "palette.colors": 1,
         "palette.max_pixels": 1,
         "optim.warmup_steps": 0,
         "optim.weight_decay": 0.0,
@@ -111,11 +125,12 @@ def check(config: ConfigDict) -> None:
     for name, smallest in least.items():
         if values[name] < smallest:
             raise UserError(f"{name} is {values[name]}; it must be at least {smallest}")
-    size = config.data.image_size
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise UserError(f"data.image_size is {size}; give (height, width), such as '(28,28)'")
-    if config.data.channels not in (1, 3):
-        raise UserError(f"data.channels is {config.data.channels}; choose 1 (grey) or 3 (colour)")
+    model = config.model
+    if not (model.causal and model.pixel_head) or model.num_classes:
+        raise UserError(
+            "networks with model.causal=False, model.pixel_head=False or model.num_classes can be loaded and probed, "
+            "but not trained yet: only next-pixel pretraining is there"
+        )
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -128,6 +143,15 @@ def model_config(config: ConfigDict) -> ModelConfig:
     model = ModelConfig(**fields)
     attention = resolve_backend(config.model.attention, device, model.dtype, model.head_size)
     return dataclasses.replace(model, attention=attention)
+
+
+def of_network(model: ModelConfig, image_size: tuple[int, int], channels: int) -> ConfigDict:
+    """The configuration of a network that was not trained here: no data source, no training."""
+    fields = dataclasses.asdict(model) | {"dtype": "auto", "attention": "auto"}
+    del fields["vocab_size"], fields["seq_len"]
+    data = dict(source="", image_size=image_size, channels=channels)
+    data |= dict(validation_fraction=0.1, test_fraction=0.2, split_seed=0)
+    return ConfigDict(dict(data=data, palette=dict(colors=model.vocab_size), model=fields))
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
@@ -153,7 +177,7 @@ def load(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     try:
         config = ConfigDict(json.loads(path.read_text()))
-        check(config)
+        check_network(config)
         return config
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a run directory: it has no config.json") from None

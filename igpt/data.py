@@ -5,9 +5,11 @@ can compute its own rows of any batch: order, augmentation and rows depend on (s
 """
 
 import dataclasses
+import math
 import warnings
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import grain.python as grain
 import numpy as np
@@ -15,15 +17,48 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from igpt.errors import UserError
+from igpt.palette import Palette
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the decoders that strangers' files may reach
+
+
+class DecodedTokens:
+    """Images uint8 [N, H, W, 3] kept as their palette tokens [N, H W]: an array that decodes what is asked of it.
+
+    The tokens stay wherever they are, such as in a mapped file. An index picks whole images, by a number, a slice or
+    an array. Raises UserError naming `path` for tokens that the palette does not have, when it meets them.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, tokens: np.ndarray, palette: Palette, path: str):
+        self.tokens, self.palette, self.path = tokens, palette, path
+        side = math.isqrt(tokens.shape[1])
+        self.shape = (len(tokens), side, side, 3)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index) -> np.ndarray:
+        if isinstance(index, tuple):  # goes on into the images, such as [..., :1]: NumPy knows how
+            return np.asarray(self)[index]
+        tokens = self.tokens[index]
+        try:
+            images = self.palette.decode(tokens)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        return images.reshape(*tokens.shape[:-1], *self.shape[1:])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """All images at once: three bytes a token."""
+        return np.asarray(self[:], dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Images uint8 [N, H, W, 3] and, where the source has them, labels int32 [N]."""
 
-    images: np.ndarray
+    images: np.ndarray | DecodedTokens
     labels: np.ndarray | None
 
     def __len__(self) -> int:
@@ -32,13 +67,18 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set in its three splits. `channels` is 1 where the images are grey, though they are stored as RGB."""
+    """A data set in its three splits.
+
+    `channels` is 1 where the images are grey, though they are stored as RGB. `palette` is that of a source whose images
+    come as palette tokens.
+    """
 
     name: str
     train: Split
     validation: Split
     test: Split
     channels: int
+    palette: Palette | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -46,15 +86,20 @@ class Source:
 
 
 def load_source(name: str, fractions: tuple[float, float], split_seed: int = 0) -> Source:
-    """Opens `digits` or `npz:PATH`. `fractions` of the images go to validation and test, chosen by `split_seed`."""
+    """Opens `digits`, `npz:PATH` or `openai:PREFIX`.
+
+    `fractions` of the images go to validation and test, chosen by `split_seed`; the last source has splits of its own.
+    """
     kind, _, argument = name.partition(":")
     match kind:
         case "digits":
             images, labels = _digits()
         case "npz" if argument:
             images, labels = _npz(argument)
+        case "openai" if argument:
+            return _openai(argument)
         case _:
-            raise UserError(f"data.source is {name!r}; choose 'digits' or 'npz:PATH'")
+            raise UserError(f"data.source is {name!r}; choose 'digits', 'npz:PATH' or 'openai:PREFIX'")
     channels = 1 if images.ndim == 3 else 3
     if channels == 1:
         images = np.repeat(images[..., None], 3, axis=-1)
@@ -132,6 +177,75 @@ def _npz(path: str):
             )
         labels = labels.astype(np.int32)
     return images, labels
+
+
+def _openai(prefix: str) -> Source:
+    """OpenAI's encoded data sets, as their download.py leaves them; every split is a pair of files.
+
+    PREFIX_{tr,va,te}X.npy: palette tokens [N, T], integers, a square image a row. PREFIX_{tr,va,te}Y.npy, which may be
+    absent: labels, integers [N] or one-hot [N, C]. Beside them kmeans_centers.npy: the palette. Tokens stay in their
+    files; encoding an image that this palette decoded returns its tokens, but where two centres round to equal bytes.
+    """
+    paths = [f"{prefix}_{split}X.npy" for split in ("tr", "va", "te")]
+    arrays = {path: _map_tokens(path) for path in paths}
+    if len({tokens.shape[1] for tokens in arrays.values()}) > 1:
+        found = ", ".join(f"{path} {list(tokens.shape)}" for path, tokens in arrays.items())
+        raise UserError(f"the splits' images differ in size: {found}; encode all three alike")
+    clusters = Path(paths[0]).with_name("kmeans_centers.npy")
+    if not clusters.exists():
+        raise UserError(f"there is no {clusters}; the palette that these tokens index belongs beside them")
+    palette = Palette.load(clusters)
+    splits = []
+    for path, tokens in arrays.items():
+        images = DecodedTokens(tokens, palette, path)
+        images[:1000]  # another data set's palette shows at once; what the rest holds, when it is read
+        splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
+    grey = bool((palette.centers == palette.centers[:, :1]).all())
+    return Source(f"openai:{prefix}", *splits, channels=1 if grey else 3, palette=palette)
+
+
+def _map_tokens(path: str) -> np.ndarray:
+    tokens = _map_array(path)
+    if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or 0 in tokens.shape:
+        raise UserError(f"{path} is {tokens.dtype} {list(tokens.shape)}; palette tokens are integers [N, T]")
+    if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+        raise UserError(f"{path} has {tokens.shape[1]} tokens an image, which is no square; 32 x 32 images have 1024")
+    return tokens
+
+
+def _openai_labels(path: str, count: int) -> np.ndarray | None:
+    """int32 [N]; a few rows at a time, as ImageNet's one-hot labels take gigabytes."""
+    if not Path(path).exists():
+        return None
+    labels = _map_array(path)
+    kinds = {1: "iu", 2: "iufb"}.get(labels.ndim, "")
+    if labels.dtype.kind not in kinds or len(labels) != count:
+        raise UserError(
+            f"{path} is {labels.dtype} {list(labels.shape)}; integers [{count}] or one-hot rows [{count}, C] are "
+            "needed, one for every image"
+        )
+    if labels.ndim == 1:
+        return labels.astype(np.int32)
+    classes = np.empty(count, np.int32)
+    for start in range(0, count, 4096):
+        rows = labels[start : start + 4096]
+        if not ((rows != 0).sum(axis=1) == 1).all() or not (rows.sum(axis=1) == 1).all():
+            raise UserError(f"{path}: the rows from {start} on are not all one-hot, a single 1 among zeros")
+        classes[start : start + 4096] = rows.argmax(axis=1)
+    return classes
+
+
+def _map_array(path: str) -> np.ndarray:
+    """The array of a .npy file, in the file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a .npy of numbers: {error}; fetch it again") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an .npz of several arrays; a .npy is needed")
+    return array
 
 
 def _split(images, labels, fractions, seed) -> tuple[Split, Split, Split]:

@@ -5,7 +5,8 @@ T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,16 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {  # of the mlp; all but the first are met in Hugging Face's configurations only, and bear its names
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes the network. Raises UserError naming the field when a value makes no sense."""
@@ -52,6 +63,12 @@ class ModelConfig:
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
     norm_epsilon: float = 1e-5
+    causal: bool = True  # False, for the BERT objective: no mask, no SOS, position i reads token i
+    pixel_head: bool = True  # False: features only
+    num_classes: int = 0  # of a linear classifier on the pooled final norm; 0: none
+    activation: str = "quick_gelu"
+    scale_scores: bool = True  # by 1 / sqrt(K); this and the next only ever differ in Hugging Face's configurations
+    scale_scores_by_layer: bool = False  # by 1 / (l + 1) on top
     dtype: str = "float32"  # of the computation; parameters are always float32
     attention: str = "chunked"
     remat: str = "none"
@@ -66,6 +83,10 @@ class ModelConfig:
                 f"model.width {self.width} is not divisible by model.num_heads {self.num_heads}; "
                 "every head gets width / num_heads channels"
             )
+        if self.num_classes < 0:
+            raise UserError(
+                f"model.num_classes is {self.num_classes}; give the number of classes, or 0 for no classifier"
+            )
         if self.mlp_width < 0:
             raise UserError(f"model.mlp_width is {self.mlp_width}; give the width, or 0 for 4 x model.width")
         if self.mlp_width == 0:
@@ -76,6 +97,7 @@ class ModelConfig:
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
             ("attention", BACKENDS),
+            ("activation", tuple(ACTIVATIONS)),
             ("remat", tuple(REMAT)),
         ):
             if getattr(self, name) not in allowed:
@@ -84,6 +106,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.num_heads
+
+    def query_scale(self, layer: Array | int) -> Array | float:
+        """Of the queries, so that scores / sqrt(K), which is what every back end computes, come out as configured."""
+        scale = 1.0 if self.scale_scores else self.head_size**0.5
+        return scale / (layer + 1) if self.scale_scores_by_layer else scale
 
     @property
     def has_dropout(self) -> bool:
@@ -133,23 +160,33 @@ class Block(nnx.Module):
         self.up = Linear("btd,df->btf", (D, F), 0.02, bias(F), rngs)
         self.down = Linear("btf,fd->btd", (F, D), 0.02, bias(D), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], attend, key: Array | None = None):
-        """Returns the block's output and its BlockOutputs. `attend(q, k, v)`, each [B, T, N, K], mixes positions."""
+    def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
+        """Returns the block's output and its BlockOutputs.
+
+        `attend(q, k, v, key)`, each of the three [B, T, N, K], mixes positions: it returns what it mixed,
+        [B, T, N, K], and whatever else its caller wants of every layer.
+        """
+        config = self.config
         normed = self.attention_norm(x)
         q, k, v = jnp.moveaxis(self.qkv(normed), 2, 0)
+        if not config.scale_scores or config.scale_scores_by_layer:
+            q = (q * config.query_scale(layer)).astype(k.dtype)
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        x = x + dropout(self.out(attend(q, k, v, keys[0])), self.config.residual_dropout, keys[1])
-        hidden = quick_gelu(self.up(self.mlp_norm(x)))
-        x = x + dropout(self.down(hidden), self.config.residual_dropout, keys[2])
-        return x, BlockOutputs(pool(normed), k, v)
+        mixed, extra = attend(q, k, v, keys[0])
+        y = x + dropout(self.out(mixed), config.residual_dropout, keys[1])
+        hidden = ACTIVATIONS[config.activation](self.up(self.mlp_norm(y)))
+        y = y + dropout(self.down(hidden), config.residual_dropout, keys[2])
+        return y, BlockOutputs(x, pool(normed), k, v, extra)
 
 
 class BlockOutputs(NamedTuple):
     """What a block computes on its way; whatever the caller leaves unused is never computed under jit."""
 
+    inputs: Float[Array, "B T D"]
     features: Float[Array, "B D"]
     keys: Float[Array, "B T N K"]
     values: Float[Array, "B T N K"]
+    extra: Any
 
 
 class KVCache(NamedTuple):
@@ -171,10 +208,12 @@ class ImageGPT(nnx.Module):
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(layer_keys)  # leaves [L, ...]
         self.final_norm = Norm(config.width, config.norm_epsilon)
         # Zeros: the first prediction is uniform, the first loss ln V (Chen et al. 2020, appendix A.1).
-        self.head = Linear("btd,dv->btv", (config.width, config.vocab_size), 0.0, None, rngs)
+        D, V, C = config.width, config.vocab_size, config.num_classes
+        self.head = Linear("btd,dv->btv", (D, V), 0.0, None, rngs) if config.pixel_head else None
+        self.classifier = Linear("bd,dc->bc", (D, C), 0.0, None, rngs) if C else None
 
     def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
-        """Float32 logits; those at position i predict tokens[:, i] from tokens[:, :i]. A key turns dropout on."""
+        """Float32 logits of tokens[:, i] at position i, from tokens[:, :i] if causal. A key turns dropout on."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(self.inputs(tokens)), self.config.embedding_dropout, keys[0])
         x, _ = self.run_blocks(x, keys[1])
@@ -185,12 +224,19 @@ class ImageGPT(nnx.Module):
         x, outputs = self.run_blocks(self.embed(self.inputs(tokens)))
         return jnp.concatenate([outputs.features, pool(self.final_norm(x))[None]])
 
-    def prefill(self, inputs: Int[Array, "B P"]) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads P inputs (the SOS, then P - 1 tokens): logits of the next token, and a cache for all T positions."""
+    def classify(self, tokens: Int[Array, "B T"]) -> Float[Array, "B C"]:
+        """Class logits: a linear map of the pooled final norm (section 2.4)."""
+        x, _ = self.run_blocks(self.embed(self.inputs(tokens)))
+        return self.class_logits(pool(self.final_norm(x)))
+
+    def prefill(self, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
+        """Reads inputs (the SOS, then tokens), of which the first `given` count: logits of the next token, and a cache
+        for all T positions, to be overwritten from position `given` on."""
         x, outputs = self.run_blocks(self.embed(inputs))
+        last = jax.lax.dynamic_slice_in_dim(x, given - 1, 1, axis=1)
         room = [(0, 0), (0, 0), (0, 0), (0, self.config.seq_len - inputs.shape[1]), (0, 0)]
         keys, values = (jnp.pad(jnp.swapaxes(kv, 2, 3), room) for kv in (outputs.keys, outputs.values))  # [L,B,N,T,K]
-        return self.logits(self.final_norm(x[:, -1:]))[:, 0], KVCache(tuple(keys), tuple(values))
+        return self.logits(self.final_norm(last))[:, 0], KVCache(tuple(keys), tuple(values))
 
     def decode(
         self, blocks: list[Block], token: Int[Array, "B"], position: Int[Array, ""], cache: KVCache
@@ -204,9 +250,9 @@ class ImageGPT(nnx.Module):
                 at = (0, 0, position, 0)
                 keys[layer] = jax.lax.dynamic_update_slice(keys[layer], jnp.swapaxes(k, 1, 2), at)
                 values[layer] = jax.lax.dynamic_update_slice(values[layer], jnp.swapaxes(v, 1, 2), at)
-                return attend_to_cache(q[:, 0], keys[layer], values[layer], position)[:, None]
+                return attend_to_cache(q[:, 0], keys[layer], values[layer], position)[:, None], None
 
-            x, _ = block(x, attend)
+            x, _ = block(x, layer, attend)
         return self.logits(self.final_norm(x))[:, 0], KVCache(tuple(keys), tuple(values))
 
     def unstack_blocks(self) -> list[Block]:
@@ -222,7 +268,9 @@ class ImageGPT(nnx.Module):
         ]
 
     def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """SOS, x_0, ..., x_{T-2}: what the model reads to predict x_0, ..., x_{T-1}."""
+        """SOS, x_0, ..., x_{T-2}: what the model reads to predict x_0, ..., x_{T-1}. Not causal: x_0, ..., x_{T-1}."""
+        if not self.config.causal:
+            return tokens
         start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
         return jnp.concatenate([start, tokens[:, :-1]], axis=1)
 
@@ -234,26 +282,43 @@ class ImageGPT(nnx.Module):
         return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
+        if self.head is None:
+            raise UserError("this model has no pixel head: it gives features, but can neither be sampled nor scored")
         return self.head(normed, jnp.float32)  # accumulated and kept in float32 for the softmax that follows
 
-    def run_blocks(self, x: Float[Array, "B P D"], key: Array | None = None) -> tuple[Array, BlockOutputs]:
-        """All blocks in turn. The BlockOutputs are stacked over layers: [L, B, ...]."""
+    def class_logits(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        if self.classifier is None:
+            raise UserError("this model has no classifier; fine-tune one, or load a model that has")
+        return self.classifier(pooled, jnp.float32)
+
+    def run_blocks(
+        self, x: Float[Array, "B P D"], key: Array | None = None, attend=None, by_layer=None
+    ) -> tuple[Array, BlockOutputs]:
+        """All blocks in turn. The BlockOutputs are stacked over layers: [L, B, ...].
+
+        `attend(q, k, v, key, of_layer)` takes the place of plain attention; `of_layer` is that layer's `by_layer`.
+        """
         config = self.config
         graph, stacked = nnx.split(self.blocks)
-
-        def attend(q, k, v, key):
-            return attention(q, k, v, backend=config.attention, dropout=config.attention_dropout, key=key)
+        attend = attend or self.attend
 
         def run_block(x, layer):
-            params, key = layer
-            x, outputs = nnx.merge(graph, params)(x, attend, key)
+            params, index, key, of_layer = layer
+            x, outputs = nnx.merge(graph, params)(x, index, functools.partial(attend, of_layer=of_layer), key)
             return shard_batch(x), outputs
 
         if config.remat != "none":
             run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
-        layer_keys = None if key is None else jax.random.split(key, config.depth)
+        keys = None if key is None else jax.random.split(key, config.depth)
         unroll = 1 if config.scan_layers else config.depth
-        return jax.lax.scan(run_block, x, (stacked, layer_keys), unroll=unroll)
+        return jax.lax.scan(run_block, x, (stacked, jnp.arange(config.depth), keys, by_layer), unroll=unroll)
+
+    def attend(self, q, k, v, key, of_layer=None):
+        """Every position to those before it and itself, or to all where the model is not causal."""
+        config = self.config
+        rate = config.attention_dropout
+        mixed = attention(q, k, v, backend=config.attention, causal=config.causal, dropout=rate, key=key)
+        return mixed, None
 
 
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:

@@ -49,16 +49,38 @@ def sample_tokens(
 ) -> Int[Array, "B T"]:
     """Continues each row of `prefix` (P = 0: from nothing) to T tokens, on device from the first to the last."""
     length = model.config.seq_len
+    if not model.config.causal:
+        raise UserError("this model was trained with the BERT objective: it predicts masked pixels and cannot sample")
     if not prefix.shape[1] < length:
         raise UserError(f"{prefix.shape[1]} of {length} pixels are given: there is nothing left to sample")
+    start = np.full((len(prefix), 1), model.config.vocab_size, np.int32)
+    return continue_inputs(model, np.concatenate([start, prefix], axis=1), length + 1, keys, sampling)[:, 1:]
+
+
+def continue_inputs(
+    model: ImageGPT, inputs: Int[np.ndarray, "B P"], stop: int, keys: Array, sampling: Sampling
+) -> Int[Array, "B stop"]:
+    """Continues rows of inputs, as the model reads them (the SOS, then tokens), until there are `stop` <= T + 1.
+
+    `inputs` are padded to a power of two and `stop` is a value, so that few programs serve all lengths.
+    """
+    given = inputs.shape[1]
+    padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
-    return _generate(
-        graph, params, prefix, keys, sampling.temperature, sampling.temperature == 0.0, sampling.top_k, sampling.top_p
+    greedy = sampling.temperature == 0.0
+    tokens = _generate(
+        graph, params, padded, given, stop, keys, sampling.temperature, greedy, sampling.top_k, sampling.top_p
     )
+    return tokens[:, :stop]
+
+
+def padded_length(length: int, most: int) -> int:
+    """The next power of two, but not above `most`."""
+    return min(1 << (length - 1).bit_length(), most)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "greedy", "top_k", "top_p"))
-def _generate(graph, params, prefix, keys, temperature, greedy, top_k, top_p):
+def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p):
     model = nnx.merge(graph, params)
     blocks = model.unstack_blocks()
 
@@ -68,18 +90,20 @@ def _generate(graph, params, prefix, keys, temperature, greedy, top_k, top_p):
         position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
         return jax.vmap(jax.random.categorical)(position_keys, truncate(logits / temperature, top_k, top_p))
 
-    def step(carry, position):
-        token, cache = carry
-        logits, cache = model.decode(blocks, token, position, cache)
-        token = draw(logits, position)
-        return (token, cache), token
+    def put(tokens, position, token):
+        return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None].astype(tokens.dtype), position, axis=1)
 
-    given = prefix.shape[1]
-    start = jnp.full((prefix.shape[0], 1), model.config.vocab_size)
-    logits, cache = model.prefill(jnp.concatenate([start, prefix], axis=1))
-    first = draw(logits, given)
-    _, rest = jax.lax.scan(step, (first, cache), jnp.arange(given + 1, model.config.seq_len))
-    return replicate(jnp.concatenate([prefix, first[:, None], rest.T], axis=1))
+    def step(position, carry):  # reads the input at `position` and writes the one after it
+        tokens, cache = carry
+        token = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
+        logits, cache = model.decode(blocks, token, position, cache)
+        return put(tokens, position + 1, draw(logits, position)), cache
+
+    room = [(0, 0), (0, model.config.seq_len + 1 - inputs.shape[1])]
+    logits, cache = model.prefill(inputs, given)
+    tokens = put(jnp.pad(inputs, room), given, draw(logits, given - 1))
+    tokens, _ = jax.lax.fori_loop(given, stop - 1, step, (tokens, cache))
+    return replicate(tokens)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -145,7 +169,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         "python -m igpt.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a run directory")
+    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--num", type=int, default=16, help="images, or continuations of each image (default 16)")
     parser.add_argument("--complete", metavar="IMAGE", help="an image file, or 'test': images of the run's test split")
@@ -164,8 +188,8 @@ def main(argv=None) -> None:
 
 def _run(args) -> None:
     from igpt import data
-    from igpt.checkpoint import load
     from igpt.plots import check_writable, image_grid, save_png
+    from igpt.pretrained import load
 
     for name in ("num", "images", "batch_size"):
         if getattr(args, name) < 1:
@@ -178,6 +202,8 @@ def _run(args) -> None:
         picture = image_grid(sample_images(pretrained, args.num, args.seed, sampling, args.batch_size))
     else:
         if args.complete == "test":
+            if not settings.source:
+                raise UserError(f"{args.model} was not trained here and has no test split; give an image file")
             images = data.open_source(settings).test.images[: args.images]
         else:
             images = data.read_image(args.complete, *settings.image_size, settings.channels)[None]

@@ -30,7 +30,7 @@ RULES = (
     (r"blocks\.down\.kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"blocks\.(out|down)\.bias", P()),  # [L, D]
     (r"(blocks\.attention_norm|blocks\.mlp_norm|final_norm)\.gain", P()),  # [L, D], [D]
-    (r"head\.kernel", P("fsdp", None)),  # [D, V]
+    (r"(head|classifier)\.kernel", P("fsdp", None)),  # [D, V], [D, C]
     (r"step|count", P()),  # scalars
 )
 

@@ -67,7 +67,7 @@ def test_arithmetic_may_not_change_when_a_run_resumes(tmp_path):
 
 
 def test_a_configuration_of_another_kind_is_refused():
-    with pytest.raises(UserError, match="no training configuration: it has no data, palette"):
+    with pytest.raises(UserError, match="no configuration of ours: it has no data, palette"):
         configuration.check(probe_digits.get_config())
 
 

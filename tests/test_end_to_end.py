@@ -65,7 +65,7 @@ def test_held_out_images_are_completed(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=absent"], "no run directory absent"),
+        (["--model=absent"], "no directory absent"),
         (["--num=0"], "--num is 0"),
         (["--step=7"], "no checkpoint of step 7; it has [60]"),
         (["--complete=absent.png"], "no image absent.png"),
@@ -99,7 +99,7 @@ def test_the_probe_reports_every_layer_beside_its_baselines(trained, tmp_path):
 
 def test_probing_without_a_model_or_with_impossible_settings_is_refused(trained, tmp_path):
     config = probe_digits.get_config()
-    with pytest.raises(UserError, match="no run directory absent"):
+    with pytest.raises(UserError, match="no directory absent"):
         eval_probe.run(config, "absent", tmp_path / "probe")
     with pytest.raises(UserError, match="no probe configuration"):
         eval_probe.run(digits.get_config(), trained, tmp_path / "probe")

@@ -56,6 +56,8 @@ def by_hand(model, tokens):
         return x / x.sum(-1, keepdims=True)
 
     inputs = np.concatenate([np.full((len(tokens), 1), config.vocab_size), tokens[:, :-1]], axis=1)
+    if not config.causal:
+        inputs = tokens
     h = params["token_table"][inputs] + params["position_table"]
     features = []
     for layer in range(config.depth):
@@ -66,7 +68,12 @@ def by_hand(model, tokens):
             bias = blocks["qkv"]["bias"][layer][:, None, :, None]
             q, k, v = q + bias[0], k + bias[1], v + bias[2]
         scores = q @ k.swapaxes(-1, -2) / np.sqrt(config.head_size)
-        scores = np.where(np.tril(np.ones(scores.shape[-2:])), scores, -1e10)
+        if not config.scale_scores:
+            scores = scores * np.sqrt(config.head_size)
+        if config.scale_scores_by_layer:
+            scores = scores / (layer + 1)
+        if config.causal:
+            scores = np.where(np.tril(np.ones(scores.shape[-2:])), scores, -1e10)
         a = np.einsum("bntk,nkd->btd", softmax(scores) @ v, blocks["out"]["kernel"][layer])
         h = h + a + (blocks["out"]["bias"][layer] if config.use_bias else 0)
         m = norm(h, blocks["mlp_norm"]["gain"][layer]) @ blocks["up"]["kernel"][layer]
@@ -110,9 +117,19 @@ def test_initialisation_has_the_released_standard_deviations():
     assert (params["head"]["kernel"] == 0).all() and (blocks["mlp_norm"]["gain"] == 1).all()
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-def test_logits_and_features_equal_the_released_arithmetic(use_bias):
-    model = random_model(dataclasses.replace(TINY, use_bias=use_bias))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(use_bias=True),
+        dict(causal=False),  # OpenAI's BERT graph, with nothing dropped
+        dict(scale_scores=False),
+        dict(scale_scores_by_layer=True),
+    ],
+    ids=str,
+)
+def test_logits_and_features_equal_the_released_arithmetic(fields):
+    model = random_model(dataclasses.replace(TINY, **fields))
     tokens = random_tokens()
     logits, features = by_hand(model, np.asarray(tokens))
     np.testing.assert_allclose(logits_of(model, tokens), logits, atol=5e-5)
@@ -143,7 +160,7 @@ def test_cached_decoding_equals_the_full_forward(given):
     tokens = random_tokens()
     full = logits_of(model, tokens)
     inputs = model.inputs(tokens)
-    logits, cache = jax.jit(lambda inputs: model.prefill(inputs))(inputs[:, : given + 1])
+    logits, cache = jax.jit(lambda inputs: model.prefill(inputs, given + 1))(inputs[:, : given + 1])
     np.testing.assert_allclose(logits, full[:, given], atol=1e-5)
     blocks = model.unstack_blocks()
     decode = jax.jit(lambda token, position, cache: model.decode(blocks, token, position, cache))
@@ -202,6 +219,22 @@ def test_bfloat16_computes_close_to_float32_and_returns_float32():
     assert rough.dtype == features_of(half, tokens).dtype == jnp.float32
     error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.05
+
+
+def test_the_classifier_reads_the_pooled_final_norm():
+    model = random_model(dataclasses.replace(TINY, num_classes=5))
+    tokens = random_tokens()
+    expected = features_of(model, tokens)[-1] @ model.classifier.kernel[...]
+    np.testing.assert_allclose(jax.jit(lambda m, t: m.classify(t))(model, tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_a_head_that_is_not_there_is_missed_with_a_sentence():
+    bare = random_model(dataclasses.replace(TINY, pixel_head=False))
+    assert features_of(bare, random_tokens()).shape == (4, 3, 14)
+    with pytest.raises(UserError, match="no pixel head"):
+        bare(random_tokens())
+    with pytest.raises(UserError, match="no classifier"):
+        bare.classify(random_tokens())
 
 
 def test_the_norm_neither_centres_nor_shifts():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +8,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 from test_model import TINY, random_model
 
-from igpt.checkpoint import Pretrained
 from igpt.errors import UserError
 from igpt.model import ModelConfig
 from igpt.palette import Palette
+from igpt.pretrained import Pretrained
 from igpt.sample import Sampling, complete_images, image_keys, kept_rows, sample_images, sample_tokens, truncate
 from igpt.sharding import make_mesh, shardings
 
@@ -119,6 +121,12 @@ def test_at_least_one_row_is_left_to_complete():
     for keep in (1.0, -0.1):
         with pytest.raises(UserError, match="keep is"):
             kept_rows(keep, 8)
+
+
+def test_a_bert_model_does_not_sample():
+    model = random_model(dataclasses.replace(TINY, causal=False))
+    with pytest.raises(UserError, match="BERT objective"):
+        sample_tokens(model, np.zeros((1, 0), np.int32), image_keys(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
         (["--config=configs/digits.py", "--workdir=RUN", "--config.train.steps=2.5"], "train.steps=2.5"),
         (["--config=configs/absent.py", "--workdir=RUN"], "No such file or directory: 'configs/absent.py'"),
         (["--config=configs/digits.py"], "--workdir is missing"),
-        (["--config=configs/probe_digits.py", "--workdir=RUN"], "no training configuration"),
+        (["--config=configs/probe_digits.py", "--workdir=RUN"], "no configuration of ours"),
         (["--workdir=RUN"], "--config is missing"),
         (["--config=configs/digits.py", "--workdir=RUN", "stray"], "'stray' is not a flag"),
         (["--config=configs/digits.py", "--workdir=RUN", "--confg=1"], "confg"),

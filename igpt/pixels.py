@@ -1,0 +1,153 @@
+"""Anything an image can be -> uint8 RGB: PIL images of every mode, arrays of either layout, nested lists of numbers.
+
+Where Hugging Face's processor can read an input, what comes out is the same; grey, 16-bit, CMYK and the like, on which
+it fails, are converted. Transparency is laid on white, as its do_convert_rgb does.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from igpt.errors import UserError
+
+LAYOUTS = ("channels_first", "channels_last", "none")
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+DEEP_MODES = ("I", "F")  # and "I;16", "I;16B", ...: more than 8 bits a channel
+
+
+def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) -> tuple[list[np.ndarray], list[bool]]:
+    """Images in any form -> uint8 [N, H, W, 3] for each image (N = 1) or 4-D array, in the order given.
+
+    The second list says which of them were floats in [0, 1], read as bytes / 255. All floats of one call mean the
+    same: a single value above 1 makes all of them whole numbers from 0 to 255. `layout` is that of arrays, by default
+    inferred: the first of the two axes with 1, 3 or 4 channels. An RGB image of PIL keeps its colours though it
+    names one of them transparent, unless `convert_rgb`. Raises UserError for what is no image.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"input_data_format is {layout!r}; choose one of {', '.join(LAYOUTS)}, or None to infer it")
+    arrays, layouts = [], []
+    for image in _single_images(images):
+        decoded = isinstance(image, Image.Image)
+        arrays.append(_decoded(image, convert_rgb) if decoded else _as_numpy(image))
+        layouts.append("channels_last" if decoded else layout)
+    if not arrays:
+        raise UserError("no images were given; a PIL image, an array, or a list of them is needed")
+    is_float = [array.dtype.kind == "f" for array in arrays]
+    up_to_one = all(array.max(initial=0) <= 1 for array in arrays if array.dtype.kind == "f")
+    batches = [
+        _rgb(_with_channels_last(_bytes(array, up_to_one), place)) for array, place in zip(arrays, layouts, strict=True)
+    ]
+    return batches, [up_to_one and floats for floats in is_float]
+
+
+def _single_images(images) -> Iterator:
+    """Walks nested lists down to PIL images and arrays; a nested list of numbers is an array."""
+    if isinstance(images, str | bytes | os.PathLike):
+        raise UserError(f"{str(images)[:80]!r} is a name, not an image; open it first: PIL.Image.open(...)")
+    if isinstance(images, Image.Image) or hasattr(images, "__array__"):
+        yield images
+    elif isinstance(images, list | tuple):
+        innermost = images
+        while isinstance(innermost, list | tuple) and len(innermost):
+            innermost = innermost[0]
+        if isinstance(innermost, int | float | np.generic):
+            try:
+                yield np.asarray(images)
+                return
+            except ValueError:  # not one array, but perhaps images of several sizes
+                pass
+        for image in images:
+            yield from _single_images(image)
+    else:
+        raise UserError(
+            f"an image cannot be a {type(images).__name__}; PIL images, numpy, jax and torch arrays, nested lists of "
+            "numbers, and lists of these are"
+        )
+
+
+def _as_numpy(image) -> np.ndarray:
+    if hasattr(image, "detach"):  # a torch tensor, which may track gradients or lie on another device
+        image = image.detach().cpu()
+    try:
+        return np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"a {type(image).__name__} cannot be read as a numpy array: {error}") from None
+
+
+def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
+    """A PIL image -> uint8 [H, W, 3], or for the modes of more than 8 bits their own numbers [H, W]."""
+    try:
+        if image.mode in DEEP_MODES or image.mode.startswith("I;16"):
+            numbers = np.asarray(image)
+            # Pillow opens some 16-bit files in its 32-bit mode.
+            deep = image.mode == "I" and numbers.size and numbers.min() >= 0 and 255 < numbers.max() <= 65535
+            return numbers.astype(np.uint16) if deep else numbers
+        if image.mode == "RGB" and not (convert_rgb and "transparency" in image.info):
+            return np.asarray(image)
+        if image.mode == "La":  # Pillow knows the way from this one to LA only
+            image = image.convert("LA")
+        transparent = image.mode.endswith(("A", "a")) or image.info.get("transparency") is not None
+        return np.asarray(image.convert("RGBA" if transparent else "RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # PIL reads a file only when its pixels are asked for
+        raise UserError(f"a PIL image of mode {image.mode} cannot be read as RGB: {error}") from None
+
+
+def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
+    """Numbers of any kind -> uint8 of the same shape, or UserError: nothing is clipped."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind not in "biuf":
+        raise UserError(f"pixels are {pixels.dtype}; integers, floats or bools are needed")
+    if pixels.dtype.kind == "b":
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
+    if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 255):
+        allowed = "0..255" if pixels.dtype.kind != "f" else "[0, 1], or whole numbers in 0..255"
+        raise UserError(
+            f"pixels are {pixels.dtype} from {pixels.min()} to {pixels.max()}; {allowed} is allowed: scale them first"
+        )
+    if pixels.dtype.kind == "f":
+        pixels = pixels.astype(np.float64)
+        if up_to_one:
+            return np.round(pixels * 255).astype(np.uint8)
+        if not (pixels == np.round(pixels)).all():
+            raise UserError(
+                f"pixels are floats with fractions, up to {pixels.max()}; floats lie in [0, 1] in all the images of a "
+                "call, or are whole numbers in 0..255, so divide by 255 or round them first"
+            )
+    return pixels.astype(np.uint8)
+
+
+def _with_channels_last(pixels: np.ndarray, layout: str | None) -> np.ndarray:
+    """[H, W], or with layout "none" [N, H, W], or [(N,) C, H, W], or [(N,) H, W, C] -> [N, H, W, C]."""
+    shape = list(pixels.shape)
+    grey = pixels.ndim == 2 or (pixels.ndim == 3 and layout == "none")
+    if not (grey or pixels.ndim in (3, 4)) or (pixels.ndim == 4 and layout == "none"):
+        raise UserError(f"an image array has shape {shape}; [H, W], [C, H, W], [H, W, C] or a 4-D batch is needed")
+    if grey:
+        pixels = pixels[..., None]
+    elif layout is None and shape[-3] not in CHANNELS and shape[-1] not in CHANNELS:
+        raise UserError(
+            f"no axis of {shape} is one of 1, 3 or 4 channels; for grey images without such an axis give a list of "
+            "[H, W] arrays, or input_data_format='none'"
+        )
+    elif layout == "channels_first" or (layout is None and shape[-3] in CHANNELS):
+        pixels = np.moveaxis(pixels, -3, -1)
+    if pixels.shape[-1] not in CHANNELS:
+        raise UserError(f"with {layout}, shape {shape} has {pixels.shape[-1]} channels; 1, 3 or 4 are allowed")
+    if 0 in shape:
+        raise UserError(f"an image array has shape {shape}, with no pixels in it")
+    return pixels if pixels.ndim == 4 else pixels[None]
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """[N, H, W, 1 | 3 | 4] -> [N, H, W, 3]: grey repeated, transparency laid on white."""
+    if pixels.shape[-1] == 1:
+        return np.repeat(pixels, 3, axis=-1)
+    if pixels.shape[-1] == 4:
+        alpha = pixels[..., 3:] / 255
+        return np.round(alpha * pixels[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    return pixels

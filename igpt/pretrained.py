@@ -1,0 +1,189 @@
+"""Models from a reference: a run directory, a Hugging Face directory, or the id of one on the hub.
+
+Whoever asks for a model asks here, and cannot tell from the answer which of the three it was.
+"""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from igpt import checkpoint, hf_weights
+from igpt import config as configuration
+from igpt.errors import UserError
+from igpt.hf_config import read_json
+from igpt.model import ImageGPT, ModelConfig
+from igpt.palette import Palette
+from igpt.processor import ImageGPTImageProcessor
+from igpt.sharding import make_mesh
+from igpt.state import with_shardings
+
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model*.json"])
+
+
+class Pretrained(NamedTuple):
+    """A model with all that is needed to use it: its run's configuration and its tokenizer."""
+
+    config: ConfigDict
+    model: ImageGPT
+    palette: Palette
+    step: int = 0
+
+
+def load(ref: str | Path, step: int | None = None) -> Pretrained:
+    """The model that `ref` names; of a run's checkpoints the newest, unless `step` names another.
+
+    Raises UserError when there is no such model, or when it is damaged. Nothing is ever executed that a file holds.
+    """
+    directory = resolve(ref)
+    pretrained = outline(directory)
+    graph, params = nnx.split(pretrained.model)
+    local = make_mesh(data=1, devices=jax.local_devices()[:1])
+    params, step = params_of(directory, with_shardings(nnx.to_pure_dict(params), local), step)
+    return pretrained._replace(model=nnx.merge(graph, params), step=step)
+
+
+def outline(directory: Path) -> Pretrained:
+    """All of a model but its parameters, in whose place are their shapes."""
+    config = config_of(directory)
+    config.model.attention = "auto"  # what the training machine could do, this one may not
+    palette = palette_of(directory)
+    check_palette_size(palette, config, directory)
+    model = nnx.eval_shape(lambda: ImageGPT(configuration.model_config(config), nnx.Rngs(0)))
+    return Pretrained(config, model, palette)
+
+
+def resolve(ref: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a reference; a hub id is downloaded, or found in the hub's cache.
+
+    A path whose first part is a folder here is a path: a slip in it is told at once, not after a try on the network.
+    """
+    directory = Path(ref)
+    try:
+        if directory.is_dir():
+            return directory
+        beside = [entry.name for entry in directory.parent.iterdir() if entry.is_dir()]
+    except (OSError, ValueError):  # nothing here has a name like the first part's
+        beside = None
+    if beside is not None or not HUB_ID.fullmatch(str(ref)):
+        close = difflib.get_close_matches(directory.name, beside or (), n=3)
+        meant = " or ".join(str(directory.parent / name) for name in close)
+        hint = f"did you mean {meant}?" if close else "give a run directory, a Hugging Face directory or a hub id"
+        raise UserError(f"there is no directory {ref}; {hint}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f'there is no directory {ref}; if it is a model on the hub, pip install "igpt[hub]" to fetch it'
+        ) from None
+    try:
+        for patterns in WEIGHT_FILES:
+            folder = Path(snapshot_download(str(ref), revision=revision, allow_patterns=[*CONFIG_FILES, *patterns]))
+            if any(folder.glob(patterns[0])):
+                break
+    except Exception as error:  # whatever goes wrong between here and there
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"there is no directory {ref}, and the hub did not deliver a model of that name: {reason}"
+        ) from None
+    return folder
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether a directory's config.json is of Hugging Face's kind; ours has no model_type."""
+    return (directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
+
+
+def config_of(directory: Path) -> ConfigDict:
+    """A run's configuration, or what a Hugging Face directory says of network and images."""
+    if not is_huggingface(directory):
+        return configuration.load(directory)
+    return of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
+
+
+def of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> ConfigDict:
+    """Our configuration of a Hugging Face model; UserError where its parts do not fit each other or our network."""
+    if weights.config.tie_word_embeddings:
+        raise UserError(
+            f"{directory} ties its head to the embedding, start of sequence included; our network has a head of its "
+            "own. Such a model can be used through igpt.api only"
+        )
+    size, clusters = (processor.size["height"], processor.size["width"]), processor.clusters
+    if math.prod(size) != weights.model.seq_len:
+        raise UserError(
+            f"{directory}: the processor makes images of {size[0]} x {size[1]}, the model has {weights.model.seq_len} "
+            "positions; set 'size' in preprocessor_config.json to a height and width whose product that is"
+        )
+    if len(clusters) != weights.model.vocab_size:
+        raise UserError(
+            f"{directory}: the processor has {len(clusters)} clusters, the model {weights.model.vocab_size} colours "
+            "(vocab_size less the start of sequence)"
+        )
+    units = (processor.do_rescale, processor.rescale_factor, processor.do_normalize)
+    if units != (True, 1 / 255, True) or not processor.image_mean == processor.image_std == [0.5] * 3:
+        raise UserError(
+            f"{directory}: the processor's clusters are in units of their own (do_rescale, rescale_factor, "
+            "do_normalize, image_mean, image_std); a palette of ours has byte / 127.5 - 1, which are the defaults. "
+            "Convert the clusters, or use the model through igpt.api"
+        )
+    grey = bool((clusters == clusters[:, :1]).all())
+    return configuration.of_network(weights.model, size, channels=1 if grey else 3)
+
+
+def processor_of(directory: Path) -> ImageGPTImageProcessor:
+    """The image processor of a Hugging Face directory, with clusters."""
+    if not (directory / "preprocessor_config.json").is_file():
+        raise UserError(
+            f"{directory} has no preprocessor_config.json, and so no palette; give one with python -m igpt.huggingface "
+            f"import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
+        )
+    processor = ImageGPTImageProcessor.from_pretrained(directory)
+    if processor.clusters is None:
+        raise UserError(f"{directory}/preprocessor_config.json has no 'clusters', and so no palette")
+    return processor
+
+
+def palette_of(directory: Path) -> Palette:
+    if is_huggingface(directory):
+        return processor_of(directory).palette()
+    return Palette.load(directory / "palette.npy")
+
+
+def params_of(directory: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
+    """The parameters onto the shardings of `abstract`, and the step they are of."""
+    if not is_huggingface(directory):
+        return checkpoint.restore_params(directory, abstract, step)
+    if step is not None:
+        raise UserError(f"{directory} is a Hugging Face directory: it has no checkpoint of step {step}")
+    weights = hf_weights.open_directory(directory)
+    return hf_weights.read_params(weights.tensors, weights.model, abstract), 0
+
+
+def check_same_network(ref: str, config: ConfigDict) -> None:
+    """Raises UserError unless the model `ref` has a network into which the weights of this one would fit."""
+    theirs, ours = (network(configuration.model_config(c)) for c in (config_of(resolve(ref)), config))
+    differing = [f"{name} is {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
+    if differing:
+        raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; make the config agree")
+
+
+def network(model: ModelConfig) -> dict:
+    """The fields that fix the parameters' shapes and meaning."""
+    free = ("embedding_dropout", "residual_dropout", "attention_dropout", "dtype", "attention", "remat", "scan_layers")
+    return {name: value for name, value in vars(model).items() if name not in free}
+
+
+def check_palette_size(palette: Palette, config: ConfigDict, path) -> None:
+    """A model's vocabulary is its palette: they must agree before either is used."""
+    if palette.vocab_size != config.palette.colors:
+        raise UserError(
+            f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}; "
+            f"set palette.colors={palette.vocab_size} or give a palette of that size"
+        )
