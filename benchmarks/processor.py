@@ -1,0 +1,106 @@
+"""Images to tokens on the CPU: our image processor and transformers' (its PIL one), on the same images and clusters.
+
+pip install -e ".[bench]"
+python benchmarks/processor.py --out=benchmarks/results/processor_cpu.json
+
+The images have the size asked for, so that tokens are what is measured. They are smooth colour fields with a little
+noise, as photographs are, and plain noise, where every pixel is another place in our table. transformers is timed
+twice: given all images in one call, as ours is, and given --peer_batch at a time, at which it is faster, for it holds a
+float64 distance, three times over, for each pixel and cluster, 4 MiB an image (13 GB for 1,024). Our first call fills
+the table; the rates are those of the calls after it.
+"""
+
+import argparse
+import time
+
+import numpy as np
+from PIL import Image
+from report import median_seconds, write
+from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+
+from igpt.processor import ImageGPTImageProcessor
+
+SIDE = 32
+
+
+def smooth_images(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Random colours 8 pixels apart, joined smoothly, with noise of 4 levels: uint8 [count, 32, 32, 3]."""
+    coarse = rng.integers(0, 256, (count, SIDE // 8, SIDE // 8, 3), np.uint8)
+    fields = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in coarse]
+    return np.clip(np.stack(fields) + rng.normal(0, 4, (count, SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+
+
+def noise_images(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
+def seconds_once(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(images: np.ndarray, clusters: list, peer_batch: int, repeats: int) -> list[dict]:
+    """Rows for the three forms in which the images may be given; the first call of all is timed apart."""
+    ours, peer = (kind(clusters=clusters, size=SIDE) for kind in (ImageGPTImageProcessor, ImageGPTImageProcessorPil))
+    forms = {
+        "one array": images,
+        "list of arrays": list(images),
+        "list of PIL images": [Image.fromarray(image) for image in images],
+    }
+
+    def rate(processor, given, repeats):
+        return len(given) / median_seconds(lambda: processor(given)["input_ids"], repeats)
+
+    # Ours first and whole: after the peer's gigabytes the machine is slower for a while.
+    first = {"ours": len(images) / seconds_once(lambda: ours(images))}  # computes the table's entries for these colours
+    our_rates = {form: rate(ours, given, repeats) for form, given in forms.items()}
+    our_tokens = ours(images, return_tensors="np")["input_ids"]
+
+    first["transformers"] = len(images) / seconds_once(lambda: peer(images))
+    rows = []
+    for form, given in forms.items():
+        rates = {
+            "ours": our_rates[form],
+            "transformers": rate(peer, given, 3),
+            "transformers_in_batches": rate(peer, given[:peer_batch], repeats),
+        }
+        ratios = {who: rates["ours"] / theirs for who, theirs in rates.items() if who != "ours"}
+        rows.append({"given_as": form, "images_per_s": rates, "speed_ratio": ratios})
+    parts = [images[start : start + peer_batch] for start in range(0, len(images), peer_batch)]
+    theirs = np.concatenate([peer(part, return_tensors="np")["input_ids"] for part in parts])
+    differing = int(np.sum(our_tokens != theirs))
+    rows[0] |= {"first_call_images_per_s": first, "tokens": theirs.size, "tokens_that_differ": differing}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="the JSON to write")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--peer_batch", type=int, default=64)
+    parser.add_argument("--clusters", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=11)
+    args = parser.parse_args()
+
+    rows = []
+    for seed, make in enumerate((smooth_images, noise_images)):
+        rng = np.random.default_rng(seed)
+        clusters = rng.uniform(-1, 1, (args.clusters, 3)).tolist()  # others each time: a table nobody has filled
+        for row in measure(make(rng, args.images), clusters, args.peer_batch, args.repeats):
+            rows.append({"images": make.__name__.removesuffix("_images")} | row)
+            rates = ", ".join(f"{who} {rate:,.0f}" for who, rate in row["images_per_s"].items())
+            ratios = " and ".join(f"{ratio:,.0f}" for ratio in row["speed_ratio"].values())
+            print(f"{rows[-1]['images']}, {row['given_as']}: images/s {rates}; {ratios} times", flush=True)
+            if "first_call_images_per_s" in row:
+                first = ", ".join(f"{who} {rate:,.0f}" for who, rate in row["first_call_images_per_s"].items())
+                print(
+                    f"  first call {first}; {row['tokens_that_differ']} of {row['tokens']:,} tokens differ", flush=True
+                )
+    settings = {"side": SIDE, **{name: value for name, value in vars(args).items() if name != "out"}}
+    what = "32 x 32 images to tokens, medians; transformers is given all in a call, and peer_batch a call"
+    write(args.out, {"what": what} | settings | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
