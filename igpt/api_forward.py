@@ -95,7 +95,7 @@ def forward(graph, params, inputs: Inputs, past, past_length, given, wanted: Wan
         x, outputs = model.run_blocks(x, blocks_key)
         keys, values, weights = jnp.swapaxes(outputs.keys, 2, 3), jnp.swapaxes(outputs.values, 2, 3), None
     else:
-        attend = functools.partial(_attend, config.attention_dropout, inputs.mask, past_length, given)
+        attend = functools.partial(_attend, config.attention_dropout, inputs.mask, past_length)
         x, outputs = model.run_blocks(x, blocks_key, attend, (past, inputs.head_mask))
         keys, values, weights = outputs.extra
 
@@ -132,7 +132,7 @@ def _embed(model: ImageGPT, inputs: Inputs, past_length) -> Float[Array, "B T D"
     return shard_batch(x.astype(model.config.dtype))
 
 
-def _attend(rate, mask, past_length, given, q, k, v, key, of_layer):
+def _attend(rate, mask, past_length, q, k, v, key, of_layer):
     """Attention with all weights at hand: returns what it mixed, and (keys, values, weights) of cache and inputs."""
     past, head_mask = of_layer
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -143,10 +143,11 @@ def _attend(rate, mask, past_length, given, q, k, v, key, of_layer):
         )
     scores = jnp.einsum("btnk,bnck->bntc", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     source, query = jnp.arange(keys.shape[2]), past_length + jnp.arange(q.shape[1])[:, None]
-    scores = jnp.where(source <= query, scores, SMALLEST)
+    scores = jnp.where(
+        source <= query, scores, SMALLEST
+    )  # so too for the padding and the cache's room, which lie behind
     if mask is not None:
         scores = scores + jnp.where(mask[:, None, None, :] == 0, SMALLEST, 0.0)
-    scores = jnp.where(source < past_length + given, scores, -jnp.inf)  # room in the cache is nothing to look at
     weights = jax.nn.softmax(scores, axis=-1)
     weights = dropout(weights, rate, key)
     if head_mask is not None:
