@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from igpt import config as configuration
-from igpt import data
 from igpt.errors import UserError
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
 from igpt.pretrained import load
 from igpt.probe import check_labels, extract_features, fit_probe, raw_pixels
+from igpt.sources import open_source
 
 
 def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
@@ -33,9 +33,12 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
     settings.source = config.source or settings.source
     if not settings.source:
         raise UserError(f"{ref} was not trained here, so that its images are not known; set --config.source")
-    source = data.open_source(settings)
-    splits = [source.train, source.validation, source.test]
-    check_labels(*splits)
+    source = open_source(settings)
+    check_labels(source.train, source.validation, source.test)
+    splits = [split.readable() for split in (source.train, source.validation, source.test)]
+    if source.unreadable:
+        print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
+    check_labels(*splits)  # once more: a class may have had no image that could be read
     labels = [split.labels for split in splits]
     try:
         workdir.mkdir(parents=True, exist_ok=True)

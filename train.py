@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt import checkpoint, data, pretrained, sample
+from igpt import checkpoint, data, pretrained, sample, sources
 from igpt import config as configuration
 from igpt import palette as palettes
 from igpt.attention import check_dropout
 from igpt.errors import NonFiniteError, UserError
+from igpt.examples import EncodedImages, Source
 from igpt.loss import bits_per_dim, marginal_entropy
 from igpt.metrics import Speed, Writer, progress_bar
 from igpt.model import ModelConfig
@@ -55,7 +56,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     rows, eval_rows = process_rows(train.batch_size, mesh), process_rows(train.eval_batch_size, mesh)
 
     # Images become tokens.
-    source = data.open_source(config.data)
+    source = sources.open_source(config.data)
     palette = find_palette(config, workdir if resuming else None, source)
     augmentation = data.Augmentation(
         config.data.pad, config.data.pad_mode, config.data.flip, config.data.augment_probability
@@ -107,6 +108,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     bar = progress_bar(first_step, train.steps)
     started = time.perf_counter()
     evaluation = {}
+    skipping = config.data.on_unreadable == "skip"
     waiting = None  # (step, metrics) of the newest update: read only once the next one is under way
 
     def report(step: int, metrics: dict) -> None:
@@ -123,6 +125,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
             bar.write(f"step {step}: train/loss {metrics['train/loss']:.4f}")
         if step % train.log_every == 0 or step in (first_step + 1, train.steps):
             metrics |= speed.read(step)
+            if skipping:
+                metrics["data/unreadable"] = len(source.unreadable)
             writer.write(step, metrics)
             rate = metrics.get("perf/images_per_sec")
             bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
@@ -163,6 +167,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
         writer.close()
         checkpoints.close()  # waits for the checkpoint that is being written
 
+    if source.unreadable:
+        print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
     farewell(workdir, train, evaluation, time.perf_counter() - started, first_step)
     return evaluation
 
@@ -191,7 +197,7 @@ def set_aside(workdir: Path) -> None:
         print(f"set the earlier run aside as {aside}")
 
 
-def find_palette(config: ConfigDict, resumed: Path | None, source: data.Source) -> Palette:
+def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Palette:
     """That of the run resumed, else of the model it starts from, else the file given, else the source's, else a fit."""
     if resumed and (resumed / "palette.npy").exists():
         origin, palette = resumed, pretrained.palette_of(resumed)
@@ -207,12 +213,13 @@ def find_palette(config: ConfigDict, resumed: Path | None, source: data.Source) 
     return palette
 
 
-def describe(workdir, origin, model: ModelConfig, state, mesh, source: data.Source, palette: Palette) -> None:
+def describe(workdir, origin, model: ModelConfig, state, mesh, source: Source, palette: Palette) -> None:
     """Says what is about to run: nothing that was chosen automatically stays unsaid."""
     if jax.process_index() != 0:
         return
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    tokens = palette.encode(source.train.images[:10_000])  # enough for each pixel's histogram
+    in_files = isinstance(source.train.images, EncodedImages)
+    tokens = palette.encode(source.train.images[: 1000 if in_files else 10_000])  # for each pixel's histogram
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run      {workdir} ({origin})\n"

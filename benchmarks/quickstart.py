@@ -16,9 +16,9 @@ from report import write
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
-from igpt import data
 from igpt.loss import marginal_entropy
 from igpt.pretrained import load
+from igpt.sources import open_source
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     probe = json.loads((workdir / "probe" / "probe.json").read_text())
     (out / "digits_probe.png").write_bytes((workdir / "probe" / "probe.png").read_bytes())
-    palette, source = load(workdir).palette, data.open_source(digits.get_config().data)
+    palette, source = load(workdir).palette, open_source(digits.get_config().data)
     training = palette.encode(source.train.images).reshape(len(source.train), -1)
     write(
         str(out / "digits.json"),

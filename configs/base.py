@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.init_from = ""  # a run or Hugging Face directory, or hub id, whose weights and palette to start from
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | npz:PATH | openai:PREFIX (the released PREFIX_trX.npy etc., which fix the splits)
+    data.source = "digits"  # digits | npz:PATH | folder:PATH | tfds:NAME | tokens:PATH | openai:PREFIX
     data.image_size = (8, 8)  # height, width of the images
     data.channels = 1  # 1 grey, 3 colour; bits per dimension are counted over height x width x channels
     data.validation_fraction = 0.1  # of the images, held out for eval/loss
@@ -22,6 +22,13 @@ def get_config() -> ConfigDict:
     data.pad_mode = "constant"  # constant (black) | edge | reflect
     data.flip = False  # mirror left and right with probability 1/2
     data.augment_probability = 1.0  # of padding, cropping and flipping an image at all
+    data.preprocess = "none"  # none | shrink: the centre, to size | crop: the paper's for ImageNet
+    data.short_side = (256, 384)  # crop: the shorter side before a training crop is drawn from these lengths
+    data.crop = 224  # crop: the side of the square that is cut out and shrunk
+    data.filter = "bicubic"  # of every resize: nearest | box | bilinear | hamming | bicubic | lanczos
+    data.split_file = ""  # of a folder: lines "path,train|validation|test" in place of the fractions
+    data.data_dir = ""  # where tensorflow_datasets keeps its data; empty: its own default
+    data.on_unreadable = "stop"  # at an image that cannot be read | skip: take the next one, and count
     data.threads = 1  # that make batches ahead of the device
 
     config.palette = palette = ConfigDict()

@@ -1,6 +1,13 @@
 """Image GPT in JAX: pretrain a transformer on pixels, then probe, sample and complete images with it."""
 
-from igpt.pretrained import Pretrained, load
-
 __version__ = "0.1.0"
 __all__ = ["Pretrained", "load"]
+
+
+def __getattr__(name):
+    """`igpt.load` and `igpt.Pretrained`, when they are first asked for: what needs no model starts without JAX."""
+    if name in ("Pretrained", "load"):
+        from igpt import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module 'igpt' has no attribute {name!r}")

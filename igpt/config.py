@@ -16,6 +16,8 @@ from igpt.model import ModelConfig
 
 # Fields that change how a run is carried out, not what it computes: free to change when it is resumed.
 FREE_ON_RESUME = (
+    "data.data_dir",
+    "data.on_unreadable",
     "data.threads",
     "mesh.data",
     "mesh.fsdp",
@@ -31,6 +33,21 @@ FREE_ON_RESUME = (
     "train.num_samples",
     "train.checkpoint_every",
     "train.max_to_keep",
+)
+
+
+# How a source is read, where a configuration does not say.
+READING = dict(
+    validation_fraction=0.1,
+    test_fraction=0.2,
+    split_seed=0,
+    preprocess="none",
+    short_side=(256, 384),
+    crop=224,
+    filter="bicubic",
+    split_file="",
+    data_dir="",
+    on_unreadable="stop",
 )
 
 
@@ -149,8 +166,7 @@ def of_network(model: ModelConfig, image_size: tuple[int, int], channels: int) -
     """The configuration of a network that was not trained here: no data source, no training."""
     fields = dataclasses.asdict(model) | {"dtype": "auto", "attention": "auto"}
     del fields["vocab_size"], fields["seq_len"]
-    data = dict(source="", image_size=image_size, channels=channels)
-    data |= dict(validation_fraction=0.1, test_fraction=0.2, split_seed=0)
+    data = dict(source="", image_size=image_size, channels=channels) | READING
     return ConfigDict(dict(data=data, palette=dict(colors=model.vocab_size), model=fields))
 
 
@@ -178,6 +194,8 @@ def load(workdir: Path) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(path.read_text()))
         check_network(config)
+        for name in READING.keys() - config.data.keys():
+            config.data[name] = READING[name]  # a run from before there was this field
         return config
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a run directory: it has no config.json") from None

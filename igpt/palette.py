@@ -1,5 +1,7 @@
 """uint8 colours <-> palette tokens (Chen et al. 2020, section 3.1: k-means on RGB, 512 colours in the paper).
 
+    python -m igpt.palette fit --source=folder:photos --colors=512 --out=palette.npy
+
 A palette is V centres in [-1, 1]^3, where a byte b stands for b / 127.5 - 1. A token is the index of the nearest
 centre. Images are [..., H, W, 3] uint8, tokens [..., H, W] int32; raster order is a reshape away.
 """
@@ -128,12 +130,12 @@ class Palette:
         """Rows and columns of tokens that an image of this size becomes: a token a pixel."""
         return height, width
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """[..., 3] uint8 -> [...] int32: argmin over centres of the float64 squared distance, the first on ties."""
+    def encode(self, images: np.ndarray, dtype=np.int32) -> np.ndarray:
+        """[..., 3] uint8 -> [...] integers: argmin over centres of the float64 squared distance, the first on ties."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[-1:] != (3,):
             raise UserError(f"encode takes uint8 images [..., 3], not {images.dtype} {list(images.shape)}")
-        return self._table.encode(images)
+        return self._table.encode(images, dtype)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """[...] int -> [..., 3] uint8 by the released rule round(127.5 (c + 1)), halves to even (src/run.py)."""
@@ -148,12 +150,21 @@ class Palette:
         """Writes float32 [V, 3] as .npy, whole or not at all."""
         partial = Path(f"{path}.partial")
         with partial.open("wb") as file:
-            np.save(file, self.centers)
+            write_array(file, self.centers)
         os.replace(partial, path)
 
     @classmethod
     def load(cls, path) -> "Palette":
-        """Reads a .npy of shape [V, 3]; ours, or OpenAI's kmeans_centers.npy."""
+        """Reads a .npy of shape [V, 3], ours or OpenAI's kmeans_centers.npy, or a preprocessor_config.json's clusters.
+
+        Says so when colours are there twice: it is allowed, but the later ones are never used.
+        """
+        if str(path).endswith(".json"):
+            from igpt.processor import ImageGPTImageProcessor  # which has palettes itself
+
+            if not os.path.exists(path):
+                raise UserError(f"there is no palette at {path}")
+            return ImageGPTImageProcessor.from_pretrained(path).palette()._checked(path)
         try:
             centers = np.load(path, allow_pickle=False)
         except FileNotFoundError:
@@ -161,18 +172,26 @@ class Palette:
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path} is not a palette: a .npy file of floats [V, 3] was expected ({error})") from None
         try:
-            return cls(centers)
+            return cls(centers)._checked(path)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
+    def _checked(self, path) -> "Palette":
+        if twice := self.vocab_size - len(np.unique(self.centers, axis=0)):
+            print(f"{path}: {twice} of {self.vocab_size} colours repeat earlier ones, and are never used")
+        return self
 
-def fit(images: np.ndarray, colors: int, seed: int = 0, max_pixels: int = 1_000_000) -> Palette:
+
+def fit(images, colors: int, seed: int = 0, max_pixels: int = 1_000_000) -> Palette:
     """k-means on the colours of uint8 images [N, H, W, 3]; with exactly `colors` distinct colours, those colours.
 
-    A random sample of `max_pixels` pixels is clustered when there are more. Raises UserError when the images have
-    fewer colours than were asked for. Centres are sorted, dark to light, so that a palette does not depend on the
-    order in which k-means found them.
+    A random sample of `max_pixels` pixels is clustered when there are more; of images that are not in memory, pixels of
+    some images. Raises UserError when the images have fewer colours than were asked for.
     """
+    if not isinstance(images, np.ndarray):
+        from igpt.palette_fit import sample_pixels  # which fits palettes itself
+
+        images, _ = sample_pixels(images, max_pixels, seed)
     pixels = images.reshape(-1, 3)
     distinct = np.unique(pixels, axis=0) if len(pixels) <= max_pixels else None
     if distinct is None or len(distinct) > colors:
@@ -186,12 +205,32 @@ def fit(images: np.ndarray, colors: int, seed: int = 0, max_pixels: int = 1_000_
             f"colours; set palette.colors={len(distinct)}"
         )
     if len(distinct) == colors:
-        centers = distinct / 127.5 - 1.0
-    else:
-        from sklearn.cluster import KMeans  # slow to import, and needed only here
+        return of_centers(distinct / 127.5 - 1.0)
+    from sklearn.cluster import KMeans  # slow to import, and needed only here
 
-        kmeans = KMeans(colors, n_init=1, max_iter=100, random_state=seed)
-        centers = kmeans.fit(distinct / 127.5 - 1.0, sample_weight=counts).cluster_centers_
+    kmeans = KMeans(colors, n_init=1, max_iter=100, random_state=seed)
+    return of_centers(kmeans.fit(distinct / 127.5 - 1.0, sample_weight=counts).cluster_centers_)
+
+
+def write_array(file, array: np.ndarray) -> None:
+    """np.save, which on a full disk loses the end of an array without a word."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.ascontiguousarray(array).data)
+
+
+def of_centers(centers: np.ndarray) -> Palette:
+    """The palette of centres found in any order: sorted dark to light, so that it does not depend on that order."""
     centers = np.clip(centers, -1.0, 1.0)
     brightness = centers.sum(axis=1)
     return Palette(centers[np.lexsort((*centers.T[::-1], brightness))].astype(np.float32))
+
+
+def main(argv=None) -> None:
+    from igpt.palette_fit import run_command
+
+    run_command(argv)
+
+
+if __name__ == "__main__":
+    main()

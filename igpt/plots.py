@@ -1,5 +1,6 @@
-"""Pictures: grids of images, and accuracy by layer."""
+"""Pictures: grids of images, palettes, and accuracy by layer."""
 
+import colorsys
 import math
 import os
 from pathlib import Path
@@ -24,6 +25,28 @@ def image_grid(images: np.ndarray, columns: int = 0, min_side: int = 64, gap: in
     for i, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
         top, left = gap + i // columns * cell_height, gap + i % columns * cell_width
         picture[top : top + height * scale, left : left + width * scale] = image
+    return picture
+
+
+def palette_picture(colors: np.ndarray, before: np.ndarray, after: np.ndarray, columns: int = 32) -> np.ndarray:
+    """The colours uint8 [V, 3], then images [N, H, W, 3], and below them the same `after` quantisation.
+
+    Rows of `columns` colours run from dark to light, and each row through the hues.
+    """
+    images = image_grid(np.concatenate([before, after]), columns=len(before), min_side=128)
+    columns = min(columns, len(colors))
+    colors = colors[np.argsort(colors @ (0.299, 0.587, 0.114), kind="stable")]  # luma of ITU-R BT.601
+    rows = [colors[start : start + columns] for start in range(0, len(colors), columns)]
+    wide = max(1, (images.shape[1] - 4) // columns)
+    high = min(wide, 64)
+    swatches = np.full((len(rows) * high, columns * wide, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        row = row[np.argsort([colorsys.rgb_to_hsv(*color) for color in row / 255.0], axis=0)[:, 0]]
+        swatches[i * high : (i + 1) * high, : len(row) * wide] = row.repeat(wide, axis=0)
+    width, gap = max(swatches.shape[1] + 4, images.shape[1]), 8
+    picture = np.full((2 + len(swatches) + gap + len(images), width, 3), 255, np.uint8)
+    picture[2 : 2 + len(swatches), 2 : 2 + swatches.shape[1]] = swatches
+    picture[-len(images) :, : images.shape[1]] = images
     return picture
 
 

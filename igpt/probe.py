@@ -9,13 +9,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from igpt.data import Split, eval_batches
+from igpt.data import eval_batches
 from igpt.errors import UserError
+from igpt.examples import Split
 from igpt.model import ImageGPT
 
 
 def extract_features(model: ImageGPT, split: Split, tokenizer, batch_size: int) -> Float[np.ndarray, "L+1 N D"]:
-    """f^0, ..., f^L of every image, a batch at a time: one forward pass gives all layers."""
+    """f^0, ..., f^L of every image, a batch at a time: one forward pass gives all layers.
+
+    Images that are passed over as unreadable have no features: `split.readable()` has labels to match.
+    """
     graph, params = nnx.split(model)
     features = jax.jit(lambda params, tokens: nnx.merge(graph, params).features(tokens))
 
@@ -34,7 +38,10 @@ def raw_pixels(split: Split, channels: int) -> Float[np.ndarray, "N P"]:
 def check_labels(*splits: Split) -> None:
     """Raises UserError unless every split has labels and training covers at least two classes."""
     if any(split.labels is None for split in splits):
-        raise UserError("a linear probe needs labels, and this source has none; add an integer array 'labels' to it")
+        raise UserError(
+            "a linear probe needs labels, and this source has none; add an integer array 'labels' to an .npz, or sort "
+            "the pictures of a folder into a sub-folder for each class"
+        )
     if len(np.unique(splits[0].labels)) < 2:
         raise UserError(f"all training images have the label {splits[0].labels[0]}; a probe needs two classes or more")
 

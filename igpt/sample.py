@@ -187,9 +187,10 @@ def main(argv=None) -> None:
 
 
 def _run(args) -> None:
-    from igpt import data
+    from igpt.images import read_image
     from igpt.plots import check_writable, image_grid, save_png
     from igpt.pretrained import load
+    from igpt.sources import open_source
 
     for name in ("num", "images", "batch_size"):
         if getattr(args, name) < 1:
@@ -204,9 +205,9 @@ def _run(args) -> None:
         if args.complete == "test":
             if not settings.source:
                 raise UserError(f"{args.model} was not trained here and has no test split; give an image file")
-            images = data.open_source(settings).test.images[: args.images]
+            images = open_source(settings).test.images[: args.images]
         else:
-            images = data.read_image(args.complete, *settings.image_size, settings.channels)[None]
+            images = read_image(args.complete, *settings.image_size, settings.channels)[None]
         finished = complete_images(pretrained, images, args.keep, args.num, args.seed, sampling, args.batch_size)
         originals = pretrained.palette.decode(pretrained.palette.encode(images))
         shown = originals.copy()

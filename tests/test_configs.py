@@ -1,32 +1,114 @@
 """Every shipped configuration can be built, and the ways of getting one wrong are told apart."""
 
 import importlib
+import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
 from configs import base, probe_digits
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.model import PRESETS, ImageGPT
 from igpt.optim import make_optimizer
 from igpt.sharding import check_batch_size, make_mesh
 from igpt.state import abstract_state
 
 ROOT = Path(__file__).parents[1]
 TRAINABLE = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("probe_")]
+BERT = ["s:bert", "m:bert", "l:bert"]
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
-def test_a_shipped_config_builds_its_whole_state_abstractly(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    configuration.check(config)
+def get_config(name: str, *arguments: str):
+    return importlib.import_module(f"configs.{name}").get_config(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, ()) for name in TRAINABLE] + [("imagenet", (size,)) for size in (*PRESETS, *BERT)]
+)
+def test_a_shipped_config_builds_its_whole_state_abstractly(name, arguments):
+    config = get_config(name, *arguments)
+    if config.model.causal:
+        configuration.check(config)
+    else:
+        with pytest.raises(UserError, match=r"model\.causal=False.*not trained yet"):
+            configuration.check(config)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     mesh = make_mesh(*(config.mesh[axis] for axis in ("data", "fsdp", "tensor")))
     check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
     check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
     _, state = abstract_state(configuration.model_config(config), optimizer, mesh)
     assert state.params["head"]["kernel"].shape == (config.model.width, config.palette.colors)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("s", 76_571_648),
+        ("m", 455_157_760),
+        ("l", 1_362_250_752),
+        ("l48", 1_364_216_832),
+        ("xl", 6_810_875_904),
+    ],
+)
+def test_the_imagenet_configs_have_exactly_the_published_numbers_of_parameters(size, parameters):
+    model = configuration.model_config(get_config("imagenet", size))
+    abstract = nnx.eval_shape(lambda: ImageGPT(model, rngs=nnx.Rngs(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == parameters
+
+
+@pytest.mark.parametrize(
+    ("argument", "rate", "batch", "steps", "warmup"),
+    [
+        ("s", 3e-3, 128, 1_000_000, 9608),
+        ("m", 3e-3, 128, 1_000_000, 9608),
+        ("l", 1e-3, 128, 1_000_000, 9608),
+        ("l48", 1e-2, 128, 1_000_000, 9608),
+        ("xl", 3e-4, 64, 2_000_000, 19217),
+        ("s:bert", 1e-2, 128, 1_000_000, 9608),
+        ("m:bert", 3e-3, 128, 1_000_000, 9608),
+        ("l:bert", 1e-3, 128, 1_000_000, 9608),
+    ],
+)
+def test_the_imagenet_configs_train_as_published(argument, rate, batch, steps, warmup):
+    config = get_config("imagenet", argument)
+    assert (config.optim.learning_rate, config.train.batch_size, config.train.steps) == (rate, batch, steps)
+    assert config.optim.warmup_steps == warmup and config.optim.schedule == "cosine"
+    assert (config.optim.b1, config.optim.b2, config.optim.weight_decay) == (0.9, 0.95, 0.0)
+    assert config.data.validation_fraction == 0.04 and config.model.causal == (":" not in argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("xs", "choose s, m, l, l48, xl"),
+        ("", "choose s, m, l, l48, xl"),
+        ("s:gan", "or with :bert behind it"),
+        ("s:", "or with :bert behind it"),
+        ("xl:bert", "BERT for s, m, l only"),
+    ],
+)
+def test_an_unknown_argument_names_the_choices(argument, message):
+    with pytest.raises(UserError, match=message):
+        get_config("imagenet", argument)
+
+
+def test_an_unknown_argument_on_the_command_line_is_one_message():
+    command = [sys.executable, "train.py", "--config=configs/imagenet.py:huge", "--workdir=never"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "choose s, m, l, l48, xl" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINABLE if name != "base"])
+def test_a_shipped_config_is_headed_by_its_command_and_its_cost(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python train.py --config=configs/{name}.py" in text and "--workdir=" in text
+    assert "\nCost: " in text
 
 
 def test_every_field_is_explained_where_it_is_set():

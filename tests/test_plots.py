@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.plots import check_writable, image_grid, probe_curve, save_png
+from igpt.plots import check_writable, image_grid, palette_picture, probe_curve, save_png
 
 
 def test_a_grid_shows_every_image_row_by_row_enlarged_by_whole_pixels():
@@ -37,3 +37,15 @@ def test_the_probe_curve_is_a_picture(tmp_path):
     layers = {"layers": [entry(0, 0.5), entry(1, 0.7)]}
     probe_curve({"pretrained": layers, "random_init": layers, "raw_pixels": entry(None, 0.6)}, tmp_path / "probe.png")
     assert Image.open(tmp_path / "probe.png").size[0] > 300
+
+
+@pytest.mark.parametrize("colors", [1, 17, 512, 1021])
+def test_the_picture_of_a_palette_has_every_colour_and_every_image(colors):
+    rng = np.random.default_rng(0)
+    palette = rng.integers(0, 255, (colors, 3), np.uint8)
+    before, after = rng.integers(0, 255, (2, 8, 5, 7, 3), np.uint8)
+    picture = palette_picture(palette, before, after)
+    grid = image_grid(np.concatenate([before, after]), columns=8, min_side=128)
+    np.testing.assert_array_equal(picture[-len(grid) :, : grid.shape[1]], grid)
+    seen = np.unique(picture[: -len(grid)].reshape(-1, 3), axis=0)
+    assert {(255, 255, 255), *map(tuple, palette.tolist())} == set(map(tuple, seen.tolist()))

@@ -1,0 +1,159 @@
+"""How fast images become batches, and whether the device ever waits for them. On the CPU, medians of several repeats.
+
+pip install -e ".[bench]"
+python benchmarks/data.py --out=benchmarks/results/data_cpu.json
+
+Four parts: prepared tokens into batches; uint8 images into tokens; JPEG files into tokens, beside Pillow's decoding
+alone, on one thread; and a training step of configs/digits.py fed by the real loader, beside one that is given the same
+batch, on the device already, again and again. The last compares medians of runs of steps taken in turns, because the
+machine's speed drifts.
+"""
+
+import argparse
+import io
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from report import write
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
+
+from configs import digits
+from igpt.config import model_config
+from igpt.data import Augmentation, TrainBatches
+from igpt.examples import EncodedImages, Split
+from igpt.images import Preprocess, decode
+from igpt.optim import make_optimizer
+from igpt.palette import Palette
+from igpt.prepare import open_prepared, prepare
+from igpt.sharding import make_mesh, to_devices
+from igpt.sources import open_source
+from igpt.state import abstract_state, create_state, make_train_step, next_pixel_loss
+
+SIDE, COLORS, BATCH = 32, 512, 128
+
+
+def photographs(count: int, height: int, width: int) -> np.ndarray:
+    """Random colours some pixels apart, joined smoothly, with a little noise: they compress as photographs do."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, max(2, height // 10), max(2, width // 10), 3), np.uint8)
+    smooth = [np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in coarse]
+    return np.clip(np.stack(smooth) + rng.normal(0, 4, (count, height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def rate(run, images: int, repeats: int) -> float:
+    """Images a second in the median run, after one that does not count."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return images / statistics.median(seconds)
+
+
+def prepared_into_batches(folder: Path, palette: Palette, repeats: int) -> float:
+    np.savez(folder / "images.npz", images=photographs(20_000, SIDE, SIDE))
+    palette.save(folder / "palette.npy")
+    settings = digits.get_config().data.to_dict() | {
+        "source": f"npz:{folder}/images.npz", "image_size": (SIDE, SIDE), "channels": 3,
+    }  # fmt: skip
+    prepare(settings, str(folder / "palette.npy"), str(folder / "tokens"), shard_images=2048)
+    split = open_prepared(str(folder / "tokens")).train
+    batches = TrainBatches(split, palette, BATCH, 0, Augmentation(), slice(0, BATCH))
+    steps = len(split) // BATCH
+    return rate(lambda: [batches[step] for step in range(steps)], steps * BATCH, repeats)
+
+
+def bytes_into_tokens(palette: Palette, repeats: int) -> float:
+    images = photographs(2048, SIDE, SIDE)
+    return rate(lambda: palette.encode(images), len(images), repeats)
+
+
+def jpegs_into_tokens(palette: Palette, repeats: int) -> dict:
+    files = []
+    for image in photographs(50, 375, 500):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=90)
+        files.append((buffer.getvalue(), "a photograph"))
+    rates = {
+        "kilobytes": statistics.mean(len(content) for content, _ in files) / 1000,
+        "pillow_decoding_alone": rate(lambda: [decode(*file) for file in files], len(files), repeats),
+    }
+    for kind in ("shrink", "crop"):
+        split = Split(EncodedImages(files, Preprocess((SIDE, SIDE), kind)), None)
+        indices, draws = np.arange(len(files)), np.random.default_rng(0).random((len(files), 3))
+        rates[kind] = rate(lambda s=split, i=indices, d=draws: palette.encode(s.read(i, d)[0]), len(files), repeats)
+    return rates
+
+
+def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
+    config = digits.get_config()
+    source, mesh = open_source(config.data), make_mesh()
+    model = model_config(config)
+    optimizer, schedule = make_optimizer(config.optim, config.train.steps)
+    graph, abstract = abstract_state(model, optimizer, mesh)
+    state = create_state(model, optimizer, mesh, seed=0)
+    step = make_train_step(next_pixel_loss(graph), optimizer, schedule, abstract)
+    size = config.train.batch_size
+    palette = Palette(np.repeat(np.linspace(-1, 1, config.palette.colors)[:, None], 3, axis=1))
+    augmentation = Augmentation(config.data.pad, config.data.pad_mode, False, config.data.augment_probability)
+    batches = TrainBatches(source.train, palette, size, 0, augmentation, slice(0, size))
+
+    def run(given) -> float:
+        nonlocal state
+        start, waiting = time.perf_counter(), None
+        for batch in given:
+            state, metrics = step(state, batch)
+            if waiting is not None:
+                jax.block_until_ready(waiting)  # as train.py does: one step is always under way
+            waiting = metrics
+        jax.block_until_ready(waiting)
+        return (time.perf_counter() - start) / steps
+
+    with jax.set_mesh(mesh):
+        resident = to_devices(batches[0], size, mesh)
+
+        def loaded(first: int):
+            for batch in batches.iterate(first, first + steps, config.data.threads):
+                yield to_devices(batch, size, mesh)
+
+        seconds = {"loader": [], "resident": []}
+        for number in range(rounds + 1):
+            times = {"loader": run(loaded(number * steps)), "resident": run([resident] * steps)}
+            for name in seconds:
+                seconds[name] += [times[name]] if number else []  # the first round compiles
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    slower = statistics.median(a / b for a, b in zip(seconds["loader"], seconds["resident"], strict=True)) - 1
+    return {"seconds_a_step": medians, "slower_by": slower, "rounds": rounds, "steps_a_round": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="the JSON to write")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15, help="of the comparison of training steps")
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", digits.get_config().mesh.cpu_devices)
+
+    palette = Palette(np.random.default_rng(1).uniform(-1, 1, (COLORS, 3)))
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        results["prepared_images_per_s_into_batches"] = prepared_into_batches(Path(folder), palette, args.repeats)
+    results["images_per_s_quantised"] = bytes_into_tokens(palette, args.repeats)
+    results["jpegs_500_x_375_per_s_on_one_thread"] = jpegs_into_tokens(palette, args.repeats)
+    results["training_step"] = loader_beside_a_resident_batch(args.rounds, steps=100)
+    for name, value in results.items():
+        print(f"{name}: {value}")
+    settings = {"side": SIDE, "colors": COLORS, "batch_size": BATCH, "repeats": args.repeats}
+    write(args.out, {"what": "the data path, medians"} | settings | results)
+
+
+if __name__ == "__main__":
+    main()

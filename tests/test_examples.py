@@ -1,0 +1,158 @@
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt.errors import UserError
+from igpt.examples import EncodedImages, Rows, Source, Split
+from igpt.images import Preprocess
+
+BAD = {3, 4, 11, 22}
+
+
+def picture(level, size=(9, 7)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def encoded_images(bad=BAD, count=23, skip=False, kind="shrink"):
+    """Pictures whose red is their place; those that are `bad` are damaged."""
+    files = [(b"damaged" if i in bad else picture(i), f"photo {i}") for i in range(count)]
+    return EncodedImages(files, Preprocess((4, 5), kind), skip=skip)
+
+
+def places(images) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+def test_encoded_images_are_indexed_like_an_array():
+    images = encoded_images(bad=())
+    whole = np.asarray(images)
+    assert images.shape == whole.shape == (23, 4, 5, 3) and images.dtype == whole.dtype == np.uint8
+    for index in (4, -1, np.int64(2), slice(3, 20, 4), slice(None), np.array([7, 0, 7]), [5], np.array([], int)):
+        np.testing.assert_array_equal(images[index], whole[index])
+    for index in ((..., slice(1)), (slice(2, 5), 0), (3, ..., 1)):
+        np.testing.assert_array_equal(images[index], whole[index])
+
+
+def test_an_unreadable_image_stops_and_is_named():
+    images = encoded_images()
+    with pytest.raises(UserError, match=r"photo 3 cannot be read as an image.* data\.on_unreadable=skip passes over"):
+        images.read(np.array([0, 3, 1]))
+    assert places(images[[0, 1, 2, 5]]) == [0, 1, 2, 5] and not images.unreadable
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_one_that_can_be_read():
+    images = encoded_images(skip=True)
+    found, used = images.read(np.array([2, 3, 4, 5, 22, 3]))
+    assert used.tolist() == places(found) == [2, 5, 5, 5, 0, 5]
+    assert images.unreadable.keys() == {3, 4, 22} and "photo 22" in images.unreadable[22]
+    images.read(np.arange(23))
+    assert images.unreadable.keys() == BAD  # each counted once
+    assert all(f"photo {i} " in text for i, text in images.unreadable.items())
+
+
+def test_what_replaces_an_image_does_not_depend_on_what_was_read_before():
+    fresh, used_up = encoded_images(skip=True), encoded_images(skip=True)
+    used_up.read(np.arange(23)[::-1])
+    draws = np.random.default_rng(0).random((23, 3))
+    for ours, theirs in zip(fresh.read(np.arange(23), draws), used_up.read(np.arange(23), draws), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_index_from_the_end_is_the_same_image():
+    images = encoded_images(skip=True)
+    assert images.read(np.array([-1, -23]))[1].tolist() == [0, 0] and images.unreadable.keys() == {22}
+
+
+def test_an_image_is_decoded_again_and_again_but_a_bad_one_only_once():
+    class Counting(list):
+        opened = []
+
+        def __getitem__(self, index):
+            self.opened.append(index)
+            return super().__getitem__(index)
+
+    images = encoded_images(skip=True)
+    images.files = Counting(images.files)
+    for _ in range(3):
+        images.read(np.arange(23))
+    assert [Counting.opened.count(i) for i in (3, 11)] == [1, 1] and Counting.opened.count(5) == 9
+
+
+@pytest.mark.parametrize("kind", ["shrink", "none"])
+def test_where_nothing_can_be_read_the_first_reason_is_told(kind):
+    bad = range(23) if kind == "shrink" else ()  # none of the others has the size that it should
+    reason = "photo 0 cannot be read" if kind == "shrink" else "photo 0 has 7 x 9 pixels.*set data.preprocess"
+    with pytest.raises(UserError, match=f"none of 23 images can be read; the first: {reason}"):
+        encoded_images(bad, skip=True, kind=kind).read(np.array([7]))
+
+
+def test_random_crops_are_a_matter_of_their_draws():
+    noise = np.random.default_rng(0).integers(0, 256, (31, 37, 3), np.uint8)
+    images = EncodedImages([(noise, "noise")] * 2, Preprocess((8, 8), "crop", (20, 30), 16))
+    draws = np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]])
+    one, same, other = images.read(np.array([0, 1, 0]), draws)[0]
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).mean() > 0.5
+    np.testing.assert_array_equal(images[0], images[1])  # the centre's
+
+
+def test_threads_count_each_bad_image_once_while_others_look():
+    images = encoded_images(bad=set(range(0, 400, 2)), count=400, skip=True)
+    source = Source("photos", *[Split(images, None)] * 3, channels=3)
+    failures = []
+
+    def read(order):
+        try:
+            for i in order:
+                images.read(np.array([i]))
+                source.unreadable  # noqa: B018
+        except Exception as error:
+            failures.append(error)
+
+    orders = [np.random.default_rng(i).permutation(400) for i in range(6)]
+    threads = [threading.Thread(target=read, args=(order,)) for order in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and images.unreadable.keys() == set(range(0, 400, 2))
+    assert source.unreadable[:200] == [images.unreadable[i] for i in range(0, 400, 2)]
+
+
+def test_the_readable_part_of_a_split_keeps_every_image_with_its_label():
+    split = Split(encoded_images(skip=True), np.arange(23, dtype=np.int32))
+    readable = split.readable()
+    assert places(readable.images) == readable.labels.tolist() == [i for i in range(23) if i not in BAD]
+    assert isinstance(readable.images, np.ndarray) and readable.readable() is readable
+    assert Split(encoded_images(skip=True), None).readable().labels is None
+    with pytest.raises(UserError, match="photo 3"):
+        Split(encoded_images(), None).readable()
+
+
+def test_rows_of_several_arrays_are_indexed_like_one():
+    parts = [
+        np.random.default_rng(i).integers(0, 9, (count, 5)).astype(np.uint16) for i, count in enumerate((7, 1, 11))
+    ]
+    rows, whole = Rows(parts), np.concatenate(parts)
+    assert len(rows) == 19 and rows.shape == whole.shape
+    for index in (0, 7, 18, np.int64(8), slice(None), slice(5, 10), slice(18, 2, -3), np.array([18, 0, 7, 7]), [3]):
+        np.testing.assert_array_equal(rows[index], whole[index])
+        assert rows[index].dtype == np.uint16
+    np.testing.assert_array_equal(rows[np.array([], int)], whole[:0])
+
+
+@pytest.mark.parametrize("index", [-1, -19, np.array([3, -2]), slice(-4, None)])
+def test_rows_are_counted_from_the_end_too(index):
+    parts = [np.arange(35).reshape(7, 5), np.arange(60).reshape(12, 5)]
+    np.testing.assert_array_equal(Rows(parts)[index], np.concatenate(parts)[index])
+
+
+@pytest.mark.parametrize("index", [19, -20, np.array([0, 19])])
+def test_rows_that_there_are_not_are_refused(index):
+    with pytest.raises(IndexError):
+        Rows([np.zeros((7, 5)), np.zeros((12, 5))])[index]

@@ -1,0 +1,408 @@
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from PIL import Image
+
+import train
+from igpt import config as configuration
+from igpt import prepare, prepared, sources
+from igpt.data import Augmentation, TrainBatches, eval_batches, main
+from igpt.errors import UserError
+from igpt.examples import EncodedImages
+from igpt.palette import Palette
+
+HEIGHT, WIDTH, COUNT = 7, 5, 61
+
+
+def settings_of(source, **fields):
+    return dict(configuration.READING, source=str(source), image_size=(HEIGHT, WIDTH), channels=3) | fields
+
+
+def open_source(source, **fields):
+    return sources.load_source(ConfigDict(settings_of(source, **fields)))
+
+
+@pytest.fixture
+def palette(tmp_path):
+    made = Palette(np.random.default_rng(0).uniform(-1, 1, (37, 3)).astype(np.float32))
+    made.save(tmp_path / "palette.npy")
+    return tmp_path / "palette.npy"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The same images as a folder of PNGs in three classes and as an .npz: the names of the two sources."""
+    images = np.random.default_rng(1).integers(0, 256, (COUNT, HEIGHT, WIDTH, 3), np.uint8)
+    labels = np.sort(np.arange(COUNT, dtype=np.int32) % 3)
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (tmp_path / "folder" / f"class{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "folder" / f"class{label}" / f"{i:03d}.png")
+    return {"folder": f"folder:{tmp_path}/folder", "npz": f"npz:{tmp_path}/images.npz"}
+
+
+@pytest.fixture
+def prepared_folder(pictures, palette, tmp_path):
+    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "done"), shard_images=11)
+    return tmp_path / "done"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+AUGMENTATIONS = [
+    {},
+    {"pad": 2},
+    {"pad": 2, "pad_mode": "edge", "flip": True},
+    {"pad": 3, "pad_mode": "reflect", "flip": True, "probability": 0.6},
+]
+
+
+def test_batches_from_an_array_a_folder_and_their_prepared_forms_are_the_same(pictures, palette, tmp_path):
+    names = dict(pictures)
+    for kind, name in pictures.items():
+        prepare.prepare(settings_of(name), str(palette), str(tmp_path / f"{kind}-out"), shard_images=11)
+        names[f"prepared {kind}"] = f"tokens:{tmp_path / kind}-out"
+    names["prepared twice"] = f"tokens:{tmp_path / 'twice'}"
+    prepare.prepare(settings_of(names["prepared npz"]), str(palette), str(tmp_path / "twice"), shard_images=13)
+    opened = {kind: open_source(name) for kind, name in names.items()}
+    tokenizer = Palette.load(palette)
+    for kind, source in opened.items():
+        ours = opened["npz"]
+        assert source.image_size == (HEIGHT, WIDTH) and source.channels == 3, kind
+        for augmentation in AUGMENTATIONS:
+            made, expected = (
+                TrainBatches(part.train, tokenizer, 17, 5, Augmentation(**augmentation), slice(None))
+                for part in (source, ours)
+            )
+            for step in (0, 2, 7):  # 7: across epochs
+                for name in ("tokens", "label"):
+                    np.testing.assert_array_equal(made[step][name], expected[step][name], err_msg=f"{kind} {step}")
+        for split in ("train", "validation", "test"):
+            pairs = zip(
+                eval_batches(getattr(source, split), tokenizer, 8),
+                eval_batches(getattr(ours, split), tokenizer, 8),
+                strict=True,
+            )
+            for batch, expected in pairs:
+                assert batch.keys() == expected.keys() == {"tokens", "label", "mask"}
+                for name in batch:
+                    np.testing.assert_array_equal(batch[name], expected[name], err_msg=f"{kind} {split}")
+
+
+def test_one_process_and_two_write_the_same_files(pictures, palette, prepared_folder, tmp_path):
+    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "two"), 11, workers=2)
+    assert contents(tmp_path / "two") == contents(prepared_folder)
+    assert len(contents(prepared_folder)) == 2 + 2 * (4 + 1 + 2)
+
+
+def children_of(pid):
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
+def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_redoing_shards(palette, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (30, 40, 3), np.uint8)).resize((800, 600))
+    for i in range(150):
+        photo.rotate(i).save(tmp_path / "photos" / f"{i:03d}.jpg")
+    common = [f"--source=folder:{tmp_path}/photos", "--size=7x5", f"--palette={palette}", "--shard_images=7"]
+
+    def finished():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tokens.npy")}
+
+    for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        before = finished()
+        command = [sys.executable, "-m", "igpt.data", "prepare", *common, f"--out={tmp_path}/out", "--workers=2"]
+        run = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while len(finished()) == len(before) and run.poll() is None:
+            time.sleep(0.005)
+        workers = children_of(run.pid)
+        if end == signal.SIGINT:
+            os.killpg(run.pid, end)  # as a terminal does
+        else:
+            run.kill()
+        _, errors = run.communicate(timeout=20)
+        assert run.returncode == code and "Traceback" not in errors, errors
+        assert len(workers) >= 2 and len(before) < len(finished()) < 23, errors
+        for _ in range(500):
+            if not any(Path(f"/proc/{pid}/exe").exists() for pid in workers):
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("worker processes outlive the command")
+    assert "interrupted" not in errors
+    before = finished()
+    (tmp_path / "out" / "train-00014.tokens.npy.partial").write_bytes(b"half a shard")
+    for out in ("out", "at-once"):
+        main(["prepare", *common, f"--out={tmp_path / out}", "--workers=1"])
+    assert before.items() <= finished().items() and len(finished()) == 23
+    assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
+
+
+def test_a_worker_process_that_dies_ends_the_command_with_a_message(pictures, palette, prepared_folder, tmp_path):
+    def kill_one():
+        while not (workers := active_children()):
+            time.sleep(0.01)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    arguments = settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"), 11
+    with pytest.raises(UserError, match=r"ended from outside.*want of memory.*fewer --workers"):
+        prepare.prepare(*arguments, workers=2)
+    killer.join()
+    prepare.prepare(*arguments, workers=1)
+    assert contents(tmp_path / "out") == contents(prepared_folder)
+
+
+def test_what_workers_find_wrong_is_told_as_one_message(pictures, palette, tmp_path):
+    (tmp_path / "folder" / "class1" / "030.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"class1/030\.png cannot be read"):
+        prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"), 11, workers=2)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(pictures, palette, prepared_folder, tmp_path):
+    arguments = settings_of(pictures["npz"]), str(palette), str(tmp_path / "out"), 41
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"train-00000\.tokens\.npy cannot be written: .*What is finished stays"):
+            prepare.prepare(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").glob("*.partial")) and not list((tmp_path / "out").glob("*tokens.npy"))
+    assert prepare.prepare(*arguments)["train"] == 43
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"image_size": (8, 5), "preprocess": "shrink"},
+            r"data\.image_size is \[7, 5\] there, \[8, 5\] here; data\.pre",
+        ),
+        ({"split_seed": 1}, r"prepared otherwise: data\.split_seed is 0 there, 1 here\. Name a new"),
+        ({"source": "npz"}, r"data\.source is 'folder:.*' there, 'npz:.*' here"),
+        ({"palette": 1}, r"palette_sha256 is"),
+        ({"shard_images": 12}, r"shard_images is 11 there, 12 here"),
+        ({"picture": 1}, r"images\.train is 43 there, 44 here"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_setting_palette_or_source_in_the_same_directory_is_refused(
+    pictures, palette, prepared_folder, change, message
+):
+    change = dict(change)
+    source = pictures[change.pop("source", "folder")]
+    if change.pop("palette", None):
+        Palette(np.zeros((37, 3), np.float32)).save(palette)
+    if change.pop("picture", None):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(prepared_folder.parent / "folder" / "class2" / "more.png")
+    shard_images = change.pop("shard_images", 11)
+    before = contents(prepared_folder)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(settings_of(source, **change), str(palette), str(prepared_folder), shard_images=shard_images)
+    assert contents(prepared_folder) == before
+
+
+def test_directories_of_other_things_and_files_are_left_alone(pictures, palette, tmp_path):
+    for out, message in (
+        ("folder", "no prepared directory"),
+        ("palette.npy", "is a file"),
+        ("palette.npy/x", "cannot"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare.prepare(settings_of(pictures["npz"]), str(palette), str(tmp_path / out))
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"class0", "class1", "class2"}
+
+
+def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, palette, tmp_path, capsys):
+    source = open_source(pictures["folder"])
+    train_files = [path for path, _ in source.train.images.files]
+    broken = train_files[11:22] + train_files[23:24] + [source.test.images.files[3][0]]  # one shard wholly
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:50])
+    command = ["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", "--shard_images=11"]
+    command += ["--workers=1", "--preprocess=none"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, f"--out={tmp_path}/stop"])
+    assert stopped.value.code == 2
+    assert f"error: {train_files[11]} cannot be read" in capsys.readouterr().err
+    for _ in range(2):  # a second time everything is finished, and the count is the same
+        main([*command, f"--out={tmp_path}/skip", "--on_unreadable=skip"])
+        assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
+    named = "".join(path.read_text() for path in sorted((tmp_path / "skip").glob("*.unreadable.txt")))
+    assert len(named.splitlines()) == 13 and all(str(path) in named for path in broken)
+    opened = open_source(f"tokens:{tmp_path}/skip")
+    kept = [i for i, path in enumerate(train_files) if path not in broken]
+    np.testing.assert_array_equal(opened.train.labels, source.train.labels[kept])
+    expected = Palette.load(palette).encode(source.train.images[np.array(kept)])
+    np.testing.assert_array_equal(opened.train.images.grids(slice(None)), expected)
+
+
+DAMAGES = {
+    "cut short": ("train-00001.tokens.npy", lambda path: path.write_bytes(path.read_bytes()[:-3]), "cannot be read"),
+    "empty": ("train-00001.tokens.npy", lambda path: path.write_bytes(b""), "cannot be read"),
+    "labels cut": ("test-00000.labels.npy", lambda path: path.write_bytes(path.read_bytes()[:-3]), "cannot be read"),
+    "no labels": ("test-00000.labels.npy", Path.unlink, "no file .*labels"),
+    "other labels": (
+        "test-00000.labels.npy",
+        lambda path: np.save(path, np.zeros(12, np.int32)),
+        r"int32 \[12\].*\[11\]",
+    ),
+    "other dtype": ("train-00001.tokens.npy", lambda path: np.save(path, np.zeros((11, 35), int)), r"int64 \[11, 35\]"),
+    "other width": (
+        "train-00001.tokens.npy",
+        lambda path: np.save(path, np.zeros((11, 36), np.uint16)),
+        r"\[11, 35\] is",
+    ),
+    "fewer rows": (
+        "train-00001.tokens.npy",
+        lambda path: np.save(path, np.zeros((10, 35), np.uint16)),
+        r"\[11, 35\] is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_shards_are_named_and_made_anew_by_the_same_command(pictures, palette, prepared_folder, name):
+    file, damage, message = DAMAGES[name]
+    before = contents(prepared_folder)
+    damage(prepared_folder / file)
+    with pytest.raises(UserError, match=rf"{message}[\s\S]*run the command that prepared it again") as error:
+        open_source(f"tokens:{prepared_folder}")
+    assert file in str(error.value)
+    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(prepared_folder), shard_images=11)
+    assert contents(prepared_folder) == before
+
+
+PLANS = {
+    "no JSON": "{",
+    "a list": "[]",
+    "nothing": "{}",
+    "later format": {"format": 2},
+    "text for a number": {"shard_images": "11"},
+    "no images": {"images": {"train": 43}},
+    "a negative size": {"data": {"image_size": [-7, -5], "channels": 3}},
+    "other channels": {"data": {"image_size": [7, 5], "channels": 4}},
+    "too many images": {"images": {"train": 10**18, "validation": 1, "test": 1}},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_damaged_plan_is_named(prepared_folder, name):
+    path, change = prepared_folder / "prepared.json", PLANS[name]
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"prepared\.json|is unfinished"):
+        open_source(f"tokens:{prepared_folder}")
+
+
+def test_unfinished_directories_other_palettes_and_other_tokens_are_named(prepared_folder, palette, tmp_path):
+    with pytest.raises(UserError, match=r"no prepared directory: it has no prepared\.json"):
+        open_source(f"tokens:{tmp_path}")
+    tokens = np.load(prepared_folder / "train-00002.tokens.npy")
+    tokens[3, 4] = 37
+    np.save(prepared_folder / "train-00002.tokens.npy", tokens)
+    images = open_source(f"tokens:{prepared_folder}").train.images
+    images[:22]
+    with pytest.raises(UserError, match=r"done: tokens run from 0 to 37; its palette has 0\.\.36"):
+        images[20:30]
+    (prepared_folder / "train-00002.tokens.npy").unlink()
+    with pytest.raises(UserError, match=r"unfinished: shard 3 of 4 of train is missing; run the command"):
+        open_source(f"tokens:{prepared_folder}")
+    Palette(np.zeros((37, 3), np.float32)).save(prepared_folder / "palette.npy")
+    with pytest.raises(UserError, match=r"palette\.npy is not the palette that the tokens were made with"):
+        open_source(f"tokens:{prepared_folder}")
+
+
+def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_command(palette, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "prepare",
+                "--source=digits",
+                "--size=7",
+                "--preprocess=none",
+                f"--palette={palette}",
+                f"--out={tmp_path}/o",
+            ]
+        )
+    assert "give --size=8x8 --channels=1" in capsys.readouterr().err
+    for wrong, message in (("--size=x", "--size=x; give a number"), ("--workers=0", "--workers is 0; it must")):
+        with pytest.raises(SystemExit):
+            main(["prepare", "--source=digits", "--size=8", f"--palette={palette}", f"--out={tmp_path}/o", wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_few_images_are_in_memory_at_a_time_and_opening_reads_none(pictures, palette, tmp_path, monkeypatch):
+    read, seen = EncodedImages.read, []
+    monkeypatch.setattr(EncodedImages, "read", lambda self, at, *a: (seen.append(len(at)), read(self, at, *a))[1])
+    monkeypatch.setattr(prepare, "PIXELS_AT_ONCE", 3 * HEIGHT * WIDTH + 1)
+    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"))
+    assert max(seen) == 3 and sum(seen) == COUNT
+    for split in ("train", "validation", "test"):
+        shards = getattr(open_source(f"tokens:{tmp_path}/out"), split).images.tokens
+        assert all(isinstance(part.base, np.memmap) and not part.flags.writeable for part in shards.parts)
+
+
+def test_rows_of_several_arrays_are_those_of_one():
+    whole = np.random.default_rng(3).integers(0, 99, (29, 3)).astype(np.uint16)
+    shards = prepared.Shards([whole[:11], whole[11:11], whole[11:13], whole[13:]])
+    assert len(shards) == 29 and shards.shape == (29, 3)
+    for index in (
+        0,
+        -1,
+        11,
+        np.int64(12),
+        slice(9, 15),
+        slice(None, None, -3),
+        [28, 0, 11, 11],
+        np.array([-1, -29]),
+        [],
+    ):
+        np.testing.assert_array_equal(shards[index], whole[np.array(index, int) if isinstance(index, list) else index])
+    for index in (29, -30, [3, 29]):
+        with pytest.raises(IndexError, match="out of bounds"):
+            shards[index]
+
+
+def test_the_hint_runs_as_it_stands(pictures, palette, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "my photos"
+    main(["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", f"--out={out}"])
+    program, script, *hint = shlex.split(capsys.readouterr().out.split("next:\n")[1])
+    assert (program, script) == ("python", "train.py")
+    small = {"steps": 1, "num_samples": 0, "batch_size": 8, "eval_batch_size": 8}
+    model = {"depth": 1, "width": 16, "num_heads": 2}
+    monkeypatch.setattr(sys, "argv", [script, *hint, *(f"--config.train.{k}={v}" for k, v in small.items())])
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    values(sys.argv)
+    holder.value.model.update(model)
+    holder.value.mesh.cpu_devices = 0
+    assert values.workdir == "runs/my photos"
+    monkeypatch.chdir(tmp_path)
+
+    def describe(*_):  # all is checked, opened and written by then; the rest is training
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "describe", describe)
+    with pytest.raises(InterruptedError):
+        train.run(holder.value, values.workdir)
+    np.testing.assert_array_equal(np.load("runs/my photos/palette.npy"), np.load(palette))
