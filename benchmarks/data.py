@@ -126,9 +126,10 @@ def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
 
         seconds = {"loader": [], "resident": []}
         for number in range(rounds + 1):
-            times = {"loader": run(loaded(number * steps)), "resident": run([resident] * steps)}
-            for name in seconds:
-                seconds[name] += [times[name]] if number else []  # the first round compiles
+            order = ("loader", "resident") if number % 2 else ("resident", "loader")  # neither is always the first
+            for name in order:
+                time_a_step = run(loaded(number * steps) if name == "loader" else [resident] * steps)
+                seconds[name] += [time_a_step] if number else []  # the first round compiles
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     slower = statistics.median(a / b for a, b in zip(seconds["loader"], seconds["resident"], strict=True)) - 1
     return {"seconds_a_step": medians, "slower_by": slower, "rounds": rounds, "steps_a_round": steps}

@@ -44,7 +44,6 @@ class Augmentation:
         height, width = images.shape[1:3]
         applied = rng.random(batch_size)[rows] < self.probability
         offsets = rng.integers(0, 2 * self.pad + 1, (2, batch_size))[:, rows]
-        flips = (rng.random(batch_size)[rows] < 0.5) & applied & self.flip
         if self.pad:
             top, left = np.where(applied, offsets, self.pad)
             around = [(0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)][: images.ndim]
@@ -53,7 +52,9 @@ class Augmentation:
             row = (top[:, None] + np.arange(height))[:, :, None]
             column = (left[:, None] + np.arange(width))[:, None, :]
             images = np.pad(images, around, self.pad_mode, **filled)[example, row, column]
-        flips = flips.reshape(-1, *[1] * (images.ndim - 1))
+        if not self.flip:
+            return images
+        flips = ((rng.random(batch_size)[rows] < 0.5) & applied).reshape(-1, *[1] * (images.ndim - 1))
         return np.where(flips, images[:, :, ::-1], images)
 
 
@@ -78,7 +79,9 @@ class TrainBatches:
             grids = self.split.images.grids(indices)
             tokens = self.augmentation(grids, rng, self.rows, self.batch_size, self.black)
         else:
-            draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
+            draws = None
+            if self.split.crops_at_random:
+                draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
             images, indices = self.split.read(indices, draws)
             tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
         return _batch(tokens, self.split.labels, indices)

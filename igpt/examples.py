@@ -154,6 +154,11 @@ class Split:
         kept = used == asked
         return Split(images[kept], None if self.labels is None else self.labels[kept])
 
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether `read` has a use for draws."""
+        return isinstance(self.images, EncodedImages) and self.images.preprocess.kind == "crop"
+
     def holds_tokens_of(self, tokenizer) -> bool:
         """Whether `images.grids` are the very tokens that `tokenizer` would make."""
         return isinstance(self.images, DecodedTokens) and np.array_equal(

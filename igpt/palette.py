@@ -45,8 +45,7 @@ class ColorTable:
         """[..., 3] uint8 -> [...] indices of the nearest centres."""
         pixels = images.reshape(-1, 3)
         nearest = np.empty(len(pixels), dtype)
-        cores = os.cpu_count() or 1
-        if len(pixels) < MANY or cores == 1:
+        if len(pixels) < MANY or (cores := os.cpu_count() or 1) == 1:
             self._encode_run(pixels, nearest)
         else:  # NumPy lets go of the interpreter while it looks up
             runs = zip(np.array_split(pixels, cores), np.array_split(nearest, cores), strict=True)
