@@ -106,11 +106,11 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _rgb(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info and channels == 3:
+        return image
     width, height = image.size
     if max(width, height) <= TILE:
         return _convert(image, channels)
-    if image.mode == "RGB" and "transparency" not in image.info and channels == 3:
-        return image
     whole = Image.new("RGB", image.size)
     for left, top in itertools.product(range(0, width, TILE), range(0, height, TILE)):
         tile = image.crop((left, top, min(left + TILE, width), min(top + TILE, height)))
