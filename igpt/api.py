@@ -45,7 +45,6 @@ __all__ = [
 ]
 
 AutoImageProcessor = ImageGPTImageProcessor
-MAX_SHARD_BYTES = 2 << 30
 
 
 @jax.tree_util.register_dataclass
@@ -125,10 +124,14 @@ class ImageGPTPreTrainedModel:
         config = ImageGPTConfig.from_dict(self.config.to_dict() | {"architectures": [ARCHITECTURES[self.head]]})
         config.save_pretrained(partial)
         prefix = "" if self.head == "none" else hf_weights.BASE
-        write_safetensors(partial, hf_weights.named_tensors(self.params, self._network, prefix), "F32", MAX_SHARD_BYTES)
-        for file in partial.iterdir():
-            os.replace(file, directory / file.name)
+        write_safetensors(partial, hf_weights.named_tensors(self.params, self._network, prefix), "F32")
+        written = {file.name for file in partial.iterdir()}
+        for name in written:
+            os.replace(partial / name, directory / name)
         partial.rmdir()
+        for old in directory.glob("model*.safetensors*"):  # of an earlier save in another number of files
+            if old.name not in written:
+                old.unlink()
 
     def eval(self):
         """The model itself: dropout is off unless a call is given a dropout_key."""

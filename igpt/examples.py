@@ -67,32 +67,6 @@ class EncodedImages:
         raise UserError(f"none of {len(self)} images can be read; the first: {first}")
 
 
-class Rows:
-    """The rows of several arrays of the same width, one array after the other; read where they lie."""
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, parts)])
-        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index) -> np.ndarray:
-        if isinstance(index, slice):
-            index = np.arange(len(self))[index]
-        index = np.asarray(index)
-        index = np.where(index < 0, index + len(self), index)
-        part = np.searchsorted(self.starts, index, side="right") - 1
-        if not index.ndim:
-            return self.parts[part][index - self.starts[part]]
-        rows = np.empty((len(index), *self.shape[1:]), self.parts[0].dtype)
-        for which in np.unique(part):
-            here = part == which
-            rows[here] = self.parts[which][index[here] - self.starts[which]]
-        return rows
-
-
 class DecodedTokens:
     """Images uint8 [N, H, W, 3] kept as their palette tokens [N, H W]: an array that decodes what is asked of it.
 

@@ -30,7 +30,6 @@ from igpt.processor import ImageGPTImageProcessor
 from igpt.weight_files import FLOATS, write_safetensors
 
 ORIGIN = "huggingface.json"  # in an imported run: what it came with, for a faithful way back
-MAX_SHARD_BYTES = 2 << 30
 
 
 def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
@@ -52,7 +51,7 @@ def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
     tensors = hf_weights.named_tensors(params, shown, "" if head == "none" else hf_weights.BASE)
 
     def write(folder: Path) -> None:
-        write_safetensors(folder, tensors, file_type, MAX_SHARD_BYTES)
+        write_safetensors(folder, tensors, file_type)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
 

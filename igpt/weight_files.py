@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from igpt.errors import UserError
 from igpt.hf_config import read_json, write_text
 
+MAX_SHARD_BYTES = 2 << 30  # of the files that are written here
 MAX_HEADER_BYTES = 2 << 20  # of a safetensors header or a pickle; iGPT-XL's have about 100 kB
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # All that the pickle of a state dict has to name. torch's weights_only would let more through, bytearray(10**10) too.
@@ -192,7 +193,7 @@ def _zipped_pickle(archive: zipfile.ZipFile, size: int) -> bytes:
     return archive.read(pickles[0])
 
 
-def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str, max_shard_bytes: int) -> None:
+def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     """Writes model.safetensors, or numbered shards and their index when there is more than a shard may hold.
 
     `dtype` is a key of FLOATS. Tensors of that type are written without being copied.
@@ -202,7 +203,7 @@ def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: st
     filled = 0
     for name, tensor in tensors.items():
         size = tensor.size * dtype.itemsize
-        if shards[-1] and filled + size > max_shard_bytes:
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
             shards.append({})
             filled = 0
         shards[-1][name] = tensor

@@ -12,7 +12,7 @@ import transformers
 from scipy.stats import chi2_contingency
 from test_pretrained import run_directory
 
-from igpt import api, hf_weights
+from igpt import api, hf_weights, weight_files
 from igpt.api import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
 from igpt.api_forward import forward
 from igpt.errors import UserError
@@ -282,6 +282,16 @@ def test_what_is_saved_transformers_loads_and_ours_loads_back(causal, tmp_path):
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     for (name, one), other in zip(theirs.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other), name
+    back = ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
+
+
+def test_saving_anew_leaves_no_weights_of_the_save_before(causal, tmp_path, monkeypatch):
+    _, ours = causal
+    ImageGPTForCausalImageModeling(ours.config, seed=5).save_pretrained(tmp_path)
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 9_000)
+    ours.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() and not (tmp_path / "model.safetensors").exists()
     back = ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.examples import EncodedImages, Rows, Source, Split
+from igpt.examples import EncodedImages, Source, Split
 from igpt.images import Preprocess
 
 BAD = {3, 4, 11, 22}
@@ -132,27 +132,3 @@ def test_the_readable_part_of_a_split_keeps_every_image_with_its_label():
     assert Split(encoded_images(skip=True), None).readable().labels is None
     with pytest.raises(UserError, match="photo 3"):
         Split(encoded_images(), None).readable()
-
-
-def test_rows_of_several_arrays_are_indexed_like_one():
-    parts = [
-        np.random.default_rng(i).integers(0, 9, (count, 5)).astype(np.uint16) for i, count in enumerate((7, 1, 11))
-    ]
-    rows, whole = Rows(parts), np.concatenate(parts)
-    assert len(rows) == 19 and rows.shape == whole.shape
-    for index in (0, 7, 18, np.int64(8), slice(None), slice(5, 10), slice(18, 2, -3), np.array([18, 0, 7, 7]), [3]):
-        np.testing.assert_array_equal(rows[index], whole[index])
-        assert rows[index].dtype == np.uint16
-    np.testing.assert_array_equal(rows[np.array([], int)], whole[:0])
-
-
-@pytest.mark.parametrize("index", [-1, -19, np.array([3, -2]), slice(-4, None)])
-def test_rows_are_counted_from_the_end_too(index):
-    parts = [np.arange(35).reshape(7, 5), np.arange(60).reshape(12, 5)]
-    np.testing.assert_array_equal(Rows(parts)[index], np.concatenate(parts)[index])
-
-
-@pytest.mark.parametrize("index", [19, -20, np.array([0, 19])])
-def test_rows_that_there_are_not_are_refused(index):
-    with pytest.raises(IndexError):
-        Rows([np.zeros((7, 5)), np.zeros((12, 5))])[index]

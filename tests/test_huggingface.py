@@ -12,7 +12,7 @@ from test_hf_weights import CLASSES, SMALL, peer
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import igpt
-from igpt import checkpoint, huggingface
+from igpt import checkpoint, huggingface, weight_files
 from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.model import ImageGPT, ModelConfig
@@ -265,7 +265,7 @@ def test_what_breaks_off_leaves_nothing_and_touches_no_one_s_files(imported, hf,
 
 
 def test_large_exports_are_sharded(imported, hf, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 20_000)
     out = huggingface.export(imported, tmp_path / "out")
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
     expected = load_strictly(hf, "pixels").state_dict()

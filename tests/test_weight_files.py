@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from igpt import weight_files
 from igpt.errors import UserError
 from igpt.weight_files import FLOATS, MAX_HEADER_BYTES, list_tensors, write_safetensors
 
@@ -64,9 +65,10 @@ def with_header(header: bytes | str, data: bytes = bytes(8), length: int | None 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("most", [10**9, 60])
-def test_what_is_written_is_read_in_one_file_or_in_shards(tmp_path, dtype, most):
+def test_what_is_written_is_read_in_one_file_or_in_shards(tmp_path, monkeypatch, dtype, most):
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", most)
     expected = {name: array.astype(FLOATS[dtype]) for name, array in ARRAYS.items()}
-    write_safetensors(tmp_path, ARRAYS, dtype, most)
+    write_safetensors(tmp_path, ARRAYS, dtype)
     found = read_all(tmp_path)
     assert_equal(found, expected)
     assert {array.dtype for array in found.values()} == {np.dtype(FLOATS[dtype])}
@@ -254,8 +256,9 @@ def test_mutated_pytorch_files_are_read_or_refused(tmp_path, legacy):
     assert outcomes == {True, False}
 
 
-def test_mutated_index_files_are_read_or_refused(tmp_path):
-    write_safetensors(tmp_path, ARRAYS, "F32", 100)
+def test_mutated_index_files_are_read_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 100)
+    write_safetensors(tmp_path, ARRAYS, "F32")
     index = tmp_path / "model.safetensors.index.json"
     content = index.read_bytes()
     outcomes = set()
