@@ -1,6 +1,7 @@
-"""Pretrain an Image GPT.
+"""Pretrain an Image GPT, or fine-tune one to classify.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
+    python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-ft
     python train.py --config=configs/digits.py --workdir=runs/short --config.train.steps=50
     python train.py --config=configs/digits.py --workdir=runs/mine --config.data.source=npz:images.npz \\
         --config.data.image_size="(28,28)" --config.palette.colors=256
@@ -9,6 +10,7 @@ Run it again with the same --workdir and it goes on where it stopped. configs/ba
 """
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -19,20 +21,20 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt import checkpoint, data, pretrained, sample, sources
+from igpt import checkpoint, data, finetune, pretrained, sample, sources
 from igpt import config as configuration
 from igpt import palette as palettes
 from igpt.attention import check_dropout
 from igpt.errors import NonFiniteError, UserError
 from igpt.examples import EncodedImages, Source
-from igpt.loss import bits_per_dim, marginal_entropy
+from igpt.loss import bits_per_dim, make_loss, marginal_entropy
 from igpt.metrics import Speed, Writer, progress_bar
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
 from igpt.plots import image_grid
 from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
-from igpt.state import abstract_state, create_state, make_eval_step, make_train_step, next_pixel_loss
+from igpt.state import abstract_state, create_state, make_eval_step, make_train_step
 
 
 def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
@@ -56,27 +58,32 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     rows, eval_rows = process_rows(train.batch_size, mesh), process_rows(train.eval_batch_size, mesh)
 
     # Images become tokens.
-    source = sources.open_source(config.data)
+    source = finetune.labelled(sources.open_source(config.data), config)
     palette = find_palette(config, workdir if resuming else None, source)
     augmentation = data.Augmentation(
         config.data.pad, config.data.pad_mode, config.data.flip, config.data.augment_probability
     )
-    batches = data.TrainBatches(source.train, palette, train.batch_size, config.seed, augmentation, rows)
+    drops = eval_drops = None
+    if not config.model.causal:  # BERT
+        drops = data.Drops(config.objective.drop_rate, 1, config.seed)
+        eval_drops = dataclasses.replace(drops, masks=config.objective.eval_masks if config.model.num_classes else 1)
+    batches = data.TrainBatches(source.train, palette, train.batch_size, config.seed, augmentation, rows, drops)
 
     # Everything about the state but its values: shapes, shardings, the compiled steps to be.
     model_config = configuration.model_config(config)
     check_dropout(model_config.attention, model_config.attention_dropout)
     optimizer, schedule = make_optimizer(config.optim, train.steps)
     graph, abstract = abstract_state(model_config, optimizer, mesh)
+    loss = make_loss(graph, config.objective.generative, config.objective.classification)
     train_step = make_train_step(
-        next_pixel_loss(graph),
+        loss,
         optimizer,
         schedule,
         abstract,
         accumulate=train.accumulate,
         dropout_seed=config.seed if model_config.has_dropout else None,
     )
-    eval_step = make_eval_step(next_pixel_loss(graph))
+    eval_step = make_eval_step(loss)
 
     # Where the values come from: 1. this run's newest checkpoint; 2. config.init_from; 3. a fresh start.
     first_step = max(checkpoint.finished_steps(workdir), default=0) if resuming else 0
@@ -84,8 +91,18 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     starting_params = None
     if config.init_from and not first_step:
         pretrained.check_same_network(config.init_from, config)
-        starting_params, _ = pretrained.params_of(pretrained.resolve(config.init_from), abstract.params)
+        starting_params = pretrained.starting_params(config.init_from, mesh)
         origin = f"weights of {config.init_from}"
+        if model_config.num_classes and "classifier" not in starting_params:
+            origin += ", a new classifier"
+    progress = None  # of fine-tuning: when it was best
+    if config.objective.classification:
+        progress = (checkpoint.progress_at(workdir, first_step) if first_step else None) or checkpoint.Progress()
+
+    def ended_early() -> bool:
+        return progress is not None and 0 < train.patience <= progress.evaluations_since
+
+    stop = first_step if ended_early() else train.steps
 
     # From here on the run writes.
     if start_over:
@@ -94,20 +111,21 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     if jax.process_index() == 0:
         configuration.save(config, workdir)
         palette.save(workdir / "palette.npy")
-    checkpoints = checkpoint.open_checkpoints(workdir, train.max_to_keep)
+    checkpoints = checkpoint.open_checkpoints(workdir, train.max_to_keep, progress)
     if first_step:
         state = checkpoint.restore(checkpoints, abstract, first_step)
     else:
         state = create_state(model_config, optimizer, mesh, config.seed)
         if starting_params is not None:
-            state = dataclasses.replace(state, params=starting_params)
+            state = dataclasses.replace(state, params=finetune.merge_params(state.params, starting_params))
     describe(workdir, origin, model_config, state, mesh, source, palette)
 
     writer = Writer(workdir, first_step)
     speed = Speed(model_config, train.batch_size)
     bar = progress_bar(first_step, train.steps)
     started = time.perf_counter()
-    evaluation = {}
+    evaluation, step = {}, first_step
+    draws = train.num_samples and model_config.causal and model_config.pixel_head
     skipping = config.data.on_unreadable == "skip"
     waiting = None  # (step, metrics) of the newest update: read only once the next one is under way
 
@@ -133,7 +151,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
 
     try:
         with jax.set_mesh(mesh):
-            for step, batch in enumerate(batches.iterate(first_step, train.steps, config.data.threads), first_step + 1):
+            for step, batch in enumerate(batches.iterate(first_step, stop, config.data.threads), first_step + 1):
                 state, metrics = train_step(state, to_devices(batch, train.batch_size, mesh))
                 if waiting is not None:
                     report(*waiting)
@@ -141,18 +159,24 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
 
                 last = step == train.steps
                 evaluating = last or step % train.eval_every == 0
-                sampling = train.num_samples and (last or step % train.sample_every == 0)
+                sampling = draws and (last or step % train.sample_every == 0)
                 saving = last or step % train.checkpoint_every == 0
                 if not (evaluating or sampling or saving):
                     continue
                 report(*waiting)  # nothing is evaluated, shown or kept before it is known to be finite
                 waiting = None
                 if evaluating:
-                    batches_once = data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows)
-                    loss = evaluate(eval_step, state.params, batches_once, train.eval_batch_size, mesh)
-                    bits = bits_per_dim(loss, model_config.seq_len, *source.image_size, source.channels)
-                    evaluation = {"eval/loss": loss, "eval/bits_per_dim": bits}
+                    batches_once = data.eval_batches(
+                        source.validation, palette, train.eval_batch_size, eval_rows, eval_drops
+                    )
+                    evaluation = evaluate(eval_step, state.params, batches_once, train.eval_batch_size, mesh)
+                    if model_config.causal and config.objective.generative:
+                        nats = evaluation.get("eval/generative_loss", evaluation["eval/loss"])
+                        bits = bits_per_dim(nats, model_config.seq_len, *source.image_size, source.channels)
+                        evaluation["eval/bits_per_dim"] = bits
                     writer.write(step, evaluation)
+                    if progress is not None:
+                        saving = progress.note(step, evaluation["eval/accuracy"]) or ended_early() or saving
                     bar.write(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
                 if sampling:
                     model = nnx.merge(graph, state.params)
@@ -160,8 +184,11 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                     images = sample.sample_images(with_palette, train.num_samples, config.seed)
                     writer.write_samples(step, image_grid(images))
                 if saving:  # last: a run that resumes from here has nothing of this step left to do
-                    checkpoint.save(checkpoints, state, step)
+                    checkpoint.save(checkpoints, state, step, progress)
                 speed.restart(step)
+                if ended_early():
+                    bar.write(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
+                    break
     finally:
         bar.close()
         writer.close()
@@ -169,7 +196,10 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
 
     if source.unreadable:
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
-    farewell(workdir, train, evaluation, time.perf_counter() - started, first_step)
+    unreported = step > first_step or not (workdir / "finetune.json").exists()
+    if progress is not None and unreported and source.test.labels is not None:
+        evaluation |= test_classifier(config, workdir, graph, abstract.params, source, palette, eval_drops, mesh)
+    farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
     return evaluation
 
 
@@ -198,11 +228,17 @@ def set_aside(workdir: Path) -> None:
 
 
 def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Palette:
-    """That of the run resumed, else of the model it starts from, else the file given, else the source's, else a fit."""
+    """That of the run resumed, else of the model it starts from, else the file given, else the source's, else a fit.
+
+    UserError where a model's palette is not that of the file or of the source's tokens.
+    """
     if resumed and (resumed / "palette.npy").exists():
         origin, palette = resumed, pretrained.palette_of(resumed)
     elif config.init_from:
         origin, palette = config.init_from, pretrained.palette_of(pretrained.resolve(config.init_from))
+        named = Palette.load(config.palette.path) if config.palette.path else None
+        pretrained.check_same_palette(palette, f"init_from={origin}", named, f"palette.path={config.palette.path}")
+        pretrained.check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
     elif config.palette.path:
         origin, palette = config.palette.path, Palette.load(config.palette.path)
     elif source.palette is not None:
@@ -236,33 +272,50 @@ def describe(workdir, origin, model: ModelConfig, state, mesh, source: Source, p
     )
 
 
-def evaluate(eval_step, params, batches, batch_size: int, mesh) -> float:
-    """Mean loss over every held-out image, in nats a token."""
-    sums = [eval_step(params, to_devices(batch, batch_size, mesh)) for batch in batches]
-    total, count = np.sum(jax.device_get(sums), axis=0)
-    return float(total / count)
+def evaluate(eval_step, params, batches, batch_size: int, mesh) -> dict:
+    """eval/...: means over every held-out image."""
+    sums = jax.device_get([eval_step(params, to_devices(batch, batch_size, mesh)) for batch in batches])
+    count = sum(number for _, number in sums)
+    return {f"eval/{name}": float(sum(values[name] for values, _ in sums) / count) for name in sums[0][0]}
 
 
-def farewell(workdir, train: ConfigDict, evaluation: dict, seconds: float, first_step: int) -> None:
+def test_classifier(config, workdir, graph, abstract_params, source: Source, palette, drops, mesh) -> dict:
+    """test/...: of a fine-tuned network's best checkpoint. Writes finetune.json and confusion.png."""
+    params, step = checkpoint.restore_params(workdir, abstract_params)
+    counts = finetune.confusion(graph, params, source, palette, drops, config.train.eval_batch_size, mesh)
+    best = checkpoint.progress_at(workdir, checkpoint.finished_steps(workdir)[-1])
+    images = {name: len(getattr(source, name)) for name in ("train", "validation", "test")}
+    details = {"source": source.name, "images": images, "step": step, "validation_accuracy": best.best_accuracy}
+    return {"test/accuracy": finetune.report(workdir, counts, details)["test_accuracy"]}
+
+
+def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, first_step: int, step: int) -> None:
     """The result, and what one would want to run next."""
     if jax.process_index() != 0:
         return
-    if first_step >= train.steps:
-        print(f"{workdir} had already finished its {train.steps} steps.")
+    train, model = config.train, config.model
+    if first_step == step:
+        print(f"{workdir} had already finished its {step} steps.")
     else:
         minutes, seconds = divmod(round(seconds), 60)
+        unit = "" if config.objective.classification else " nats a token"
+        print(f"finished step {step} in {minutes}:{seconds:02d}; validation loss {evaluation['eval/loss']:.4f}{unit}")
+        if train.num_samples and model.causal and model.pixel_head:
+            print(f"samples: {workdir}/samples/{step:07d}.png")
+    if (workdir / "finetune.json").exists():
+        results = json.loads((workdir / "finetune.json").read_text())
+        low, high = results["interval"]
         print(
-            f"finished step {train.steps} in {minutes}:{seconds:02d}; "
-            f"validation loss {evaluation['eval/loss']:.4f} nats a token"
+            f"best on validation after step {results['step']}: test accuracy {100 * results['test_accuracy']:.1f} % "
+            f"[{100 * low:.1f}, {100 * high:.1f}] of {results['images']['test']} images; {workdir}/confusion.png"
         )
-        if train.num_samples:
-            print(f"samples: {workdir}/samples/{train.steps:07d}.png")
-    print(
-        "next:\n"
-        f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe\n"
-        f"  python -m igpt.sample --model={workdir} --num=16 --out=samples.png\n"
-        f"  python -m igpt.sample --model={workdir} --complete=test --num=7 --out=completions.png"
-    )
+    print("next:")
+    print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
+    if model.causal and config.objective.classification:
+        print(f"  python -m igpt.huggingface export --model={workdir} --out=hf_classifier")
+    elif model.causal:
+        print(f"  python -m igpt.sample --model={workdir} --num=16 --out=samples.png")
+        print(f"  python -m igpt.sample --model={workdir} --complete=test --num=7 --out=completions.png")
 
 
 def main(config: ConfigDict, workdir: str, start_over: bool) -> None:

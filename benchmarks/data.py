@@ -29,12 +29,13 @@ from igpt.config import model_config
 from igpt.data import Augmentation, TrainBatches
 from igpt.examples import EncodedImages, Split
 from igpt.images import Preprocess, decode
+from igpt.loss import make_loss
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
 from igpt.prepare import open_prepared, prepare
 from igpt.sharding import make_mesh, to_devices
 from igpt.sources import open_source
-from igpt.state import abstract_state, create_state, make_train_step, next_pixel_loss
+from igpt.state import abstract_state, create_state, make_train_step
 
 SIDE, COLORS, BATCH = 32, 512, 128
 
@@ -100,7 +101,7 @@ def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
     optimizer, schedule = make_optimizer(config.optim, config.train.steps)
     graph, abstract = abstract_state(model, optimizer, mesh)
     state = create_state(model, optimizer, mesh, seed=0)
-    step = make_train_step(next_pixel_loss(graph), optimizer, schedule, abstract)
+    step = make_train_step(make_loss(graph), optimizer, schedule, abstract)
     size = config.train.batch_size
     palette = Palette(np.repeat(np.linspace(-1, 1, config.palette.colors)[:, None], 3, axis=1))
     augmentation = Augmentation(config.data.pad, config.data.pad_mode, False, config.data.augment_probability)

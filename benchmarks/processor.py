@@ -3,8 +3,8 @@
 pip install -e ".[bench]"
 python benchmarks/processor.py --out=benchmarks/results/processor_cpu.json
 
-The images have the size asked for, so that tokens are what is measured. They are pieces of photographs, and noise, where
-every pixel is another place in our table of 32 MB. transformers is timed twice: given all images in one call, as ours
+The images have the size asked for, so that tokens are what is measured. They are pieces of photographs, and noise, in
+which every pixel is another place in our table of 32 MB. transformers is timed twice: given all in one call, as ours
 is, and given --peer_batch at a time, at which it is faster, for it holds a float64 distance, three times over, for each
 pixel and cluster, 4 MiB an image (13 GB for 1,024). Our first call fills the table; the rates are those of the calls
 after it.

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
 from igpt.config import model_config
+from igpt.loss import make_loss
 from igpt.optim import make_optimizer
 from igpt.sharding import make_mesh, to_devices
-from igpt.state import abstract_state, create_state, make_train_step, next_pixel_loss
+from igpt.state import abstract_state, create_state, make_train_step
 
 
 def ours(config, tokens: np.ndarray, repeats: int) -> float:
@@ -29,7 +30,7 @@ def ours(config, tokens: np.ndarray, repeats: int) -> float:
     optimizer, schedule = make_optimizer(config.optim, config.train.steps)
     graph, abstract = abstract_state(model, optimizer, mesh)
     state = create_state(model, optimizer, mesh, seed=0)
-    step = make_train_step(next_pixel_loss(graph), optimizer, schedule, abstract, config.train.accumulate)
+    step = make_train_step(make_loss(graph), optimizer, schedule, abstract, config.train.accumulate)
     batch = to_devices({"tokens": tokens}, len(tokens), mesh)
 
     def run():

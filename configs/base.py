@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     data.filter = "bicubic"  # of every resize: nearest | box | bilinear | hamming | bicubic | lanczos
     data.split_file = ""  # of a folder: lines "path,train|validation|test" in place of the fractions
     data.data_dir = ""  # where tensorflow_datasets keeps its data; empty: its own default
+    data.labels_per_class = 0  # of the training images, how many of each class are used, with their labels; 0: all
+    data.subset_seed = 0  # which they are
     data.on_unreadable = "stop"  # at an image that cannot be read | skip: take the next one, and count
     data.threads = 1  # that make batches ahead of the device
 
@@ -46,9 +48,11 @@ def get_config() -> ConfigDict:
     model.residual_dropout = 0.0  # of what each half of a block adds
     model.attention_dropout = 0.0  # needs attention = "reference"
     model.norm_epsilon = 1e-5  # under the root of the norm
-    model.causal = True  # False, the BERT objective: every position sees all; can be loaded and probed, not yet trained
-    model.pixel_head = True  # False: a network without the head over the palette, for features only
-    model.num_classes = 0  # C, of a linear classifier on the pooled final norm; 0: none
+    model.causal = (
+        True  # False, the BERT objective: every position sees all, and pixels that were dropped are predicted
+    )
+    model.pixel_head = True  # False: a network without the head over the palette, for features and classes only
+    model.num_classes = 0  # C, of a linear classifier on the pooled final norm, for fine-tuning; 0: none
     model.activation = "quick_gelu"  # gelu | gelu_new | relu | silu | tanh
     model.scale_scores = True  # by 1 / sqrt(K); False, like the next field, only to load weights trained so elsewhere
     model.scale_scores_by_layer = False  # by 1 / (l + 1) on top
@@ -56,6 +60,12 @@ def get_config() -> ConfigDict:
     model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in bfloat16, else chunked
     model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
     model.scan_layers = True  # False unrolls the layers: slower to compile, sometimes faster to run
+
+    config.objective = objective = ConfigDict()
+    objective.generative = 1.0  # weight of the pixels' loss: next pixels, or dropped ones (BERT)
+    objective.classification = 0.0  # weight of the labels' loss; above 0 is fine-tuning, in the paper 1 beside 1
+    objective.drop_rate = 0.15  # BERT: the share of positions dropped; 0.15 and 0.2 did best in the paper
+    objective.eval_masks = 5  # BERT: the masks that vote on an image's class in evaluation
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 3e-3  # the peak: linear warm-up, then the schedule
@@ -75,9 +85,10 @@ def get_config() -> ConfigDict:
     train.eval_every = 1000  # steps between evaluations on the validation split
     train.eval_batch_size = 128  # images at a time in evaluation
     train.sample_every = 1000  # steps between grids in samples/
-    train.num_samples = 16  # images in the grid; 0: no grids
+    train.num_samples = 16  # images in the grid; 0: no grids. BERT's networks and such without pixel_head have none
     train.checkpoint_every = 1000  # steps between checkpoints
-    train.max_to_keep = 2  # newest checkpoints kept
+    train.max_to_keep = 2  # newest checkpoints kept; fine-tuning keeps that of the best validation accuracy as well
+    train.patience = 0  # fine-tuning: evaluations in a row without a better accuracy after which it ends; 0: it goes on
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # -1: all devices that the other two leave

@@ -1,24 +1,63 @@
 """Checkpoints on disk (Orbax: atomic, asynchronous, resharded on restore).
 
-    WORKDIR/config.json, palette.npy, checkpoints/STEP/{params, optimizer}
+    WORKDIR/config.json, palette.npy, checkpoints/STEP/{params, optimizer, progress}
 
-Parameters and optimizer are separate items, so that whoever only wants the model never reads the moments.
+Parameters and optimizer are separate items, so that whoever only wants the model never reads the moments. Fine-tuning
+has a third, its progress: which step has been the best so far, and how good.
 """
 
+import dataclasses
 from pathlib import Path
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from igpt.errors import UserError
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
+ITEMS = ("params", "optimizer", "progress")
 FILE_BYTES = 64 << 20  # Orbax holds a data file in memory until it is written: its own 2 GiB would weigh as much as L
 
 
-def open_checkpoints(workdir: Path, max_to_keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a run, for writing and reading; close it (or use `with`) so that the last save finishes."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True, create=True)
+@dataclasses.dataclass
+class Progress:
+    """Of fine-tuning: the evaluation with the highest validation accuracy, and how many there have been since."""
+
+    best_step: int = 0
+    best_accuracy: float = -1.0
+    evaluations_since: int = 0
+
+    def note(self, step: int, accuracy: float) -> bool:
+        """Takes in an evaluation; whether it is the best so far."""
+        if accuracy <= self.best_accuracy:
+            self.evaluations_since += 1
+            return False
+        self.best_step, self.best_accuracy, self.evaluations_since = step, accuracy, 0
+        return True
+
+
+@dataclasses.dataclass
+class _BestToo(preservation_policy.PreservationPolicy):
+    """Keeps, besides the newest, the checkpoint of the best step."""
+
+    progress: Progress
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step == self.progress.best_step for checkpoint in checkpoints]
+
+
+def open_checkpoints(workdir: Path, max_to_keep: int, progress: Progress | None = None) -> ocp.CheckpointManager:
+    """The checkpoints of a run, for writing and reading; close it (or use `with`) so that the last save finishes.
+
+    The newest `max_to_keep` are kept, and that of `progress.best_step` as it is at the time of a save.
+    """
+    policies = [preservation_policy.LatestN(max_to_keep), *([_BestToo(progress)] if progress else [])]
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        enable_async_checkpointing=True,
+        create=True,
+    )
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options)
 
 
@@ -32,16 +71,18 @@ def finished_steps(workdir: Path) -> list[int]:
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(create=False)
-    return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=("params", "optimizer"))
+    return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=ITEMS)
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, step: int) -> None:
+def save(checkpoints: ocp.CheckpointManager, state: TrainState, step: int, progress: Progress | None = None) -> None:
     """Starts writing the state after `step` updates; returns once it is copied off the devices."""
-    items = ocp.args.Composite(
+    items = dict(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
     )
-    checkpoints.save(step, args=items)
+    if progress:
+        items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
+    checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
 def save_params(workdir: Path, params: dict, step: int) -> None:
@@ -55,6 +96,14 @@ def save_params(workdir: Path, params: dict, step: int) -> None:
         checkpoints.save(step, args=ocp.args.Composite(params=item))
 
 
+def progress_at(workdir: Path, step: int) -> Progress | None:
+    """What a checkpoint says of a fine-tuning run's progress; None for any other run."""
+    if not (workdir / FOLDER / str(step) / "progress").is_dir():
+        return None
+    with _reader(workdir) as checkpoints:
+        return Progress(**checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+
+
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, step: int) -> TrainState:
     """The state after `step` updates, onto the shardings of `abstract`, whatever mesh wrote it."""
     items = ocp.args.Composite(
@@ -66,11 +115,14 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, step: int)
 
 
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
-    """The parameters alone, of the newest checkpoint unless `step` names one; and the step they are of."""
+    """The parameters alone, and the step they are of: `step`, or that of the best checkpoint of a fine-tuning run, or
+    the newest of any other."""
     steps = finished_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} has no finished checkpoint yet: train first, or name another run directory")
-    step = steps[-1] if step is None else step
+    if step is None:
+        progress = progress_at(workdir, steps[-1])
+        step = progress.best_step if progress and progress.best_step in steps else steps[-1]
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
     with _reader(workdir) as checkpoints:

@@ -33,10 +33,11 @@ FREE_ON_RESUME = (
     "train.num_samples",
     "train.checkpoint_every",
     "train.max_to_keep",
+    "train.patience",
 )
 
 
-# How a source is read, where a configuration does not say.
+# What a run means that is older than these fields; and, of data, how the images of a model from elsewhere are read.
 READING = dict(
     validation_fraction=0.1,
     test_fraction=0.2,
@@ -48,7 +49,11 @@ READING = dict(
     split_file="",
     data_dir="",
     on_unreadable="stop",
+    labels_per_class=0,
+    subset_seed=0,
 )
+OBJECTIVE = dict(generative=1.0, classification=0.0, drop_rate=0.15, eval_masks=5)
+TRAIN = dict(patience=0)
 
 
 def run_app(main, required: dict[str, str], switches: dict[str, str] | None = None) -> None:
@@ -112,7 +117,7 @@ def check_network(config: ConfigDict) -> None:
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that no part of a training run could use. Parts check what only they know."""
     check_network(config)
-    missing = [name for name in ("optim", "train", "mesh") if name not in config]
+    missing = [name for name in ("objective", "optim", "train", "mesh") if name not in config]
     if missing:
         raise UserError(
             f"this is no training configuration: it has no {', '.join(missing)}; start from configs/base.py"
@@ -136,17 +141,47 @@ def check(config: ConfigDict) -> None:
         "train.num_samples": 0,
         "train.checkpoint_every": 1,
         "train.max_to_keep": 1,
+        "train.patience": 0,
+        "data.labels_per_class": 0,
+        "data.subset_seed": 0,
+        "objective.generative": 0.0,
+        "objective.classification": 0.0,
+        "objective.eval_masks": 1,
         "mesh.cpu_devices": 0,
     }
     values = flatten(config)
     for name, smallest in least.items():
         if values[name] < smallest:
             raise UserError(f"{name} is {values[name]}; it must be at least {smallest}")
-    model = config.model
-    if not (model.causal and model.pixel_head) or model.num_classes:
+    _check_objective(config)
+
+
+def _check_objective(config: ConfigDict) -> None:
+    """Raises UserError unless there is something to learn, and a head for it."""
+    objective, model = config.objective, config.model
+    if not objective.generative + objective.classification > 0:
+        raise UserError("objective.generative and objective.classification are both 0: there is nothing to learn")
+    if objective.generative and not model.pixel_head:
         raise UserError(
-            "networks with model.causal=False, model.pixel_head=False or model.num_classes can be loaded and probed, "
-            "but not trained yet: only next-pixel pretraining is there"
+            f"objective.generative is {objective.generative}, but model.pixel_head is False, so that no pixel can be "
+            "predicted; set objective.generative=0 to learn classes only, or model.pixel_head=True"
+        )
+    if objective.classification and model.num_classes < 2:
+        raise UserError(
+            f"objective.classification is {objective.classification}, but model.num_classes is {model.num_classes}; "
+            "set it to the number of classes, 2 or more"
+        )
+    if model.num_classes and not objective.classification:
+        raise UserError(
+            f"model.num_classes is {model.num_classes}, but objective.classification is 0: the classifier would learn "
+            "nothing; set objective.classification=1, or model.num_classes=0"
+        )
+    if not model.causal and not 0.0 < objective.drop_rate < 1.0:
+        raise UserError(f"objective.drop_rate is {objective.drop_rate}; BERT drops a share between 0 and 1")
+    if config.train.patience and not objective.classification:
+        raise UserError(
+            "train.patience waits for a better validation accuracy, which only fine-tuning has; set train.patience=0, "
+            "or objective.classification=1"
         )
 
 
@@ -167,7 +202,7 @@ def of_network(model: ModelConfig, image_size: tuple[int, int], channels: int) -
     fields = dataclasses.asdict(model) | {"dtype": "auto", "attention": "auto"}
     del fields["vocab_size"], fields["seq_len"]
     data = dict(source="", image_size=image_size, channels=channels) | READING
-    return ConfigDict(dict(data=data, palette=dict(colors=model.vocab_size), model=fields))
+    return ConfigDict(dict(data=data, palette=dict(colors=model.vocab_size), model=fields, objective=OBJECTIVE))
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
@@ -194,8 +229,9 @@ def load(workdir: Path) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(path.read_text()))
         check_network(config)
-        for name in READING.keys() - config.data.keys():
-            config.data[name] = READING[name]  # a run from before there was this field
+        for section, defaults in (("data", READING), ("objective", OBJECTIVE), ("train", TRAIN)):
+            if section in config or section == "objective":
+                config[section] = ConfigDict(defaults | dict(config.get(section, {})))
         return config
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a run directory: it has no config.json") from None

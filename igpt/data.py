@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import grain.python as grain
 import numpy as np
+from jaxtyping import Bool
 
 from igpt.errors import UserError
 from igpt.sources import Split
@@ -58,22 +59,75 @@ class Augmentation:
         return np.where(flips, images[:, :, ::-1], images)
 
 
+@dataclasses.dataclass(frozen=True)
+class Drops:
+    """The positions that BERT hides (Chen et al. 2020, section 2.2): each with probability `rate`, independently.
+
+    `keep` is False there. Training draws one mask a step and image, evaluation the same `masks` for an image each time.
+    """
+
+    rate: float = 0.15
+    masks: int = 1
+    seed: int = 0
+
+    def of_step(self, step: int, batch_size: int, rows: slice, length: int) -> Bool[np.ndarray, "n 1 T"]:
+        draws = np.random.default_rng((self.seed, 3, step)).random((batch_size, 1, length), np.float32)
+        return draws[rows] >= self.rate
+
+    def of_images(self, indices: np.ndarray, length: int) -> Bool[np.ndarray, "n M T"]:
+        draws = [
+            np.random.default_rng((self.seed, 4, index)).random((self.masks, length), np.float32) for index in indices
+        ]
+        return np.stack(draws) >= self.rate
+
+
+class EpochOrder:
+    """The example at each position of an endless stream of epochs, every epoch in an order of its own."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._newest = (None, None)
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        epochs, within = np.divmod(positions, self.count)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = self._order(epoch)[within[epochs == epoch]]
+        return indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        cached, order = self._newest
+        if cached != epoch:
+            order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.count)
+            self._newest = (epoch, order)
+        return order
+
+
 class TrainBatches:
     """Training batches, random access: `batches[step]` is this process's rows of batch f(seed, step)."""
 
-    def __init__(self, split: Split, tokenizer, batch_size: int, seed: int, augmentation: Augmentation, rows: slice):
+    def __init__(
+        self,
+        split: Split,
+        tokenizer,
+        batch_size: int,
+        seed: int,
+        augmentation: Augmentation,
+        rows: slice,
+        drops: Drops | None = None,
+    ):
         if batch_size > len(split):
             raise UserError(
                 f"train.batch_size is {batch_size}, but there are only {len(split)} training images; lower it"
             )
         self.split, self.tokenizer, self.batch_size = split, tokenizer, batch_size
-        self.seed, self.augmentation, self.rows = seed, augmentation, rows
+        self.seed, self.augmentation, self.rows, self.drops = seed, augmentation, rows, drops
         self.black = int(tokenizer.encode(np.zeros((1, 1, 3), np.uint8)).item())
-        self._epoch_order = (None, None)
+        self.order = EpochOrder(len(split), seed)
 
     def __getitem__(self, step: int) -> dict:
-        indices = self._indices(np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows])
-        # Streams 0, 1 and 2 of a seed, here and below, keep order, augmentation and crops independent of each other.
+        indices = self.order[np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]]
+        # Streams 0 to 4 of a seed, here, above and below, keep order, augmentation, crops and masks independent.
         rng = np.random.default_rng((self.seed, 1, step))
         if self.split.holds_tokens_of(self.tokenizer):
             grids = self.split.images.grids(indices)
@@ -84,22 +138,10 @@ class TrainBatches:
                 draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
             images, indices = self.split.read(indices, draws)
             tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
-        return _batch(tokens, self.split.labels, indices)
-
-    def _indices(self, positions: np.ndarray) -> np.ndarray:
-        """The example at each position of the endless stream of epochs, every epoch in an order of its own."""
-        epochs, within = np.divmod(positions, len(self.split))
-        indices = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self._order(epoch)[within[epochs == epoch]]
-        return indices
-
-    def _order(self, epoch: int) -> np.ndarray:
-        cached, order = self._epoch_order
-        if cached != epoch:
-            order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.split))
-            self._epoch_order = (epoch, order)
-        return order
+        batch = _batch(tokens, self.split.labels, indices)
+        if self.drops is None:
+            return batch
+        return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
 
     def iterate(self, start: int, stop: int, threads: int = 1, ahead: int = 4) -> Iterator[dict]:
         """Batches start, ..., stop - 1 in order, made by `threads` background threads up to `ahead` steps early."""
@@ -107,7 +149,9 @@ class TrainBatches:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
 
 
-def eval_batches(split: Split, tokenizer, batch_size: int, rows: slice = slice(None)) -> Iterator[dict]:
+def eval_batches(
+    split: Split, tokenizer, batch_size: int, rows: slice = slice(None), drops: Drops | None = None
+) -> Iterator[dict]:
     """Every example exactly once, in order. `mask` is 0.0 where the last batch is filled up with example 0, and where
     an image could not be read."""
     for start in range(0, len(split), batch_size):
@@ -119,7 +163,10 @@ def eval_batches(split: Split, tokenizer, batch_size: int, rows: slice = slice(N
             images, used = split.read(wanted)
             tokens = tokenizer.encode(images)
         mask = (positions < len(split)) & (used == wanted)
-        yield _batch(tokens, split.labels, used) | {"mask": mask.astype(np.float32)}
+        batch = _batch(tokens, split.labels, used) | {"mask": mask.astype(np.float32)}
+        if drops is not None:
+            batch["keep"] = drops.of_images(used, batch["tokens"].shape[1])
+        yield batch
 
 
 def _batch(tokens, labels, indices) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from igpt.errors import UserError
@@ -128,6 +129,18 @@ class Split:
         kept = used == asked
         return Split(images[kept], None if self.labels is None else self.labels[kept])
 
+    def take(self, indices: np.ndarray) -> "Split":
+        """The examples at these indices, in this order."""
+        images = self.images
+        if isinstance(images, EncodedImages):
+            files = [images.files[int(i)] for i in indices]
+            images = EncodedImages(files, images.preprocess, images.channels, images.skip)
+        elif isinstance(images, DecodedTokens):
+            images = DecodedTokens(images.tokens[indices], images.palette, images.path, images.shape[1:3])
+        else:
+            images = images[indices]
+        return Split(images, None if self.labels is None else self.labels[indices])
+
     @property
     def crops_at_random(self) -> bool:
         """Whether `read` has a use for draws."""
@@ -138,6 +151,46 @@ class Split:
         return isinstance(self.images, DecodedTokens) and np.array_equal(
             self.images.palette.centers, getattr(tokenizer, "centers", None)
         )
+
+
+def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
+    """Raises UserError unless every split has labels and training covers two classes, all of them below num_classes.
+
+    num_classes 0: any integers will do.
+    """
+    if any(split.labels is None for split in (train, *others)):
+        raise UserError(
+            "labels are needed, and this source has none; add an integer array 'labels' to an .npz, or sort the "
+            "pictures of a folder into a sub-folder for each class"
+        )
+    classes = np.unique(np.concatenate([split.labels for split in (train, *others)]))
+    if num_classes and not (classes[0] >= 0 and classes[-1] < num_classes):
+        raise UserError(
+            f"the labels run from {classes[0]} to {classes[-1]}, but model.num_classes is {num_classes}, which allows "
+            f"0 to {num_classes - 1}; "
+            + (f"set model.num_classes={classes[-1] + 1}" if classes[0] >= 0 else "number the classes from 0 on")
+        )
+    if len(np.unique(train.labels)) < 2:
+        raise UserError(f"all training images have the label {train.labels[0]}; two classes or more are needed")
+
+
+def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[np.ndarray, "n"]:
+    """The indices of `per_class` examples of each class, drawn by `seed` and sorted: the low-data sets of section 4.7.
+
+    Those of a smaller number are among those of a larger one. Raises UserError where a class has fewer examples.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < per_class:
+        scarce = classes[counts.argmin()]
+        raise UserError(
+            f"{per_class} labels of each class were asked for, but class {scarce} has only {counts.min()} training "
+            f"examples; choose {counts.min()} or fewer"
+        )
+    chosen = [
+        np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))[:per_class]
+        for label in classes
+    ]
+    return np.sort(np.concatenate(chosen))
 
 
 @dataclasses.dataclass(frozen=True)

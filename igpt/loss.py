@@ -1,18 +1,79 @@
-"""Losses, in nats per token, one number an image so that any weighting can follow."""
+"""Losses, one number an image so that any weighting can follow; those of pixels in nats per token."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from igpt.model import pool
 
 
 def next_pixel(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B"]:
     """Mean negative log-likelihood of an image's tokens (Chen et al. 2020, section 2.1). Every palette id counts."""
+    return jnp.mean(cross_entropy(logits, tokens), axis=-1)
+
+
+def dropped_pixels(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], keep: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+    """BERT's: the mean over an image's dropped positions (section 2.2); 0 for an image with none."""
+    dropped = 1.0 - keep
+    return jnp.sum(cross_entropy(logits, tokens) * dropped, axis=-1) / jnp.maximum(jnp.sum(dropped, axis=-1), 1.0)
+
+
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """-log softmax(logits)[target], in float32."""
     logits = logits.astype(jnp.float32)
     # A masked sum picks the target's logit: it fuses, where a gather would need a scatter in the backward pass.
-    is_target = tokens[..., None] == jnp.arange(logits.shape[-1])
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - target
+
+
+def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: float = 0.0) -> Callable:
+    """loss(params, batch, key) -> numbers [B] an image: "loss", and what it is made of.
+
+    loss = generative x that of the pixels + classification x the cross-entropy of the labels (section 2.3); a weight of
+    zero leaves its half of the work out. The pixels are those dropped where the batch has `keep` [B, M, T], under each
+    of M masks: losses are averaged over masks, and the masks vote on the class. A key turns dropout on.
+    """
+
+    def under_mask(model, batch, keep, key):
+        tokens, losses = batch["tokens"], {}
+        normed = model.normed(tokens, key, keep)
+        if generative:
+            logits = model.logits(normed)
+            losses["generative_loss"] = (
+                next_pixel(logits, tokens) if keep is None else dropped_pixels(logits, tokens, keep)
+            )
+        if not classification:
+            return losses, None
+        class_logits = model.class_logits(pool(normed))
+        losses["classification_loss"] = cross_entropy(class_logits, batch["label"])
+        return losses, jnp.argmax(class_logits, axis=-1)
+
+    def loss(params, batch, key=None):
+        model = nnx.merge(graph, params)
+        masks = jnp.moveaxis(batch["keep"], 1, 0) if "keep" in batch else [None]
+        each, classes = zip(*[under_mask(model, batch, keep, key) for keep in masks], strict=True)
+        values = {name: sum(losses[name] for losses in each) / len(each) for name in each[0]}
+        if not classification:
+            return {"loss": generative * values["generative_loss"]}
+        values["loss"] = generative * values.get("generative_loss", 0.0)
+        values["loss"] += classification * values["classification_loss"]
+        values["accuracy"] = (vote(jnp.stack(classes), model.config.num_classes) == batch["label"]).astype(jnp.float32)
+        return values
+
+    return loss
+
+
+def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:
+    """The class that most masks chose, ties broken at random but always alike (section 4.6)."""
+    votes = jnp.sum(jax.nn.one_hot(classes, num_classes), axis=0)
+    return jnp.argmax(votes + jax.random.uniform(jax.random.key(0), votes.shape, maxval=0.5), axis=-1)
 
 
 def bits_per_dim(nats_per_token: float, tokens: int, height: int, width: int, channels: int) -> float:

@@ -6,12 +6,13 @@ T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from igpt.attention import BACKENDS, attend_to_cache, attention
 from igpt.errors import UserError
@@ -214,20 +215,40 @@ class ImageGPT(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
         """Float32 logits of tokens[:, i] at position i, from tokens[:, :i] if causal. A key turns dropout on."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = dropout(self.embed(self.inputs(tokens)), self.config.embedding_dropout, keys[0])
-        x, _ = self.run_blocks(x, keys[1])
-        return self.logits(self.final_norm(x))
+        return self.logits(self.normed(tokens, key))
 
-    def features(self, tokens: Int[Array, "B T"]) -> Float[Array, "L+1 B D"]:
-        """f^l, the mean over positions of the normed input of block l; l = L is after the final norm (section 2.4)."""
-        x, outputs = self.run_blocks(self.embed(self.inputs(tokens)))
-        return jnp.concatenate([outputs.features, pool(self.final_norm(x))[None]])
-
-    def classify(self, tokens: Int[Array, "B T"]) -> Float[Array, "B C"]:
+    def classify(self, tokens: Int[Array, "B T"], keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B C"]:
         """Class logits: a linear map of the pooled final norm (section 2.4)."""
-        x, _ = self.run_blocks(self.embed(self.inputs(tokens)))
-        return self.class_logits(pool(self.final_norm(x)))
+        return self.class_logits(pool(self.normed(tokens, keep=keep)))
+
+    def normed(
+        self, tokens: Int[Array, "B T"], key: Array | None = None, keep: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The final norm, which both heads read. Where `keep` is False, only the position is known (BERT)."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(self.inputs(tokens), keep=keep), self.config.embedding_dropout, keys[0])
+        x, _ = self.run_blocks(x, keys[1])
+        return self.final_norm(x)
+
+    def features(
+        self, tokens: Int[Array, "B T"], layers: Sequence[int] | None = None, keep: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "l B D"]:
+        """f^l, the mean over positions of the normed input of block l; l = L is after the final norm (section 2.4).
+
+        Of all layers, or of those named, in that order; blocks from the last of them on are not computed.
+        """
+        depth = self.config.depth
+        layers = range(depth + 1) if layers is None else layers
+        if not len(layers) or not all(0 <= layer <= depth for layer in layers):
+            raise UserError(f"layers {list(layers)} were asked for; this model has 0 (the embedding's norm) to {depth}")
+        last = max(layers)
+        x, outputs = self.run_blocks(self.embed(self.inputs(tokens), keep=keep), depth=last)
+        if last < depth:
+            graph, stacked = nnx.split(self.blocks.attention_norm)
+            norm = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[last], stacked))
+        else:
+            norm = self.final_norm
+        return jnp.concatenate([outputs.features, pool(norm(x))[None]])[jnp.asarray(layers)]
 
     def prefill(self, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
         """Reads inputs (the SOS, then tokens), of which the first `given` count: logits of the next token, and a cache
@@ -274,11 +295,17 @@ class ImageGPT(nnx.Module):
         start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
         return jnp.concatenate([start, tokens[:, :-1]], axis=1)
 
-    def embed(self, inputs: Int[Array, "B P"], first_position: Array | int = 0) -> Float[Array, "B P D"]:
-        """Token plus position vectors; `inputs` sit at first_position, first_position + 1, ..."""
+    def embed(
+        self, inputs: Int[Array, "B P"], first_position: Array | int = 0, keep: Bool[Array, "B P"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """Token plus position vectors; `inputs` sit at first_position, first_position + 1, ...
+
+        Where `keep` is False the token's vector is zero, as in the released code's BERT (src/model.py).
+        """
         # Both tables are small: gathered whole, the lookup itself needs no communication.
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
-        x = tokens[inputs] + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])
+        x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
+        x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])
         return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
@@ -292,14 +319,17 @@ class ImageGPT(nnx.Module):
         return self.classifier(pooled, jnp.float32)
 
     def run_blocks(
-        self, x: Float[Array, "B P D"], key: Array | None = None, attend=None, by_layer=None
+        self, x: Float[Array, "B P D"], key: Array | None = None, attend=None, by_layer=None, depth: int | None = None
     ) -> tuple[Array, BlockOutputs]:
-        """All blocks in turn. The BlockOutputs are stacked over layers: [L, B, ...].
+        """All blocks in turn, or the first `depth`. The BlockOutputs are stacked over layers: [L, B, ...].
 
         `attend(q, k, v, key, of_layer)` takes the place of plain attention; `of_layer` is that layer's `by_layer`.
         """
         config = self.config
+        depth = config.depth if depth is None else depth
         graph, stacked = nnx.split(self.blocks)
+        if depth < config.depth:
+            stacked = jax.tree.map(lambda leaf: leaf[:depth], stacked)
         attend = attend or self.attend
 
         def run_block(x, layer):
@@ -309,9 +339,9 @@ class ImageGPT(nnx.Module):
 
         if config.remat != "none":
             run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
-        keys = None if key is None else jax.random.split(key, config.depth)
-        unroll = 1 if config.scan_layers else config.depth
-        return jax.lax.scan(run_block, x, (stacked, jnp.arange(config.depth), keys, by_layer), unroll=unroll)
+        keys = None if key is None else jax.random.split(key, depth)
+        unroll = 1 if config.scan_layers else max(depth, 1)
+        return jax.lax.scan(run_block, x, (stacked, jnp.arange(depth), keys, by_layer), unroll=unroll)
 
     def attend(self, q, k, v, key, of_layer=None):
         """Every position to those before it and itself, or to all where the model is not causal."""

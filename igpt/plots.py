@@ -66,14 +66,45 @@ def save_png(picture: np.ndarray, path) -> None:
     os.replace(partial, path)
 
 
-def probe_curve(results: dict, path) -> None:
-    """Accuracy by layer of `eval_probe.py`'s results, with 95 % intervals, beside its baselines."""
-    import matplotlib
+def confusion_picture(counts: np.ndarray, path) -> None:
+    """A confusion matrix [C, C]: true classes down, predicted ones across, shares of each true class in percent."""
+    plt = _pyplot()
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(6.0, 5.4), layout="constrained")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.set(
+        xlabel="predicted class", ylabel="true class", title=f"test accuracy {np.trace(counts) / counts.sum():.2%}"
+    )
+    if len(counts) <= 20:
+        axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if shares[row, column] > 50 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, label="% of the true class")
+    _save(figure, path)
+
+
+def _pyplot():
+    import matplotlib  # slow to import
 
     matplotlib.use("Agg")  # a file, never a window
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    return plt
+
+
+def _save(figure, path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    partial = f"{path}.partial"
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
+    _pyplot().close(figure)
+
+
+def probe_curve(results: dict, path) -> None:
+    """Accuracy by layer of `eval_probe.py`'s results, with 95 % intervals, beside its baselines."""
+    figure, axes = _pyplot().subplots(figsize=(6.4, 4.0), layout="constrained")
     for name, label, color in (
         ("pretrained", "pretrained", "tab:blue"),
         ("random_init", "random initialisation", "tab:gray"),
@@ -89,5 +120,4 @@ def probe_curve(results: dict, path) -> None:
     axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=index)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    _save(figure, path)

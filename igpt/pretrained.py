@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from igpt import checkpoint, hf_weights
@@ -37,16 +39,17 @@ class Pretrained(NamedTuple):
     step: int = 0
 
 
-def load(ref: str | Path, step: int | None = None) -> Pretrained:
-    """The model that `ref` names; of a run's checkpoints the newest, unless `step` names another.
+def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
+    """The model that `ref` names, on `mesh`, by default one device.
 
+    Of a run's checkpoints it is that of `step`; without one the newest, or after fine-tuning the best on validation.
     Raises UserError when there is no such model, or when it is damaged. Nothing is ever executed that a file holds.
     """
     directory = resolve(ref)
     pretrained = outline(directory)
     graph, params = nnx.split(pretrained.model)
-    local = make_mesh(data=1, devices=jax.local_devices()[:1])
-    params, step = params_of(directory, with_shardings(nnx.to_pure_dict(params), local), step)
+    mesh = mesh or make_mesh(data=1, devices=jax.local_devices()[:1])
+    params, step = params_of(directory, with_shardings(nnx.to_pure_dict(params), mesh), step)
     return pretrained._replace(model=nnx.merge(graph, params), step=step)
 
 
@@ -167,17 +170,52 @@ def params_of(directory: Path, abstract: dict, step: int | None = None) -> tuple
 
 
 def check_same_network(ref: str, config: ConfigDict) -> None:
-    """Raises UserError unless the model `ref` has a network into which the weights of this one would fit."""
+    """Raises UserError unless a run of `config` can start from the weights of the model `ref`.
+
+    A classifier may be new, and either head left behind.
+    """
     theirs, ours = (network(configuration.model_config(c)) for c in (config_of(resolve(ref)), config))
-    differing = [f"{name} is {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
+    differing = [
+        f"{name} is {theirs[name]} there, {ours[name]} here"
+        for name in ours
+        if theirs[name] != ours[name] and name not in ("num_classes", "pixel_head")
+    ]
     if differing:
         raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; make the config agree")
+    classes = theirs["num_classes"]
+    if classes and ours["num_classes"] not in (0, classes):
+        raise UserError(
+            f"init_from={ref} has a classifier of {classes} classes, model.num_classes is {ours['num_classes']}; set "
+            f"model.num_classes={classes}, or start from the model that it was fine-tuned from"
+        )
+    if ours["pixel_head"] and not theirs["pixel_head"]:
+        raise UserError(
+            f"init_from={ref} has no head for pixels; set model.pixel_head=False and objective.generative=0 to learn "
+            "classes only, or start from a model that has one"
+        )
+
+
+def starting_params(ref: str, mesh: Mesh) -> dict:
+    """All parameters of the model `ref`, on the mesh."""
+    directory = resolve(ref)
+    abstract = nnx.to_pure_dict(nnx.state(outline(directory).model))
+    params, _ = params_of(directory, with_shardings(abstract, mesh))
+    return params
 
 
 def network(model: ModelConfig) -> dict:
     """The fields that fix the parameters' shapes and meaning."""
     free = ("embedding_dropout", "residual_dropout", "attention_dropout", "dtype", "attention", "remat", "scan_layers")
     return {name: value for name, value in vars(model).items() if name not in free}
+
+
+def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -> None:
+    """Raises UserError where a model that knows one palette would be given another, or its tokens."""
+    if other is not None and not np.array_equal(palette.centers, other.centers):
+        raise UserError(
+            f"{whose} has another palette than {origin}, whose colours are the only ones that its network knows; use "
+            f"{origin}'s: tokens are prepared with it by python -m igpt.data prepare --palette"
+        )
 
 
 def check_palette_size(palette: Palette, config: ConfigDict, path) -> None:

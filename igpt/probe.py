@@ -1,83 +1,150 @@
 """Linear probes: how well a linear classifier reads classes off frozen features (Chen et al. 2020, section 2.4)."""
 
+import dataclasses
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from igpt.data import eval_batches
+from igpt.data import Drops, eval_batches
 from igpt.errors import UserError
 from igpt.examples import Split
+from igpt.logistic import fit_lbfgs, fit_sgd
+from igpt.loss import vote
 from igpt.model import ImageGPT
+from igpt.sharding import to_devices
 
 
-def extract_features(model: ImageGPT, split: Split, tokenizer, batch_size: int) -> Float[np.ndarray, "L+1 N D"]:
-    """f^0, ..., f^L of every image, a batch at a time: one forward pass gives all layers.
+def stream_features(
+    model: ImageGPT,
+    split: Split,
+    tokenizer,
+    batch_size: int,
+    mesh: Mesh,
+    layers: Sequence[int] | None = None,
+    drops: Drops | None = None,
+) -> Iterator[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]:
+    """Batches of f^l, one forward pass for all `layers` (default: all), with the labels of their images.
 
-    Images that are passed over as unreadable have no features: `split.readable()` has labels to match.
+    With `drops`, BERT's, an image is seen under each of M masks; else M is 1. Unreadable images are left out.
     """
     graph, params = nnx.split(model)
-    features = jax.jit(lambda params, tokens: nnx.merge(graph, params).features(tokens))
+    layers = tuple(range(model.config.depth + 1) if layers is None else layers)
 
-    def streamed() -> Iterator[np.ndarray]:
-        for batch in eval_batches(split, tokenizer, batch_size):
-            yield np.asarray(features(params, batch["tokens"]))[:, batch["mask"] > 0]
+    @jax.jit
+    def features(params, batch):
+        model = nnx.merge(graph, params)
+        masks = jnp.moveaxis(batch["keep"], 1, 0) if "keep" in batch else [None]
+        under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks]
+        return jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
 
-    return np.concatenate(list(streamed()), axis=1)
+    with jax.set_mesh(mesh):
+        for batch in eval_batches(split, tokenizer, batch_size, drops=drops):
+            used = batch["mask"] > 0
+            yield np.asarray(features(params, to_devices(batch, batch_size, mesh)))[used], batch["label"][used]
 
 
-def raw_pixels(split: Split, channels: int) -> Float[np.ndarray, "N P"]:
-    """The baseline that needs no model: the pixels themselves, in [-1, 1]."""
-    return (split.images[..., :channels] / 127.5 - 1.0).reshape(len(split), -1).astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Of a split, by layer: float32 [N, M, D] each, in memory or in a file, and labels int32 [N]."""
+
+    layers: dict[int, Float[np.ndarray, "N M D"]]
+    labels: Int[np.ndarray, "N"]
+
+    def take(self, indices: np.ndarray) -> "Features":
+        return Features({layer: rows[indices] for layer, rows in self.layers.items()}, self.labels[indices])
+
+    def joined(self, layers: Sequence[int]) -> Float[np.ndarray, "N M lD"]:
+        """Features of several layers side by side."""
+        return np.concatenate([self.layers[layer] for layer in layers], axis=-1)
 
 
-def check_labels(*splits: Split) -> None:
-    """Raises UserError unless every split has labels and training covers at least two classes."""
-    if any(split.labels is None for split in splits):
+def keep_features(stream, layers: Sequence[int], folder: Path) -> Features:
+    """Writes a stream of features to a file a layer, so that memory does not grow with the number of images."""
+    folder.mkdir()
+    labels, shape = [], None
+    files = {layer: (folder / f"layer_{layer:02d}.f32").open("wb") for layer in layers}
+    try:
+        for rows, of_rows in stream:
+            for index, file in enumerate(files.values()):
+                file.write(np.ascontiguousarray(rows[:, index], np.float32).data)
+            labels.append(of_rows)
+            shape = rows.shape[2:]
+    except OSError as error:
         raise UserError(
-            "a linear probe needs labels, and this source has none; add an integer array 'labels' to an .npz, or sort "
-            "the pictures of a folder into a sub-folder for each class"
-        )
-    if len(np.unique(splits[0].labels)) < 2:
-        raise UserError(f"all training images have the label {splits[0].labels[0]}; a probe needs two classes or more")
+            f"the features cannot be written to {folder}: {error.strerror}; name another --workdir"
+        ) from None
+    finally:
+        for file in files.values():
+            file.close()
+    labels = np.concatenate(labels)
+    kept = {layer: np.memmap(file.name, np.float32, "r", shape=(len(labels), *shape)) for layer, file in files.items()}
+    return Features(kept, labels)
 
 
-def fit_probe(features: list[np.ndarray], labels: list[Int[np.ndarray, "N"]], inverse_penalties, max_iter: int) -> dict:
-    """Multinomial logistic regression (scikit-learn, L-BFGS) on standardised features.
+def raw_pixels(split: Split, channels: int, batch_size: int = 1024) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The baseline that needs no model: a stream of the pixels themselves, in [-1, 1], as one layer of features."""
+    for start in range(0, len(split), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(split)))
+        images, used = split.read(indices)
+        images, labels = images[used == indices], split.labels[indices[used == indices]]
+        yield (images[..., :channels] / 127.5 - 1.0).reshape(len(images), 1, 1, -1).astype(np.float32), labels
 
-    `features` and `labels` are those of the train, validation and test splits. `inverse_penalties` are values of C, the
-    inverse of the L2 penalty: the one with the best validation accuracy is kept, the smallest on ties.
-    Returns C, accuracies, and the 95 % interval of the test accuracy.
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How a probe is fitted: "lbfgs", a value of C at a time, or "sgd", a learning rate at a time."""
+
+    kind: str
+    inverse_penalties: tuple[float, ...] = (1.0,)
+    max_iter: int = 1000
+    learning_rates: tuple[float, ...] = (1.0,)
+    steps: int = 1000
+    batch_size: int = 256
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def fit(self, features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], num_classes: int, mesh: Mesh):
+        """(name of what differs between the classifiers, its values in order of strength, Classifiers)."""
+        if self.kind == "lbfgs":
+            values = sorted(self.inverse_penalties)
+            return "C", values, fit_lbfgs(features, labels, num_classes, values, self.max_iter, mesh)
+        values = sorted(self.learning_rates)
+        settings = values, self.steps, self.batch_size, self.weight_decay, self.seed, mesh
+        return "learning_rate", values, fit_sgd(features, labels, num_classes, *settings)
+
+
+def fit_probe(
+    features: Sequence[Float[np.ndarray, "N M D"]], labels: Sequence[Int[np.ndarray, "N"]], solver: Solver, mesh: Mesh
+) -> dict:
+    """Fits on the first of three splits, chooses among the solver's classifiers on the second, tests on the third.
+
+    The first has one mask; of the others the masks of an image vote. Of equal ones the smallest C or rate is kept.
+    Returns it, accuracies, and the 95 % interval of the test accuracy. A class that training lacks is never found.
     """
-    from sklearn.exceptions import ConvergenceWarning  # slow to import, and needed only here
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
+    classes, targets = np.unique(labels[0], return_inverse=True)
+    name, values, classifiers = solver.fit(features[0][:, 0], targets.astype(np.int32), len(classes), mesh)
 
-    scaler = StandardScaler().fit(features[0])
-    train, validation, test = (scaler.transform(part).astype(np.float64) for part in features)
-    best = None
-    for strength in sorted(inverse_penalties):
-        probe = LogisticRegression(C=strength, max_iter=max_iter)
-        # One BLAS thread: on products this small, several spend their time waiting for each other (50 times slower).
-        with warnings.catch_warnings(), threadpool_limits(1, "blas"):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # reported as `converged` instead
-            probe.fit(train, labels[0])
-        accuracy = probe.score(validation, labels[1])
-        if best is None or accuracy > best[0]:
-            best = accuracy, strength, probe
-    accuracy, strength, probe = best
-    correct = int(np.sum(probe.predict(test) == labels[2]))
+    def predictions(part: np.ndarray) -> np.ndarray:
+        under_masks = np.stack([classifiers.predict(part[:, m]) for m in range(part.shape[1])], axis=1)  # [R, M, N]
+        winners = np.stack([np.asarray(vote(jnp.asarray(masks), len(classes))) for masks in under_masks])
+        return np.where((under_masks < 0).any(axis=1), np.iinfo(np.int32).min, classes[winners])
+
+    accuracies = (predictions(features[1]) == labels[1]).mean(axis=1)
+    best = int(np.argmax(accuracies))
+    correct = int(np.sum(predictions(features[2])[best] == labels[2]))
     return {
-        "C": strength,
-        "converged": bool(probe.n_iter_.max() < max_iter),
-        "validation_accuracy": float(accuracy),
-        "test_accuracy": correct / len(test),
-        "interval": wilson_interval(correct, len(test)),
+        name: values[best],
+        "converged": bool(classifiers.converged[best]),
+        "validation_accuracy": float(accuracies[best]),
+        "test_accuracy": correct / len(labels[2]),
+        "interval": wilson_interval(correct, len(labels[2])),
     }
 
 

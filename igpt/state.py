@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from igpt.loss import next_pixel
 from igpt.model import ImageGPT, ModelConfig
 from igpt.sharding import shard_batch, shardings
 
@@ -56,15 +55,6 @@ def _fresh(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def next_pixel_loss(graph: nnx.GraphDef) -> Callable:
-    """loss(params, batch, key) -> per-image nats per token [B]; a key turns dropout on."""
-
-    def loss(params, batch, key=None):
-        return next_pixel(nnx.merge(graph, params)(batch["tokens"], key), batch["tokens"])
-
-    return loss
-
-
 def make_train_step(
     loss: Callable,
     optimizer: optax.GradientTransformation,
@@ -75,21 +65,26 @@ def make_train_step(
 ) -> Callable:
     """train_step(state, batch) -> (state, metrics), jitted; the old state's memory is given to the new one.
 
-    The batch is worked through in `accumulate` micro-batches whose gradients are averaged. `dropout_seed` None: none.
+    `loss` is one of `igpt.loss.make_loss`. The batch is worked through in `accumulate` micro-batches, their gradients
+    averaged. `dropout_seed` None: none.
     """
 
     def loss_and_grads(params, batch, key):
-        return jax.value_and_grad(lambda params: jnp.mean(loss(params, batch, key)))(params)
+        def mean_loss(params):
+            means = jax.tree.map(jnp.mean, loss(params, batch, key))
+            return means["loss"], means
+
+        grads, means = jax.grad(mean_loss, has_aux=True)(params)
+        return means, grads
 
     def train_step(state: TrainState, batch: dict):
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
         if accumulate == 1:
-            value, grads = loss_and_grads(state.params, batch, key)
+            means, grads = loss_and_grads(state.params, batch, key)
         else:
-            value, grads = _averaged(loss_and_grads, state.params, batch, key, accumulate)
+            means, grads = _averaged(loss_and_grads, state.params, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {
-            "train/loss": value,
+        metrics = {f"train/{name}": mean for name, mean in means.items()} | {
             "train/grad_norm": optax.tree.norm(grads),
             "train/learning_rate": jnp.asarray(schedule(state.step)),
         }
@@ -103,21 +98,25 @@ def _averaged(loss_and_grads, params, batch, key, accumulate):
     def micro_batches(x):  # every device keeps its own rows: micro-batch i is rows i, i + A, i + 2A, ...
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
+    parts = jax.tree.map(micro_batches, batch)
+
     def add(total, part):
         index, batch = part
         batch = jax.tree.map(shard_batch, batch)
         one = loss_and_grads(params, batch, None if key is None else jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, one), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), jax.tree.map(micro_batches, batch)))
+    one = jax.eval_shape(lambda: loss_and_grads(params, jax.tree.map(lambda x: x[0], parts), key))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
 def make_eval_step(loss: Callable) -> Callable:
-    """eval_step(params, batch) -> (sum of losses over the unmasked examples, their number)."""
+    """eval_step(params, batch) -> (sums over the unmasked examples of what `loss` gives of each, their number)."""
 
     def eval_step(params, batch):
-        return jnp.sum(loss(params, batch) * batch["mask"]), jnp.sum(batch["mask"])
+        values = loss(params, batch)
+        return {name: jnp.sum(value * batch["mask"]) for name, value in values.items()}, jnp.sum(batch["mask"])
 
     return jax.jit(eval_step)

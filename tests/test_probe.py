@@ -4,8 +4,9 @@ from test_model import TINY, random_model
 
 from igpt.data import Split
 from igpt.errors import UserError
+from igpt.examples import check_labels
 from igpt.palette import Palette
-from igpt.probe import check_labels, extract_features, fit_probe, raw_pixels, wilson_interval
+from igpt.probe import extract_features, fit_probe, raw_pixels, wilson_interval
 
 
 def random_split(count=23, height=1, width=13):
@@ -75,7 +76,7 @@ def test_the_interval_is_wilsons():
 
 def test_labels_must_be_there_and_differ():
     images = np.zeros((4, 2, 2, 3), np.uint8)
-    with pytest.raises(UserError, match="needs labels"):
+    with pytest.raises(UserError, match="labels are needed"):
         check_labels(Split(images, None))
     with pytest.raises(UserError, match="have the label 7"):
         check_labels(Split(images, np.full(4, 7)))

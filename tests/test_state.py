@@ -8,10 +8,11 @@ import pytest
 
 from configs import base
 from igpt import attention as attention_module
+from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.sharding import make_mesh, to_devices
-from igpt.state import abstract_state, create_state, make_eval_step, make_train_step, next_pixel_loss
+from igpt.state import abstract_state, create_state, make_eval_step, make_train_step
 
 GOLDEN = Path(__file__).parent / "golden" / "train_steps.json"
 TINY = dict(width=24, depth=2, num_heads=4, vocab_size=11, seq_len=13, mlp_width=28)
@@ -31,7 +32,7 @@ def train(mesh, steps=4, accumulate=1, seed=0, learning_rate=1e-2, one_batch=Fal
     graph, abstract = abstract_state(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed)
     dropout_seed = seed if config.residual_dropout else None
-    step = make_train_step(next_pixel_loss(graph), optimizer, schedule, abstract, accumulate, dropout_seed)
+    step = make_train_step(make_loss(graph), optimizer, schedule, abstract, accumulate, dropout_seed)
     history = []
     with jax.set_mesh(mesh):
         for index in range(steps):
@@ -85,7 +86,7 @@ def test_the_state_keeps_its_shardings_and_gives_up_its_memory():
     expected, found = (jax.tree.map(lambda x: x.sharding, tree) for tree in (abstract.params, state.params))
     assert found == expected
     fresh = create_state(config, optimizer, mesh, 0)
-    step = make_train_step(next_pixel_loss(graph), optimizer, schedule, abstract)
+    step = make_train_step(make_loss(graph), optimizer, schedule, abstract)
     with jax.set_mesh(mesh):
         step(fresh, to_devices(batch_of(0), 16, mesh))
     assert fresh.params["blocks"]["up"]["kernel"].is_deleted()
@@ -110,11 +111,11 @@ def test_evaluation_weighs_every_unmasked_example_alike():
     mesh = one_device()
     graph, _ = abstract_state(config, optimizer, mesh)
     _, state = train(mesh)
-    loss = next_pixel_loss(graph)
+    loss = make_loss(graph)
     batch = batch_of(0) | {"mask": np.array([1.0] * 5 + [0.0] * 11, np.float32)}
-    total, count = make_eval_step(loss)(state.params, batch)
+    sums, count = make_eval_step(loss)(state.params, batch)
     assert count == 5
-    np.testing.assert_allclose(total, np.sum(loss(state.params, batch)[:5]), rtol=1e-6)
+    np.testing.assert_allclose(sums["loss"], np.sum(loss(state.params, batch)["loss"][:5]), rtol=1e-6)
 
 
 def test_the_first_updates_are_the_golden_ones():

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from igpt import state as state_module
+from igpt import loss as loss_module
 from igpt.errors import NonFiniteError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +65,8 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
     real_save, train.checkpoint.save = train.checkpoint.save, None
     try:
 
-        def save_then_stop(checkpoints, state, step):
-            real_save(checkpoints, state, step)
+        def save_then_stop(*arguments):
+            real_save(*arguments)
             raise Interrupted
 
         train.checkpoint.save = save_then_stop
@@ -128,12 +128,12 @@ def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
-    real = state_module.next_pixel
+    real = loss_module.next_pixel
 
     def poisoned(logits, tokens):  # once the head has grown past what three updates of this run can make of it
         return real(logits, tokens) * jax.numpy.where(abs(logits).max() > 0.2, jax.numpy.nan, 1.0)
 
-    monkeypatch.setattr(state_module, "next_pixel", poisoned)
+    monkeypatch.setattr(loss_module, "next_pixel", poisoned)
     tiny_config.train.update(steps=40, checkpoint_every=1, eval_every=40, sample_every=40, num_samples=0)
     with pytest.raises(NonFiniteError, match=r"step \d+: loss nan.*checkpoint is that of step \d+.*learning_rate"):
         train.run(tiny_config, tmp_path / "run")
