@@ -10,6 +10,8 @@ Prints accuracy by layer beside two baselines fitted in the same way: the raw pi
 the same shape. Writes probe.json and probe.png to --workdir.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -18,22 +20,20 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from igpt import checkpoint
 from igpt import config as configuration
-from igpt.data import Drops
 from igpt.errors import UserError
-from igpt.examples import Source, Split, check_labels, few_labels
+from igpt.examples import Source, check_labels, few_labels
+from igpt.features import write_features
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
-from igpt.pretrained import Pretrained, check_same_palette, load, outline, resolve
-from igpt.probe import Features, Solver, fit_probe, keep_features, raw_pixels, stream_features
-from igpt.sharding import check_batch_size, make_mesh
+from igpt.pretrained import Pretrained, check_same_palette, is_huggingface, load, outline, resolve
+from igpt.probe import SPLITS, Probe, neighbours
+from igpt.sharding import check_batch_size, make_mesh, shardings
 from igpt.sources import open_source
-
-SPLITS = ("train", "validation", "test")
 
 
 def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
@@ -43,45 +43,48 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
     """
     check(config)
     workdir = Path(workdir)
+    check_features_out(config.features_out, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batch_size("batch_size", config.batch_size, 1, mesh)
+    if config.solver == "sgd":
+        check_batch_size("sgd.batch_size", config.sgd.batch_size, 1, mesh)
     directory = resolve(ref)
     shapes = outline(directory)
     settings = shapes.config.data
     settings.source = config.source or settings.source
+    settings.preprocess = config.preprocess or settings.preprocess
+    settings.data_dir = config.data_dir or settings.data_dir
+    if config.validation_fraction >= 0:
+        settings.validation_fraction = config.validation_fraction
     if not settings.source:
         raise UserError(f"{ref} was not trained here, so that its images are not known; set --config.source")
+    shardings(nnx.to_pure_dict(nnx.state(shapes.model)), mesh)  # of a mesh that does not fit, this tells
     steps = chosen_steps(config.steps, directory)
     layers = chosen_layers(config.layers, shapes.model.config.depth)
-    source = open_source(settings)
-    splits = [getattr(source, name) for name in SPLITS]
-    check_labels(*splits)
+    source = few_images(open_source(settings), config.train_images)
+    check_labels(*[getattr(source, name) for name in SPLITS])
     check_same_palette(shapes.palette, ref, source.palette, f"source={source.name}")
-    subsets = {
-        (k, seed): few_labels(source.train.labels, k, seed)
-        for k in config.labels_per_class
-        for seed in range(config.subsets)
-    }
+    for count in config.labels_per_class:
+        few_labels(source.train.labels, count, seed=0)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="features.", dir=workdir)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
 
-    probe = Probe(config, source, layers, mesh)
-    results = {"model": str(ref), "step": steps[-1], "source": source.name}
     with scratch as folder:
-        folder = Path(folder)
+        probe = Probe(config, source, layers, mesh, Path(folder))
+        results = {"model": str(ref), "step": steps[-1], "source": source.name}
         if config.baselines:
-            results |= {"raw_pixels": {}, "random_init": {}}  # in this order in the file
-            pixels = probe.pixels(folder)
+            pixels = probe.pixels()
             results["raw_pixels"] = probe.fit(pixels, [0])
-            untrained = shapes._replace(model=ImageGPT(shapes.model.config, nnx.Rngs(config.seed)))
-            results["random_init"] = probe.fit_layers(probe.features(untrained, folder), "random initialisation")
+            results["random_init"] = probe.fit_layers(
+                probe.features(untrained(shapes, config.seed, mesh)), "random initialisation"
+            )
         checkpoints = []
         for step in steps:
             pretrained = load(directory, step, mesh)
-            features = probe.features(pretrained, folder)
+            features = probe.features(pretrained)
             fitted = probe.fit_layers(features, f"step {pretrained.step}")
             checkpoints.append({"step": pretrained.step} | validation_loss(directory, pretrained.step) | fitted)
         results |= {"step": pretrained.step, "pretrained": fitted}
@@ -94,96 +97,59 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         if config.concatenate:
             around = neighbours(best, config.concatenate, layers)
             results["concatenated"] = {"layers": around} | probe.fit(features, around)
-        if subsets:
-            results["few_labels"] = {"layer": best, "features": probe.fit_subsets(features, best, subsets)}
+        if config.labels_per_class:
+            results["few_labels"] = {"layer": best, "features": probe.fit_few(features, best)}
             if config.baselines:
-                results["few_labels"]["raw_pixels"] = probe.fit_subsets(pixels, 0, subsets)
-        if config.features_out:
-            write_features(features, Path(config.features_out))
-    results["solver"] = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(probe.solver).items()}
-    results["metrics"] = {
-        f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"]
-        for layer in results["pretrained"]["layers"]
-    }
-    partial = workdir / "probe.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(partial, workdir / "probe.json")
-    probe_curve(results, workdir / "probe.png")
+                results["few_labels"]["raw_pixels"] = probe.fit_few(pixels, 0)
+        results["solver"] = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(probe.solver).items()}
+        results["metrics"] = {
+            f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"] for layer in fitted["layers"]
+        }
+        partial = workdir / "probe.json.partial"
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(partial, workdir / "probe.json")
+        probe_curve(results, workdir / "probe.png")
+        if config.features_out:  # last: a full disk then costs nothing else
+            write_features(dict(zip(SPLITS, features, strict=True)), Path(config.features_out))
     return results
 
 
-class Probe:
-    """Everything that the probes of one call share."""
+def untrained(shapes: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
+    """A new network of the same shapes, made where the pretrained one will lie."""
+    graph, params = nnx.split(shapes.model)
+    placement = shardings(nnx.to_pure_dict(params), mesh)
 
-    def __init__(self, config: ConfigDict, source: Source, layers: list[int], mesh: jax.sharding.Mesh):
-        self.config, self.source, self.layers, self.mesh = config, source, layers, mesh
-        shared = dict(inverse_penalties=tuple(config.inverse_penalties), max_iter=config.max_iter, seed=config.seed)
-        self.solver = Solver(config.solver, **shared, **config.sgd.to_dict())
-        self.made = 0
+    @functools.partial(jax.jit, out_shardings=placement)
+    def initialise():
+        return nnx.to_pure_dict(nnx.state(ImageGPT(shapes.model.config, nnx.Rngs(seed))))
 
-    def _kept(self, streams, layers, folder: Path) -> list[Features]:
-        self.made += 1
-        return [
-            keep_features(stream, layers, folder / f"{self.made}-{name}")
-            for name, stream in zip(SPLITS, streams, strict=True)
-        ]
+    return shapes._replace(model=nnx.merge(graph, initialise()))
 
-    def splits(self) -> list[Split]:
-        return [getattr(self.source, name) for name in SPLITS]
 
-    def pixels(self, folder: Path) -> list[Features]:
-        """The pixels of each split, as if they were a network's layer 0."""
-        return self._kept([raw_pixels(split, self.source.channels) for split in self.splits()], [0], folder)
-
-    def features(self, pretrained: Pretrained, folder: Path) -> list[Features]:
-        """The features of each split; of a network with BERT's objective under masks, as it is used to."""
-        model, objective = pretrained.model, pretrained.config.objective
-        drops = [None] * 3
-        if not model.config.causal and self.config.eval_masks:
-            drops = [Drops(objective.drop_rate, n, self.config.seed) for n in (1, *[self.config.eval_masks] * 2)]
-        streams = [
-            stream_features(model, split, pretrained.palette, self.config.batch_size, self.mesh, self.layers, masks)
-            for split, masks in zip(self.splits(), drops, strict=True)
-        ]
-        return self._kept(streams, self.layers, folder)
-
-    def fit(self, parts: list[Features], layers: list[int]) -> dict:
-        return fit_probe(
-            [part.joined(layers) for part in parts], [part.labels for part in parts], self.solver, self.mesh
-        )
-
-    def fit_layers(self, parts: list[Features], title: str) -> dict:
-        layers = [
-            {"layer": layer} | self.fit(parts, [layer])
-            for layer in tqdm(self.layers, desc=title, unit="layer", leave=False)
-        ]
-        best = max(layers, key=lambda layer: layer["validation_accuracy"])
-        return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": layers}
-
-    def fit_subsets(self, parts: list[Features], layer: int, subsets: dict) -> list[dict]:
-        """Of each number of labels a class: the test accuracy of each subset, their mean and standard deviation."""
-        train, *others = parts
-        found = {}
-        for (k, _), indices in subsets.items():
-            result = self.fit([train.take(indices), *others], [layer])
-            found.setdefault(k, []).append(result["test_accuracy"])
-        return [
-            {"labels_per_class": k, "accuracies": each, "mean": np.mean(each), "std": np.std(each)}
-            for k, each in found.items()
-        ]
+def few_images(source: Source, count: int) -> Source:
+    """The source with `count` of its training images, drawn once and for all; 0: with all."""
+    if not count:
+        return source
+    if count > len(source.train):
+        raise UserError(f"train_images is {count}; {source.name} has {len(source.train)} training images, or 0 for all")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source.train))[:count])
+    return dataclasses.replace(source, train=source.train.take(chosen))
 
 
 def chosen_steps(steps: str, directory: Path) -> list[int | None]:
     """ "" is the newest checkpoint (None), "all" every one, "100,200" those; UserError for one that is not there."""
+    there = checkpoint.finished_steps(directory)
+    if not there and (steps or not is_huggingface(directory)):
+        raise UserError(
+            f"{directory} has no finished checkpoint; "
+            + ("leave config.steps empty for a Hugging Face model" if is_huggingface(directory) else "train first")
+        )
     if not steps:
         return [None]
-    there = checkpoint.finished_steps(directory)
     if steps == "all":
-        if not there:
-            raise UserError(f"{directory} has no checkpoints of several steps: leave config.steps empty")
         return there
     try:
-        wanted = [int(step) for step in steps.split(",")]
+        wanted = sorted({int(step) for step in steps.split(",")})
     except ValueError:
         raise UserError(f"steps is {steps!r}; give numbers such as '1000,2000', or 'all'") from None
     if missing := [step for step in wanted if step not in there]:
@@ -192,19 +158,12 @@ def chosen_steps(steps: str, directory: Path) -> list[int | None]:
 
 
 def chosen_layers(layers, depth: int) -> list[int]:
-    wanted = sorted(set(layers)) or list(range(depth + 1))
-    if not 0 <= wanted[0] <= wanted[-1] <= depth:
+    """Those named, in order; all where none is. UserError for one that is not there."""
+    if not all(layer in range(depth + 1) for layer in layers):
         raise UserError(
             f"layers is {tuple(layers)}; this model has layers 0 to {depth}, where {depth} is the final norm"
         )
-    return wanted
-
-
-def neighbours(best: int, count: int, layers: list[int]) -> list[int]:
-    """`count` layers round the best one, as far in the middle as the network allows (section 4.2)."""
-    at = layers.index(best)
-    first = min(max(at - count // 2, 0), max(len(layers) - count, 0))
-    return layers[first : first + count]
+    return sorted({int(layer) for layer in layers}) or list(range(depth + 1))
 
 
 def validation_loss(directory: Path, step: int) -> dict:
@@ -219,20 +178,12 @@ def validation_loss(directory: Path, step: int) -> dict:
     return {"validation_loss": found[-1]} if found else {}
 
 
-def write_features(parts: list[Features], path: Path) -> None:
-    """An .npz of SPLIT_labels and, for each layer, SPLIT_layer_NN: float32 [N, D], or [N, M, D] under M masks."""
-    arrays = {}
-    for name, part in zip(SPLITS, parts, strict=True):
-        arrays[f"{name}_labels"] = part.labels
-        for layer, rows in part.layers.items():
-            arrays[f"{name}_layer_{layer:02d}"] = rows[:, 0] if rows.shape[1] == 1 else rows
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"features_out={path} cannot be written: {error.strerror}; name another file") from None
+def check_features_out(name: str, workdir: Path) -> None:
+    """Raises UserError unless a file of this name can be written, also into a workdir that is still to be made."""
+    path = Path(name).absolute()
+    writable = path.parent == workdir.absolute() or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
+    if name and (path.is_dir() or not writable):
+        raise UserError(f"features_out={name} cannot be written; name a file in an existing, writable folder")
 
 
 def check(config: ConfigDict) -> None:
@@ -241,13 +192,23 @@ def check(config: ConfigDict) -> None:
 
     if missing := [name for name in probe_digits.get_config() if name not in config]:
         raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see configs/probe_digits.py")
-    least = dict(batch_size=1, max_iter=1, subsets=1, concatenate=0, eval_masks=0)
+    least = {
+        "seed": 0,
+        "batch_size": 1,
+        "train_images": 0,
+        "concatenate": 0,
+        "subsets": 1,
+        "eval_masks": 0,
+        "max_iter": 1,
+        "sgd.steps": 1,
+        "sgd.batch_size": 1,
+        "sgd.weight_decay": 0.0,
+        "mesh.cpu_devices": 0,
+    }
+    values = configuration.flatten(config)
     for name, smallest in least.items():
-        if config[name] < smallest:
-            raise UserError(f"{name} is {config[name]}; it must be at least {smallest}")
-    for name in ("steps", "batch_size"):
-        if config.sgd[name] < 1:
-            raise UserError(f"sgd.{name} is {config.sgd[name]}; it must be at least 1")
+        if values[name] < smallest:
+            raise UserError(f"{name} is {values[name]}; it must be at least {smallest}")
     if config.solver not in ("lbfgs", "sgd"):
         raise UserError(f"solver is {config.solver!r}; choose lbfgs, or sgd for data sets of ImageNet's size")
     for name, values in (
@@ -258,8 +219,6 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{name} is {values}; give one or more positive values, such as '(0.1,1.0)'")
     if config.labels_per_class and min(config.labels_per_class) < 1:
         raise UserError(f"labels_per_class is {config.labels_per_class}; give numbers of 1 or more, such as '(4,25)'")
-    if config.features_out and not Path(config.features_out).absolute().parent.is_dir():
-        raise UserError(f"features_out={config.features_out} lies in no existing folder; make it first")
 
 
 def table(results: dict) -> str:

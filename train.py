@@ -111,6 +111,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     if jax.process_index() == 0:
         configuration.save(config, workdir)
         palette.save(workdir / "palette.npy")
+        if stop > first_step:
+            (workdir / "finetune.json").unlink(missing_ok=True)  # of an earlier end
     checkpoints = checkpoint.open_checkpoints(workdir, train.max_to_keep, progress)
     if first_step:
         state = checkpoint.restore(checkpoints, abstract, first_step)
@@ -125,7 +127,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     bar = progress_bar(first_step, train.steps)
     started = time.perf_counter()
     evaluation, step = {}, first_step
-    draws = train.num_samples and model_config.causal and model_config.pixel_head
+    draws = train.num_samples and model_config.causal and config.objective.generative
     skipping = config.data.on_unreadable == "skip"
     waiting = None  # (step, metrics) of the newest update: read only once the next one is under way
 
@@ -293,15 +295,15 @@ def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, firs
     """The result, and what one would want to run next."""
     if jax.process_index() != 0:
         return
-    train, model = config.train, config.model
+    model = config.model
     if first_step == step:
         print(f"{workdir} had already finished its {step} steps.")
     else:
         minutes, seconds = divmod(round(seconds), 60)
         unit = "" if config.objective.classification else " nats a token"
         print(f"finished step {step} in {minutes}:{seconds:02d}; validation loss {evaluation['eval/loss']:.4f}{unit}")
-        if train.num_samples and model.causal and model.pixel_head:
-            print(f"samples: {workdir}/samples/{step:07d}.png")
+        if (grid := Path(workdir) / "samples" / f"{step:07d}.png").exists():
+            print(f"samples: {grid}")
     if (workdir / "finetune.json").exists():
         results = json.loads((workdir / "finetune.json").read_text())
         low, high = results["interval"]

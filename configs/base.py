@@ -48,9 +48,7 @@ def get_config() -> ConfigDict:
     model.residual_dropout = 0.0  # of what each half of a block adds
     model.attention_dropout = 0.0  # needs attention = "reference"
     model.norm_epsilon = 1e-5  # under the root of the norm
-    model.causal = (
-        True  # False, the BERT objective: every position sees all, and pixels that were dropped are predicted
-    )
+    model.causal = True  # False, the BERT objective: every position sees all, and dropped pixels are predicted
     model.pixel_head = True  # False: a network without the head over the palette, for features and classes only
     model.num_classes = 0  # C, of a linear classifier on the pooled final norm, for fine-tuning; 0: none
     model.activation = "quick_gelu"  # gelu | gelu_new | relu | silu | tanh

@@ -2,7 +2,10 @@
 
     python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-ft
 
-Classification only: --config.objective.generative=0. From scratch: leave init_from out.
+Classification only: --config.objective.generative=0. From scratch: leave init_from out. Of a run with BERT's objective:
+--config.model.causal=False.
+
+Cost: a minute or two on 2 CPU cores, after the two and a half of pretraining.
 """
 
 from ml_collections import ConfigDict
@@ -15,12 +18,12 @@ def get_config() -> ConfigDict:
     config.model.num_classes = 10
     config.objective.classification = 1.0  # both losses weigh the same (section 2.3)
 
-    # A constant rate a tenth of that of pretraining, and an end at the best validation accuracy (appendix A.2).
+    # A constant rate below that of pretraining, and an end at the best validation accuracy (section 3.4).
     config.optim.schedule = "constant"
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 0
 
-    config.train.steps = 2000
+    config.train.steps = 1000
     config.train.batch_size = 32
     config.train.eval_every = 50
     config.train.checkpoint_every = 200

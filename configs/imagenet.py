@@ -1,7 +1,7 @@
 """ImageNet (ILSVRC 2012) at every published size: s, m and l read 32 x 32, l48 reads 48 x 48, xl reads 64 x 64.
 
     python train.py --config=configs/imagenet.py:s --workdir=runs/imagenet-s --config.palette.path=kmeans_centers.npy
-    python train.py --config=configs/imagenet.py:l:bert ...    the BERT objective: refused until train.py can train it
+    python train.py --config=configs/imagenet.py:l:bert ...    the BERT objective
 
 The palette is OpenAI's file, or one of your own: python -m igpt.palette fit; without palette.path it is fitted at the
 start of the run.

@@ -11,6 +11,10 @@ def get_config() -> ConfigDict:
     config.seed = 1  # of the untrained baseline, BERT's masks and SGD's order; not the training seed
     config.steps = ""  # checkpoints to probe: empty: the newest (of fine-tuning: the best) | 1000,2000 | all
     config.source = ""  # of the images, as data.source in configs/base.py; empty: what the model was trained on
+    config.preprocess = ""  # of the images, as data.preprocess; empty: as the model's were
+    config.validation_fraction = -1.0  # held out to choose layer and penalty; negative: as the model's were
+    config.data_dir = ""  # where tensorflow_datasets keeps its data; empty: as the model's run
+    config.train_images = 0  # so many random training images are enough; 0: all
     config.layers = ()  # to probe; empty: all. Only blocks below the last of them are computed
     config.batch_size = 64  # images a forward pass
     config.baselines = True  # also probe the raw pixels and an untrained network

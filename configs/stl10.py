@@ -3,7 +3,7 @@
     python train.py --config=configs/stl10.py --workdir=runs/stl10
 
 So few images are a test of transfer rather than a source to learn from: the usual way is to probe a model that was
-pretrained elsewhere (--source=tfds:stl10 of eval_probe.py). The 100,000 unlabelled images are left alone, as in the
+pretrained elsewhere (configs/probe_cifar10.py:stl10). The 100,000 unlabelled images are left alone, as in the
 paper (section 3.1).
 
 Cost: 2.6 GB to download, mostly the unlabelled images; a twelfth of configs/cifar10.py's compute. Not run here. For

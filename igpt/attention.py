@@ -7,18 +7,21 @@ causal mask position t attends to positions 0..t (Chen et al. 2020, section 2.2;
 - `chunked`: block by block with a running softmax, so that blocks above the diagonal are never computed and memory
   grows with T, not T x T; the backward pass computes the scores again.
 - `cudnn`: NVIDIA's fused kernel, for bfloat16 on GPUs.
+- `splash`: JAX's fused kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from igpt.errors import UserError
 
-BACKENDS = ("reference", "chunked", "cudnn")
+BACKENDS = ("reference", "chunked", "cudnn", "splash")
 CHUNK = 256  # queries and keys a block; see benchmarks/attention.py
+SPLASH_BLOCKS = (512, 256, 128)  # queries and keys a block of the TPU's kernel: the largest that divides T
 
 
 def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int) -> str:
@@ -26,14 +29,20 @@ def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int) -
     capability = str(getattr(device, "compute_capability", ""))  # "9.0" with CUDA, "gfx90a" with ROCm, absent elsewhere
     ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
     cudnn_can = device.platform == "gpu" and ampere and dtype == "bfloat16" and head_size % 8 == 0 and head_size <= 128
+    splash_can = device.platform == "tpu" and head_size % 32 == 0 and head_size <= 256
     if name == "auto":
-        return "cudnn" if cudnn_can else "chunked"
+        return "cudnn" if cudnn_can else "splash" if splash_can else "chunked"
     if name not in BACKENDS:
         raise UserError(f"model.attention is {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     if name == "cudnn" and not cudnn_can:
         raise UserError(
             "model.attention='cudnn' needs an NVIDIA GPU from Ampere on, bfloat16 and a head size that is a "
             f"multiple of 8 up to 128; this is {device.device_kind}, {dtype} and {head_size}. Use 'auto'"
+        )
+    if name == "splash" and not splash_can:
+        raise UserError(
+            "model.attention='splash' needs a TPU and a head size that is a multiple of 32 up to 256; this is "
+            f"{device.device_kind} and {head_size}. Use 'auto'"
         )
     return name
 
@@ -64,9 +73,11 @@ def attention(
     match backend:
         case "reference":
             return _attend(q, k, v, causal)
-        case "chunked" if q.shape[1] > CHUNK:
+        case "splash" if q.shape[1] % SPLASH_BLOCKS[-1] == 0:
+            return _splash(q, k, v, causal)
+        case "chunked" | "splash" if q.shape[1] > CHUNK:
             return _chunked(q, k, v, causal)
-        case "chunked":  # a single block: nothing to skip and nothing to save
+        case "chunked" | "splash":  # a single block: nothing to skip and nothing to save
             return _attend(q, k, v, causal)
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
@@ -172,6 +183,38 @@ def _unblock(blocks, length):
 def _per_query(x):
     """[B, N, T] -> [B, T, N, 1], to scale the rows of an output."""
     return x.swapaxes(1, 2)[..., None]
+
+
+def _splash(q, k, v, causal, interpret=False):
+    """The TPU's kernel, on each device's own examples and heads: the compiler cannot split a kernel by itself.
+
+    `interpret` runs it anywhere, slowly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(_splash_local, causal=causal, interpret=interpret)
+    if mesh.empty:
+        return local(q, k, v)
+    spec = P(("data", "fsdp"), None, "tensor", None)
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _splash_local(q, k, v, causal, interpret):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs only
+
+    length, heads = q.shape[1:3]
+    mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        interpret=interpret,
+    )
+    scaled = (q.astype(jnp.float32) / jnp.sqrt(q.shape[-1])).astype(q.dtype)  # the kernel does not scale scores
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
+    return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2).astype(v.dtype)
 
 
 def attend_to_cache(

@@ -56,27 +56,29 @@ OBJECTIVE = dict(generative=1.0, classification=0.0, drop_rate=0.15, eval_masks=
 TRAIN = dict(patience=0)
 
 
-def run_app(main, required: dict[str, str], switches: dict[str, str] | None = None) -> None:
+def run_app(
+    main, required: dict[str, str], switches: dict[str, str] | None = None, optional: dict[str, str] | None = None
+) -> None:
     """Runs a script: parses its flags and calls `main(config, **flags)`.
 
-    `required` and `switches` are the script's own string and boolean flags with their help; --config, a Python file
-    with get_config(), comes on top. A user's mistake ends in one message and exit code 2.
+    `required`, `optional` and `switches` are the script's own string and boolean flags with their help; --config, a
+    Python file with get_config(), comes on top. A user's mistake ends in one message and exit code 2.
     """
-    switches = switches or {}
+    switches, optional = switches or {}, optional or {}
     config_help = "Python file with get_config(); --config.a.b=value sets a field."
     config_flag = config_flags.DEFINE_config_file("config", None, config_help, lock_config=True)
-    for name, text in required.items():
+    for name, text in (required | optional).items():
         flags.DEFINE_string(name, None, text)
     for name, text in switches.items():
         flags.DEFINE_bool(name, False, text)
     if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__.strip() + "\n\nFlags:")
-        for name, text in ({"config": config_help} | required | switches).items():
+        for name, text in ({"config": config_help} | required | optional | switches).items():
             print(f"  --{name:<12}{text}")
         return
     with reported():
         config = _parse(config_flag)
-        values = {name: flags.FLAGS[name].value for name in (*required, *switches)}
+        values = {name: flags.FLAGS[name].value for name in (*required, *optional, *switches)}
         for name in ("config", *required):
             if not flags.FLAGS[name].value:
                 raise UserError(f"--{name} is missing; see --help for an example")
@@ -185,9 +187,9 @@ def _check_objective(config: ConfigDict) -> None:
         )
 
 
-def model_config(config: ConfigDict) -> ModelConfig:
-    """The network that a run's configuration means on this machine: every "auto" is settled here."""
-    device = jax.devices()[0]
+def model_config(config: ConfigDict, device: jax.Device | None = None) -> ModelConfig:
+    """The network that a run's configuration means on a device, by default this machine's: settles every "auto"."""
+    device = device or jax.devices()[0]
     height, width = config.data.image_size  # the palette's grid: a token a pixel
     fields = dict(config.model, attention="chunked", vocab_size=config.palette.colors, seq_len=height * width)
     if fields["dtype"] == "auto":
@@ -229,9 +231,10 @@ def load(workdir: Path) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(path.read_text()))
         check_network(config)
+        config.objective = config.get("objective", ConfigDict())
         for section, defaults in (("data", READING), ("objective", OBJECTIVE), ("train", TRAIN)):
-            if section in config or section == "objective":
-                config[section] = ConfigDict(defaults | dict(config.get(section, {})))
+            for name in defaults.keys() - config.get(section, defaults).keys():
+                config[section][name] = defaults[name]
         return config
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a run directory: it has no config.json") from None

@@ -61,7 +61,7 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Drops:
-    """The positions that BERT hides (Chen et al. 2020, section 2.2): each with probability `rate`, independently.
+    """The positions that BERT hides (Chen et al. 2020, section 2.1): each with probability `rate`, independently.
 
     `keep` is False there. Training draws one mask a step and image, evaluation the same `masks` for an image each time.
     """

@@ -12,6 +12,19 @@ from igpt.images import Preprocess, UnreadableImage, decode
 from igpt.palette import Palette
 
 
+class Chosen(Sequence):
+    """Some of a sequence's entries, read when they are asked for."""
+
+    def __init__(self, entries: Sequence, indices: np.ndarray):
+        self.entries, self.indices = entries, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.entries[int(self.indices[index])]
+
+
 class EncodedImages:
     """Images uint8 [N, H, W, 3] that are decoded and brought to size when they are asked for.
 
@@ -133,8 +146,7 @@ class Split:
         """The examples at these indices, in this order."""
         images = self.images
         if isinstance(images, EncodedImages):
-            files = [images.files[int(i)] for i in indices]
-            images = EncodedImages(files, images.preprocess, images.channels, images.skip)
+            images = EncodedImages(Chosen(images.files, indices), images.preprocess, images.channels, images.skip)
         elif isinstance(images, DecodedTokens):
             images = DecodedTokens(images.tokens[indices], images.palette, images.path, images.shape[1:3])
         else:
@@ -187,8 +199,8 @@ def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[n
             f"examples; choose {counts.min()} or fewer"
         )
     chosen = [
-        np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))[:per_class]
-        for label in classes
+        np.random.default_rng((seed, index)).permutation(np.flatnonzero(labels == label))[:per_class]
+        for index, label in enumerate(classes)
     ]
     return np.sort(np.concatenate(chosen))
 

@@ -19,16 +19,17 @@ from ml_collections import ConfigDict
 from igpt.data import Drops, eval_batches
 from igpt.examples import Source, check_labels, few_labels
 from igpt.loss import vote
+from igpt.metrics import wilson_interval
 from igpt.palette import Palette
 from igpt.plots import confusion_picture
-from igpt.probe import wilson_interval
-from igpt.sharding import process_rows, to_devices
+from igpt.sharding import process_rows, replicate, to_devices
 
 
 def labelled(source: Source, config: ConfigDict) -> Source:
     """The source with its training images cut down to `data.labels_per_class`; UserError where labels do not serve."""
     if config.objective.classification:
-        check_labels(source.train, source.validation, num_classes=config.model.num_classes)
+        tested = [source.test] if source.test.labels is not None else []
+        check_labels(source.train, source.validation, *tested, num_classes=config.model.num_classes)
     if not config.data.labels_per_class:
         return source
     check_labels(source.train)
@@ -52,7 +53,7 @@ def confusion(
         classes = jnp.stack([jnp.argmax(model.classify(batch["tokens"], keep), axis=-1) for keep in masks])
         C = model.config.num_classes
         true = jax.nn.one_hot(batch["label"], C) * batch["mask"][:, None]
-        return jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes, C), C), precision="highest")
+        return replicate(jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes, C), C), precision="highest"))
 
     count = jax.jit(count)
     rows = process_rows(batch_size, mesh)

@@ -167,7 +167,7 @@ def main(argv=None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a model of ours -> a Hugging Face directory")
     out.add_argument("--model", required=True, help="a run directory")
-    out.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    out.add_argument("--step", type=int, help="checkpoint to export (default: the newest, or of fine-tuning the best)")
     out.add_argument("--out", required=True, help="the Hugging Face directory to make")
     into = commands.add_parser("import", help="a Hugging Face directory or hub id -> a run directory")
     into.add_argument("--from", dest="ref", required=True, help="a Hugging Face directory or hub id")

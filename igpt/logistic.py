@@ -19,7 +19,7 @@ from igpt.data import EpochOrder
 from igpt.loss import cross_entropy
 from igpt.sharding import BATCH, check_batch_size
 
-CHUNK = 1 << 14  # rows read and predicted at a time
+CHUNK = 1 << 12  # rows read and predicted at a time
 STEPS_AT_ONCE = 64  # of SGD, between two visits to the host
 TOLERANCE = 1e-5  # of the gradient's largest entry; scikit-learn's default is 1e-4
 
@@ -45,7 +45,7 @@ class Scale(NamedTuple):
         return cls((mean + shift).astype(np.float32), np.where(constant, 1.0, std).astype(np.float32))
 
     def __call__(self, rows: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-        return (rows - self.mean) / self.std
+        return np.asarray((rows - self.mean) / self.std)  # of a mapped file's rows: now in memory
 
 
 class Classifiers(NamedTuple):
@@ -86,7 +86,8 @@ def fit_lbfgs(
 ) -> Classifiers:
     """scikit-learn's LogisticRegression(C) for each C of `inverse_penalties`, on standardised features.
 
-    The rows are spread over the mesh. Minimises the mean cross-entropy + |kernel|^2 / (2 C N), biases left free.
+    The rows are spread over the mesh. Minimises the mean cross-entropy + |kernel|^2 / (2 C N), biases left free. Of
+    just two classes scikit-learn keeps one vector, the difference of ours: there its C means twice ours.
     """
     scale, count = Scale.of(features), len(features)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -145,7 +146,7 @@ def fit_sgd(
     seed: int,
     mesh: Mesh,
 ) -> Classifiers:
-    """SGD with momentum 0.9 and a cosine to zero (Chen et al. 2020, appendix A.3), for each rate of `learning_rates`.
+    """SGD with momentum 0.9 and a cosine to zero (Chen et al. 2020, section 3.4), for each rate of `learning_rates`.
 
     Features are standardised, and may lie in a file: a batch at a time is read. Batches are spread over the mesh.
     """

@@ -4,6 +4,7 @@ Names are `split/name`. Only process 0 of a multi-process run writes.
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -27,15 +28,24 @@ PEAK_FLOPS = {
 }
 
 
-def train_flops_per_image(config: ModelConfig) -> float:
-    """Multiply-adds count 2; the backward pass costs two forwards; attention by the causal convention (half of T x T).
+def train_flops_per_image(config: ModelConfig, convention: str = "causal") -> float:
+    """Multiply-adds count 2; the backward pass costs two forwards.
 
-    A token needs 2 (4 D^2 + 2 D F) L in the blocks' products, 2 D V in the head, and 2 D T L in attention: scores and
-    mixing each 2 D multiply-adds a key, over T / 2 keys on average.
+    A token needs 2 (4 D^2 + 2 D F) L in the blocks' products and 2 D V in the head, attention comes on top.
     """
     D, F, L, T, V = config.width, config.mlp_width, config.depth, config.seq_len, config.vocab_size
-    forward = 2 * (4 * D * D + 2 * D * F) * L + 2 * D * V + 2 * D * T * L
-    return 3.0 * T * forward
+    products = T * (2 * (4 * D * D + 2 * D * F) * L + 2 * D * V)
+    return 3.0 * (products + attention_flops_per_image(config, convention))
+
+
+def attention_flops_per_image(config: ModelConfig, convention: str = "causal") -> float:
+    """Of one forward pass: scores and mixing each take 2 D of a query and a key.
+
+    By the "causal" convention of the pairs that the network looks at, half of T^2 or, with BERT, all; by the
+    "full" one, which many papers use, of all whatever is computed.
+    """
+    pairs = config.seq_len**2 * (0.5 if config.causal and convention == "causal" else 1.0)
+    return 4.0 * config.width * pairs * config.depth
 
 
 class Speed:
@@ -119,3 +129,11 @@ def _forget_after(path: Path, step: int) -> None:
 def progress_bar(first_step: int, steps: int) -> tqdm:
     """Steps done and time left. Silent but on process 0."""
     return tqdm(total=steps, initial=first_step, unit="step", disable=jax.process_index() != 0, dynamic_ncols=True)
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927): sensible up to 0 and 1, unlike the normal one."""
+    share, spread = correct / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return centre - half, centre + half

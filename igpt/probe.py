@@ -1,100 +1,26 @@
 """Linear probes: how well a linear classifier reads classes off frozen features (Chen et al. 2020, section 2.4)."""
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from igpt.data import Drops, eval_batches
-from igpt.errors import UserError
-from igpt.examples import Split
+from igpt.data import Drops
+from igpt.examples import Source, Split, few_labels
+from igpt.features import Features, keep_features, raw_pixels, stream_features
 from igpt.logistic import fit_lbfgs, fit_sgd
 from igpt.loss import vote
-from igpt.model import ImageGPT
-from igpt.sharding import to_devices
+from igpt.metrics import wilson_interval
+from igpt.pretrained import Pretrained
 
-
-def stream_features(
-    model: ImageGPT,
-    split: Split,
-    tokenizer,
-    batch_size: int,
-    mesh: Mesh,
-    layers: Sequence[int] | None = None,
-    drops: Drops | None = None,
-) -> Iterator[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]:
-    """Batches of f^l, one forward pass for all `layers` (default: all), with the labels of their images.
-
-    With `drops`, BERT's, an image is seen under each of M masks; else M is 1. Unreadable images are left out.
-    """
-    graph, params = nnx.split(model)
-    layers = tuple(range(model.config.depth + 1) if layers is None else layers)
-
-    @jax.jit
-    def features(params, batch):
-        model = nnx.merge(graph, params)
-        masks = jnp.moveaxis(batch["keep"], 1, 0) if "keep" in batch else [None]
-        under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks]
-        return jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
-
-    with jax.set_mesh(mesh):
-        for batch in eval_batches(split, tokenizer, batch_size, drops=drops):
-            used = batch["mask"] > 0
-            yield np.asarray(features(params, to_devices(batch, batch_size, mesh)))[used], batch["label"][used]
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """Of a split, by layer: float32 [N, M, D] each, in memory or in a file, and labels int32 [N]."""
-
-    layers: dict[int, Float[np.ndarray, "N M D"]]
-    labels: Int[np.ndarray, "N"]
-
-    def take(self, indices: np.ndarray) -> "Features":
-        return Features({layer: rows[indices] for layer, rows in self.layers.items()}, self.labels[indices])
-
-    def joined(self, layers: Sequence[int]) -> Float[np.ndarray, "N M lD"]:
-        """Features of several layers side by side."""
-        return np.concatenate([self.layers[layer] for layer in layers], axis=-1)
-
-
-def keep_features(stream, layers: Sequence[int], folder: Path) -> Features:
-    """Writes a stream of features to a file a layer, so that memory does not grow with the number of images."""
-    folder.mkdir()
-    labels, shape = [], None
-    files = {layer: (folder / f"layer_{layer:02d}.f32").open("wb") for layer in layers}
-    try:
-        for rows, of_rows in stream:
-            for index, file in enumerate(files.values()):
-                file.write(np.ascontiguousarray(rows[:, index], np.float32).data)
-            labels.append(of_rows)
-            shape = rows.shape[2:]
-    except OSError as error:
-        raise UserError(
-            f"the features cannot be written to {folder}: {error.strerror}; name another --workdir"
-        ) from None
-    finally:
-        for file in files.values():
-            file.close()
-    labels = np.concatenate(labels)
-    kept = {layer: np.memmap(file.name, np.float32, "r", shape=(len(labels), *shape)) for layer, file in files.items()}
-    return Features(kept, labels)
-
-
-def raw_pixels(split: Split, channels: int, batch_size: int = 1024) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The baseline that needs no model: a stream of the pixels themselves, in [-1, 1], as one layer of features."""
-    for start in range(0, len(split), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(split)))
-        images, used = split.read(indices)
-        images, labels = images[used == indices], split.labels[indices[used == indices]]
-        yield (images[..., :channels] / 127.5 - 1.0).reshape(len(images), 1, 1, -1).astype(np.float32), labels
+SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +52,17 @@ def fit_probe(
     """Fits on the first of three splits, chooses among the solver's classifiers on the second, tests on the third.
 
     The first has one mask; of the others the masks of an image vote. Of equal ones the smallest C or rate is kept.
-    Returns it, accuracies, and the 95 % interval of the test accuracy. A class that training lacks is never found.
+    Returns it, accuracies, and the 95 % interval of the test accuracy. A class that training lacks is never found, nor
+    is a classifier ever right that diverged.
     """
     classes, targets = np.unique(labels[0], return_inverse=True)
     name, values, classifiers = solver.fit(features[0][:, 0], targets.astype(np.int32), len(classes), mesh)
 
     def predictions(part: np.ndarray) -> np.ndarray:
         under_masks = np.stack([classifiers.predict(part[:, m]) for m in range(part.shape[1])], axis=1)  # [R, M, N]
-        winners = np.stack([np.asarray(vote(jnp.asarray(masks), len(classes))) for masks in under_masks])
+        winners = under_masks[:, 0]
+        if part.shape[1] > 1:
+            winners = np.stack([np.asarray(vote(jnp.asarray(masks), len(classes))) for masks in under_masks])
         return np.where((under_masks < 0).any(axis=1), np.iinfo(np.int32).min, classes[winners])
 
     accuracies = (predictions(features[1]) == labels[1]).mean(axis=1)
@@ -148,9 +77,73 @@ def fit_probe(
     }
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927): sensible up to 0 and 1, unlike the normal one."""
-    share, spread = correct / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return centre - half, centre + half
+class Probe:
+    """The probes of one call of eval_probe.py: they share its settings, its images and a folder for features."""
+
+    def __init__(self, config: ConfigDict, source: Source, layers: list[int], mesh: Mesh, folder: Path):
+        self.config, self.source, self.layers, self.mesh, self.folder = config, source, layers, mesh, folder
+        shared = dict(inverse_penalties=tuple(config.inverse_penalties), max_iter=config.max_iter, seed=config.seed)
+        self.solver = Solver(config.solver, **shared, **config.sgd.to_dict())
+
+    def splits(self) -> list[Split]:
+        return [getattr(self.source, name) for name in SPLITS]
+
+    def pixels(self) -> list[Features]:
+        """The pixels of each split, as if they were a network's layer 0."""
+        return self._kept("pixels", [raw_pixels(split, self.source.channels) for split in self.splits()], [0])
+
+    def features(self, pretrained: Pretrained) -> list[Features]:
+        """The features of each split; of a network with BERT's objective under masks, as it is used to.
+
+        They take the place of those of the network before, so that many checkpoints need no more disk than one.
+        """
+        model, objective = pretrained.model, pretrained.config.objective
+        drops = [None] * 3
+        if not model.config.causal and self.config.eval_masks:
+            drops = [Drops(objective.drop_rate, n, self.config.seed) for n in (1, *[self.config.eval_masks] * 2)]
+        streams = [
+            stream_features(model, split, pretrained.palette, self.config.batch_size, self.mesh, self.layers, masks)
+            for split, masks in zip(self.splits(), drops, strict=True)
+        ]
+        return self._kept("features", streams, self.layers)
+
+    def _kept(self, kind: str, streams, layers: list[int]) -> list[Features]:
+        shutil.rmtree(self.folder / kind, ignore_errors=True)
+        (self.folder / kind).mkdir()
+        return [
+            keep_features(stream, layers, self.folder / kind / name)
+            for name, stream in zip(SPLITS, streams, strict=True)
+        ]
+
+    def fit(self, parts: list[Features], layers: list[int]) -> dict:
+        return fit_probe(
+            [part.joined(layers) for part in parts], [part.labels for part in parts], self.solver, self.mesh
+        )
+
+    def fit_layers(self, parts: list[Features], title: str) -> dict:
+        layers = [
+            {"layer": layer} | self.fit(parts, [layer])
+            for layer in tqdm(self.layers, desc=title, unit="layer", leave=False)
+        ]
+        best = max(layers, key=lambda layer: layer["validation_accuracy"])
+        return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": layers}
+
+    def fit_few(self, parts: list[Features], layer: int) -> list[dict]:
+        """Of each number of labels a class: the test accuracy of each subset, their mean and standard deviation."""
+        train, *others = parts
+        found = []
+        for count in self.config.labels_per_class:
+            accuracies = []
+            for seed in range(self.config.subsets):
+                subset = train.take(few_labels(train.labels, count, seed))  # of the images that could be read
+                accuracies.append(self.fit([subset, *others], [layer])["test_accuracy"])
+            mean, std = float(np.mean(accuracies)), float(np.std(accuracies))
+            found.append({"labels_per_class": count, "accuracies": accuracies, "mean": mean, "std": std})
+        return found
+
+
+def neighbours(best: int, count: int, layers: list[int]) -> list[int]:
+    """`count` layers round the best one, as far in the middle as the network allows (section 4.4)."""
+    at = layers.index(best)
+    first = min(max(at - count // 2, 0), max(len(layers) - count, 0))
+    return layers[first : first + count]

@@ -179,7 +179,7 @@ def main(argv=None) -> None:
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest colours; 0: all (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest mass p (default 1: all)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest, or the best of fine-tuning)")
     parser.add_argument("--batch_size", type=int, default=64, help="images sampled at a time (default 64)")
     args = parser.parse_args(argv)
     with reported():

@@ -38,19 +38,25 @@ RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """The mesh over all devices (or those given). One axis may be -1: whatever the others leave."""
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
+    """The size of each axis of a mesh over so many devices, or UserError."""
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh is {sizes}; every axis must be at least 1, and one of them may be -1 (all that is left)")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if devices % fixed or (not free and fixed != devices):
         raise UserError(
-            f"mesh {sizes} asks for {'a multiple of ' if free else ''}{fixed} devices, but there are {len(devices)}; "
+            f"mesh {sizes} asks for {'a multiple of ' if free else ''}{fixed} devices, but there are {devices}; "
             "change config.mesh so that data x fsdp x tensor is the number of devices"
         )
     for name in free:
-        sizes[name] = len(devices) // fixed
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        sizes[name] = devices // fixed
+    return sizes
 
 
 def spec_of(path: str) -> P:

@@ -1,3 +1,4 @@
+import contextlib
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from igpt import attention as attention_module
 from igpt.attention import attend_to_cache, attention, resolve_backend
 from igpt.errors import UserError
+from igpt.sharding import make_mesh
 
 
 def random_qkv(length, seed=0, batch=2, heads=3, size=5):
@@ -122,6 +124,32 @@ def test_dropout_keeps_the_mean_and_is_refused_where_it_cannot_be():
         attention(q, k, v, backend="chunked", dropout=0.5, key=keys[0])
 
 
+@pytest.mark.parametrize("mesh", [None, (2, 1, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_splash_equals_the_reference_in_value_and_gradient(causal, mesh):
+    """The kernel itself, interpreted: alone, and on each device's examples and heads."""
+    q, k, v = random_qkv(128, heads=2, size=32)
+    weights = jax.random.normal(jax.random.key(9), q.shape)
+
+    def value_and_grads(attend):
+        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(weights * attend(q, k, v)), (0, 1, 2)))(q, k, v)
+
+    with contextlib.ExitStack() as stack:
+        if mesh:
+            stack.enter_context(jax.set_mesh(make_mesh(*mesh, devices=jax.devices()[:4])))
+        ours = value_and_grads(lambda q, k, v: attention_module._splash(q, k, v, causal, interpret=True))
+    reference = value_and_grads(lambda q, k, v: attention(q, k, v, backend="reference", causal=causal))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [64, 300])
+def test_lengths_that_the_kernel_cannot_read_go_another_way(length):
+    q, k, v = random_qkv(length)
+    ours, reference = (attention(q, k, v, backend=backend) for backend in ("splash", "reference"))
+    np.testing.assert_allclose(ours, reference, atol=2e-6)
+
+
 def test_the_back_end_is_never_chosen_silently():
     def device(platform, **fields):
         return SimpleNamespace(platform=platform, device_kind=platform, **fields)
@@ -130,9 +158,13 @@ def test_the_back_end_is_never_chosen_silently():
     hopper, turing = (device("gpu", compute_capability=version) for version in ("9.0", "7.5"))
     rocm = device("gpu", compute_capability="gfx90a")
     assert resolve_backend("auto", hopper, "bfloat16", 64) == "cudnn"
+    assert resolve_backend("auto", tpu, "bfloat16", 96) == resolve_backend("splash", tpu, "float32", 64) == "splash"
+    for other, head_size in ((cpu, 64), (tpu, 10), (hopper, 64)):
+        with pytest.raises(UserError, match="'splash' needs a TPU and a head size"):
+            resolve_backend("splash", other, "bfloat16", head_size)
     for other, dtype, head_size in (
         (cpu, "float32", 64),
-        (tpu, "bfloat16", 64),
+        (tpu, "bfloat16", 10),
         (hopper, "float32", 64),
         (hopper, "bfloat16", 10),
         (turing, "bfloat16", 64),

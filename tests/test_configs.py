@@ -11,17 +11,21 @@ import jax
 import pytest
 from flax import nnx
 
+import eval_probe
 from configs import base, probe_digits
 from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.model import PRESETS, ImageGPT
 from igpt.optim import make_optimizer
+from igpt.pretrained import network
 from igpt.sharding import check_batch_size, make_mesh
 from igpt.state import abstract_state
 
 ROOT = Path(__file__).parents[1]
 TRAINABLE = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("probe_")]
 BERT = ["s:bert", "m:bert", "l:bert"]
+PROBES = [("probe_digits", ()), ("probe_imagenet", ())]
+PROBES += [("probe_cifar10", (name,)) for name in ("cifar10", "cifar100", "stl10")]
 
 
 def get_config(name: str, *arguments: str):
@@ -29,21 +33,32 @@ def get_config(name: str, *arguments: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [(name, ()) for name in TRAINABLE] + [("imagenet", (size,)) for size in (*PRESETS, *BERT)]
+    ("name", "arguments"),
+    [(name, ()) for name in TRAINABLE]
+    + [(name, (size,)) for name in ("imagenet", "finetune_imagenet") for size in (*PRESETS, *BERT)]
+    + [("finetune_cifar10", (size,)) for size in ("s:cifar100", "m:stl10", "l")],
 )
 def test_a_shipped_config_builds_its_whole_state_abstractly(name, arguments):
     config = get_config(name, *arguments)
-    if config.model.causal:
-        configuration.check(config)
-    else:
-        with pytest.raises(UserError, match=r"model\.causal=False.*not trained yet"):
-            configuration.check(config)
+    configuration.check(config)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     mesh = make_mesh(*(config.mesh[axis] for axis in ("data", "fsdp", "tensor")))
     check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
     check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
     _, state = abstract_state(configuration.model_config(config), optimizer, mesh)
     assert state.params["head"]["kernel"].shape == (config.model.width, config.palette.colors)
+    assert ("classifier" in state.params) == name.startswith("finetune_")
+
+
+@pytest.mark.parametrize(("name", "arguments"), PROBES)
+def test_a_shipped_probe_config_is_one(name, arguments):
+    eval_probe.check(get_config(name, *arguments))
+
+
+@pytest.mark.parametrize("size", [*PRESETS, *BERT])
+def test_fine_tuning_starts_from_the_network_of_pretraining(size):
+    ours, theirs = (configuration.model_config(get_config(name, size)) for name in ("finetune_imagenet", "imagenet"))
+    assert network(ours) | {"num_classes": 0} == network(theirs)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +109,15 @@ def test_the_imagenet_configs_train_as_published(argument, rate, batch, steps, w
     ],
 )
 def test_an_unknown_argument_names_the_choices(argument, message):
-    with pytest.raises(UserError, match=message):
-        get_config("imagenet", argument)
+    for name in ("imagenet", "finetune_imagenet"):
+        with pytest.raises(UserError, match=message):
+            get_config(name, argument)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("finetune_cifar10", "xl"), ("probe_cifar10", "mnist")])
+def test_an_unknown_data_set_or_size_names_the_choices(name, argument):
+    with pytest.raises(UserError, match=rf"{name}\.py:{argument}: choose"):
+        get_config(name, argument)
 
 
 def test_an_unknown_argument_on_the_command_line_is_one_message():
@@ -162,6 +184,8 @@ def test_a_configuration_of_another_kind_is_refused():
         ("data.channels", 2, "channels is 2; choose 1"),
         ("data.split_seed", -1, "split_seed is -1"),
         ("optim.clip_norm", -1.0, "clip_norm is -1.0"),
+        ("objective.eval_masks", 0, "eval_masks is 0"),
+        ("data.labels_per_class", -4, "labels_per_class is -4"),
     ],
 )
 def test_values_that_no_run_could_use_are_refused(field, value, message):

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,10 +9,11 @@ from test_sources import assert_equal, load_source
 import eval_probe
 import train
 from configs import probe_digits
-from igpt import errors, palette, probe
-from igpt.data import Augmentation, TrainBatches, eval_batches
+from igpt import errors, palette
+from igpt.data import Augmentation, Drops, TrainBatches, eval_batches
 from igpt.errors import UserError
 from igpt.examples import EncodedImages, Split
+from igpt.features import raw_pixels
 from igpt.images import Preprocess
 
 
@@ -103,6 +105,53 @@ def test_evaluation_sees_every_example_exactly_once():
         sizes.add(batch["tokens"].shape)
     np.testing.assert_array_equal(seen, np.arange(23))
     assert sizes == {(10, 25)}
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.5])
+def test_every_position_is_dropped_as_often_as_the_rate_says(rate):
+    drops = Drops(rate, masks=5, seed=1)
+    for kept in (drops.of_step(3, 4000, slice(None), 25)[:, 0], drops.of_images(np.arange(800), 25).reshape(-1, 25)):
+        expected, spread = 4000 * rate, 4000 * rate * (1 - rate)
+        chi_square = (((~kept).sum(axis=0) - expected) ** 2 / spread).sum()
+        assert 8 < chi_square < 53  # of 25 degrees of freedom: 0.1 % on either side
+        assert abs(np.corrcoef(kept, rowvar=False) - np.eye(25)).max() < 0.07  # independently of each other
+
+
+def test_training_masks_follow_seed_and_step_whatever_the_split_over_processes():
+    drops = Drops(0.3, seed=1)
+    whole = drops.of_step(6, 8, slice(None), 25)
+    assert whole.shape == (8, 1, 25)
+    np.testing.assert_array_equal(whole, Drops(0.3, seed=1).of_step(6, 8, slice(None), 25))
+    parts = [drops.of_step(6, 8, rows, 25) for rows in (slice(0, 3), slice(3, 8))]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    others = drops.of_step(7, 8, slice(None), 25), Drops(0.3, seed=2).of_step(6, 8, slice(None), 25)
+    assert len(np.unique(np.concatenate([whole, *others]), axis=0)) == 24
+
+
+def test_batches_carry_the_masks_of_their_step_and_rows():
+    greys = palette.Palette(np.repeat(np.arange(256)[:, None] / 127.5 - 1, 3, axis=1))
+    drops = Drops(0.3, seed=1)
+    for rows in (slice(None), slice(2, 5)):
+        batch = TrainBatches(numbered_split(), greys, 7, 3, Augmentation(), rows, drops)[4]
+        np.testing.assert_array_equal(batch["keep"], drops.of_step(4, 7, rows, 25))
+        without = batches_of(numbered_split(), rows)[4]
+        assert_equal(without, {name: batch[name] for name in without})  # and nothing else is drawn otherwise
+
+
+def test_evaluation_masks_belong_to_the_image_not_to_the_batch_and_differ():
+    greys = palette.Palette(np.repeat(np.arange(256)[:, None] / 127.5 - 1, 3, axis=1))
+    drops = Drops(0.3, masks=4, seed=1)
+
+    def masks(*args):
+        batches = list(eval_batches(numbered_split(count=23), greys, *args, drops=drops))
+        kept = np.concatenate([batch["keep"][batch["mask"] > 0] for batch in batches])
+        return kept, np.concatenate([batch["label"][batch["mask"] > 0] for batch in batches])
+
+    kept, labels = masks(10)
+    assert kept.shape == (23, 4, 25) and len(np.unique(kept.reshape(-1, 25), axis=0)) == 92
+    for other, of_images in (masks(23), masks(4, slice(1, 3))):
+        np.testing.assert_array_equal(other, kept[of_images])
+    assert not np.array_equal(Drops(0.3, 4, seed=2).of_images(labels, 25), kept)
 
 
 def test_a_batch_larger_than_the_data_is_refused():
@@ -203,7 +252,8 @@ def test_a_folder_and_an_npz_of_its_pictures_give_the_same_tokens(tmp_path, writ
             *(eval_batches(getattr(source, split), COLORS, 4) for source in (one, other)), strict=True
         ):
             assert_equal(ours, theirs)
-    np.testing.assert_array_equal(probe.raw_pixels(one.train, 3), probe.raw_pixels(other.train, 3))
+    for ours, theirs in zip(*(raw_pixels(source.train, 3) for source in (one, other)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_an_image_that_takes_the_place_of_another_brings_its_own_label():
@@ -260,7 +310,7 @@ def test_training_that_skips_counts_and_tells_and_the_probe_does_too(tiny_config
     assert [record["data/unreadable"] for record in records if "data/unreadable" in record][-1] >= 1
     assert "unreadable images, such as" in capsys.readouterr().out
     config = probe_digits.get_config()
-    config.update(inverse_penalties=(1.0,), max_iter=20, batch_size=20)
+    config.update(inverse_penalties=(1.0,), max_iter=20, batch_size=24)
     results = eval_probe.run(config, str(tmp_path / "run"), tmp_path / "probe")
     assert sum(results["images"].values()) == 57  # or there would be more labels than features
     assert "passed over 2 unreadable images" in capsys.readouterr().out

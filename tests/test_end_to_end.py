@@ -14,7 +14,6 @@ import eval_probe
 import train
 from configs import digits, probe_digits
 from igpt import sample
-from igpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,15 +94,3 @@ def test_the_probe_reports_every_layer_beside_its_baselines(trained, tmp_path):
     assert results["images"] == {"train": 1258, "validation": 180, "test": 359}
     printed = eval_probe.table(results)
     assert "raw pixels" in printed and "<- best on validation" in printed
-
-
-def test_probing_without_a_model_or_with_impossible_settings_is_refused(trained, tmp_path):
-    config = probe_digits.get_config()
-    with pytest.raises(UserError, match="no directory absent"):
-        eval_probe.run(config, "absent", tmp_path / "probe")
-    with pytest.raises(UserError, match="no probe configuration"):
-        eval_probe.run(digits.get_config(), trained, tmp_path / "probe")
-    config.inverse_penalties = (0.0,)
-    with pytest.raises(UserError, match="inverse_penalties is"):
-        eval_probe.run(config, trained, tmp_path / "probe")
-    assert not (tmp_path / "probe").exists()

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.examples import EncodedImages, Source, Split
+from igpt.examples import DecodedTokens, EncodedImages, Source, Split, check_labels, few_labels
 from igpt.images import Preprocess
+from igpt.palette import Palette
 
 BAD = {3, 4, 11, 22}
 
@@ -132,3 +133,58 @@ def test_the_readable_part_of_a_split_keeps_every_image_with_its_label():
     assert Split(encoded_images(skip=True), None).readable().labels is None
     with pytest.raises(UserError, match="photo 3"):
         Split(encoded_images(), None).readable()
+
+
+def test_few_labels_are_as_many_of_each_class_as_asked_for_and_those_of_fewer_are_among_them():
+    labels = np.random.default_rng(0).choice([-3, 0, 7], 500, p=[0.2, 0.5, 0.3])
+    larger = few_labels(labels, 25, seed=1)
+    for per_class in (1, 4, 25):
+        chosen = few_labels(labels, per_class, seed=1)
+        assert {label: (labels[chosen] == label).sum() for label in (-3, 0, 7)} == dict.fromkeys((-3, 0, 7), per_class)
+        assert set(chosen) <= set(larger) and list(chosen) == sorted(set(chosen))
+    np.testing.assert_array_equal(larger, few_labels(labels, 25, seed=1))
+    assert len(set(larger) & set(few_labels(labels, 25, seed=2))) < 40
+    scarce = (labels == -3).sum()
+    with pytest.raises(UserError, match=f"class -3 has only {scarce} training examples; choose {scarce} or fewer"):
+        few_labels(labels, scarce + 1, seed=1)
+
+
+def test_taken_examples_are_those_of_the_indices_in_their_order_wherever_they_lie():
+    indices, labels = np.array([7, 0, 22, 3]), np.arange(23, dtype=np.int32)
+    encoded = encoded_images(bad=(), skip=True)
+    greys = Palette(np.repeat(np.arange(256)[:, None] / 127.5 - 1, 3, axis=1))
+    tokens = DecodedTokens(np.arange(23)[:, None].repeat(20, axis=1), greys, "tokens.npy", (4, 5))
+    for images in (np.asarray(encoded), encoded, tokens):
+        taken = Split(images, labels).take(indices)
+        assert type(taken.images) is type(images) and len(taken) == 4
+        np.testing.assert_array_equal(taken.labels, indices)
+        np.testing.assert_array_equal(np.asarray(taken.images)[:, 0, 0, 0], indices)
+        np.testing.assert_array_equal(taken.read(np.array([2, 0]))[0], np.asarray(images)[[22, 7]])
+        assert Split(images, None).take(indices).labels is None
+    np.testing.assert_array_equal(tokens.grids(indices), Split(tokens, None).take(indices).images.grids(slice(None)))
+
+
+def test_what_is_taken_of_encoded_images_is_read_as_they_are():
+    taken = Split(encoded_images(skip=True), None).take(np.array([2, 3, 5])).images
+    assert taken.read(np.arange(3))[1].tolist() == [0, 2, 2] and "photo 3" in taken.unreadable[1]
+    with pytest.raises(UserError, match="photo 3"):
+        Split(encoded_images(), None).take(np.array([2, 3, 5])).images.read(np.arange(3))
+
+
+def labelled_split(*labels):
+    return Split(np.zeros((len(labels), 4, 5, 3), np.uint8), np.array(labels, np.int32))
+
+
+def test_labels_that_do_not_serve_are_refused():
+    check_labels(labelled_split(0, 1), labelled_split(1), num_classes=2)
+    check_labels(labelled_split(-5, 70))
+    for splits, classes, message in (
+        ((Split(np.zeros((2, 4, 5, 3), np.uint8), None),), 0, "labels are needed, and this source has none; add"),
+        ((labelled_split(0, 1), Split(np.zeros((2, 4, 5, 3), np.uint8), None)), 2, "labels are needed"),
+        ((labelled_split(4, 4), labelled_split(1)), 0, "all training images have the label 4; two classes or more"),
+        ((labelled_split(0, 1), labelled_split(2)), 2, "from 0 to 2, but model.num_classes is 2.*num_classes=3"),
+        ((labelled_split(1, 2),), 2, "from 1 to 2, .* allows 0 to 1; set model.num_classes=3"),
+        ((labelled_split(0, 1), labelled_split(-1)), 2, "from -1 to 1, .* number the classes from 0 on"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_labels(*splits, num_classes=classes)

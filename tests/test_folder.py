@@ -6,8 +6,8 @@ from PIL import Image
 from test_sources import load_source, splits_of
 
 from igpt.errors import UserError
+from igpt.examples import check_labels
 from igpt.folder import list_images, printable
-from igpt.probe import check_labels
 
 
 def save(path, level=0):
@@ -62,7 +62,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
         save(tmp_path / f"{i}.png")
     source = load_source(f"folder:{tmp_path}")
     assert [split.labels for split in splits_of(source)] == [None] * 3 and len(source.train) == 8
-    with pytest.raises(UserError, match="needs labels.*a folder into a sub-folder for each class"):
+    with pytest.raises(UserError, match="labels are needed.*a folder into a sub-folder for each class"):
         check_labels(source.train)
 
 
@@ -151,7 +151,7 @@ def test_one_class_trains_and_is_refused_by_the_probe(tmp_path):
         save(tmp_path / "ant" / f"{i}.png")
     source = load_source(f"folder:{tmp_path}")
     assert not source.train.labels.any()
-    with pytest.raises(UserError, match="all training images have the label 0; a probe needs two classes or more"):
+    with pytest.raises(UserError, match="all training images have the label 0; two classes or more are needed"):
         check_labels(*splits_of(source))
 
 

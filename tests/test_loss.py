@@ -1,9 +1,14 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import nnx
+from test_model import TINY, random_model, random_tokens
 
-from igpt.loss import bits_per_dim, marginal_entropy, next_pixel
+from igpt.loss import bits_per_dim, cross_entropy, dropped_pixels, make_loss, marginal_entropy, next_pixel, vote
 
 
 def test_next_pixel_is_the_mean_cross_entropy_of_each_image_with_its_gradient():
@@ -37,3 +42,89 @@ def test_the_marginal_entropy_is_what_the_best_order_0_model_pays():
     frequency = np.stack([np.bincount(column, minlength=5) for column in tokens.T]) / 200
     paid = -np.log(frequency[np.arange(3), tokens]).mean()
     assert np.isclose(marginal_entropy(tokens, 5), paid)
+
+
+def test_dropped_pixels_is_the_mean_cross_entropy_over_an_image_s_dropped_positions_alone():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 7, 11))
+    tokens, keep = rng.integers(0, 11, (5, 7)), rng.random((5, 7)) < 0.6
+    keep[3], keep[4] = True, False
+    expected = []
+    for image in range(5):
+        of_dropped = [
+            np.log(np.exp(logits[image, i]).sum()) - logits[image, i, tokens[image, i]]
+            for i in range(7)
+            if not keep[image, i]
+        ]
+        expected.append(np.mean(of_dropped) if of_dropped else 0.0)
+    assert expected[3] == 0.0 and len(of_dropped) == 7
+    losses = dropped_pixels(jnp.asarray(logits, jnp.float32), tokens, keep)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def network_and_batch(masks=0, **fields):
+    """A random network of five classes, as (graph, params), and a batch with labels and `masks` masks an image."""
+    model = random_model(dataclasses.replace(TINY, num_classes=5, causal=not masks, **fields))
+    batch = {"tokens": random_tokens(), "label": jnp.array([4, 0, 2])}
+    if masks:
+        batch["keep"] = jax.random.bernoulli(jax.random.key(3), 0.7, (3, masks, TINY.seq_len))
+    return model, nnx.to_pure_dict(nnx.state(model)), batch
+
+
+@pytest.mark.parametrize("masks", [0, 3])
+def test_the_joint_loss_weighs_pixels_and_labels_averages_over_masks_and_has_them_vote(masks):
+    model, params, batch = network_and_batch(masks)
+    values = jax.jit(make_loss(nnx.graphdef(model), generative=0.5, classification=2.0))(params, batch)
+    assert values.keys() == {"loss", "generative_loss", "classification_loss", "accuracy"}
+
+    @jax.jit
+    def under_mask(model, batch, keep):
+        normed = model.normed(batch["tokens"], keep=keep)
+        logits, of_classes = model.logits(normed), normed.mean(axis=1) @ model.classifier.kernel[...]
+        pixels = dropped_pixels(logits, batch["tokens"], keep) if masks else next_pixel(logits, batch["tokens"])
+        return pixels, cross_entropy(of_classes, batch["label"]), of_classes.argmax(axis=-1)
+
+    keeps = jnp.moveaxis(batch["keep"], 1, 0) if masks else [None]
+    pixels, labels, classes = (
+        np.stack(part) for part in zip(*(under_mask(model, batch, k) for k in keeps), strict=True)
+    )
+    np.testing.assert_allclose(values["generative_loss"], pixels.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(values["classification_loss"], labels.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(values["loss"], 0.5 * pixels.mean(axis=0) + 2.0 * labels.mean(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(values["accuracy"], vote(classes, 5) == batch["label"])
+
+
+def test_the_gradient_of_a_loss_reaches_what_it_is_made_of_and_nothing_else():
+    model, params, batch = network_and_batch()
+
+    def largest(generative, classification):
+        loss = make_loss(nnx.graphdef(model), generative, classification)
+        grads = jax.jit(jax.grad(lambda params: loss(params, batch)["loss"].mean()))(params)
+        return {name: max(abs(leaf).max() for leaf in jax.tree.leaves(part)) for name, part in grads.items()}
+
+    classes, pixels, both = largest(0.0, 1.0), largest(1.0, 0.0), largest(1.0, 1.0)
+    assert classes.pop("head") == 0 and pixels.pop("classifier") == 0
+    assert min(*classes.values(), *pixels.values(), *both.values()) > 1e-4
+
+
+def test_a_loss_without_pixels_needs_no_head_for_them():
+    model, params, batch = network_and_batch(masks=2, pixel_head=False)
+    values = jax.jit(make_loss(nnx.graphdef(model), generative=0.0, classification=1.0))(params, batch)
+    assert values.keys() == {"loss", "classification_loss", "accuracy"}
+    np.testing.assert_array_equal(values["loss"], values["classification_loss"])
+
+
+def test_the_class_with_most_votes_wins_whatever_the_order_of_the_masks():
+    rng = np.random.default_rng(0)
+    classes = np.array([[2, 2, 0, 1, 2], [4, 3, 3, 3, 3], [1, 1, 1, 1, 1], [0, 4, 4, 0, 4]]).T
+    for _ in range(10):
+        np.testing.assert_array_equal(vote(rng.permutation(classes), 5), [2, 3, 1, 4])
+
+
+def test_a_tie_goes_to_one_of_the_tied_by_chance_but_alike_in_every_batch():
+    rng = np.random.default_rng(0)
+    classes = rng.permuted(np.repeat([[0], [0], [3], [3], [1]], 600, axis=1), axis=0)
+    winners = np.asarray(vote(classes, 5))
+    assert set(winners) == {0, 3} and 240 < (winners == 0).sum() < 360
+    for start, stop in ((0, 1), (7, 12), (100, 600)):
+        np.testing.assert_array_equal(vote(classes[:, start:stop], 5), winners[start:stop])

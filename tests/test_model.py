@@ -14,7 +14,8 @@ from igpt.model import PRESETS, ImageGPT, ModelConfig, Norm, count_params
 
 # Compiled: op by op, a forward pass takes seconds the first time.
 logits_of = jax.jit(lambda model, tokens, key=None: model(tokens, key))
-features_of = jax.jit(lambda model, tokens: model.features(tokens))
+features_of = jax.jit(lambda model, tokens, keep=None: model.features(tokens, keep=keep))
+masked_logits_of = jax.jit(lambda model, tokens, keep: model.logits(model.normed(tokens, keep=keep)))
 
 TINY = ModelConfig(width=14, depth=3, num_heads=2, vocab_size=11, seq_len=13, mlp_width=17)
 
@@ -43,8 +44,11 @@ def random_tokens(config=TINY, batch=3, seed=7):
     return jax.random.randint(jax.random.key(seed), (batch, config.seq_len), 0, config.vocab_size)
 
 
-def by_hand(model, tokens):
-    """Logits and pooled features in float64 NumPy, following OpenAI's src/model.py line by line."""
+def by_hand(model, tokens, keep=1.0):
+    """Logits and pooled features in float64 NumPy, following OpenAI's src/model.py line by line.
+
+    BERT's mask multiplies the tokens' vectors, before the positions' are added.
+    """
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model)))
     config, blocks = model.config, params["blocks"]
 
@@ -58,7 +62,7 @@ def by_hand(model, tokens):
     inputs = np.concatenate([np.full((len(tokens), 1), config.vocab_size), tokens[:, :-1]], axis=1)
     if not config.causal:
         inputs = tokens
-    h = params["token_table"][inputs] + params["position_table"]
+    h = params["token_table"][inputs] * np.expand_dims(keep, -1) + params["position_table"]
     features = []
     for layer in range(config.depth):
         n = norm(h, blocks["attention_norm"]["gain"][layer])
@@ -152,6 +156,63 @@ def test_logits_at_i_depend_on_no_token_from_i_on(monkeypatch, backend):
     influence = np.abs(jax.jit(jax.jacobian(logits))(one_hot)).sum(axis=(1, 3))  # [position, token]
     assert (np.triu(influence) == 0).all()
     assert (influence[np.tril_indices(model.config.seq_len, -1)] > 0).all()
+
+
+BERT = dataclasses.replace(TINY, causal=False, num_classes=5)
+
+
+def random_keep(rate=0.6, seed=8):
+    return jax.random.bernoulli(jax.random.key(seed), rate, (3, TINY.seq_len))
+
+
+def test_bert_computes_the_released_arithmetic_with_tokens_dropped():
+    model, tokens, keep = random_model(BERT), random_tokens(), random_keep()
+    logits, features = by_hand(model, np.asarray(tokens), np.asarray(keep))
+    np.testing.assert_allclose(masked_logits_of(model, tokens, keep), logits, atol=5e-5)
+    np.testing.assert_allclose(features_of(model, tokens, keep), features, atol=5e-6)
+    classes = jax.jit(lambda model: model.classify(tokens, keep))(model)
+    np.testing.assert_allclose(classes, features[-1] @ np.asarray(model.classifier.kernel[...]), atol=5e-5)
+
+
+def test_a_dropped_token_influences_nothing_but_its_position_does_and_so_does_every_kept_token():
+    model, tokens, keep = random_model(BERT), random_tokens(), random_keep()
+    other = jnp.where(keep, tokens, (tokens + 5) % 11)
+    for compute in (masked_logits_of, features_of):
+        np.testing.assert_array_equal(compute(model, tokens, keep), compute(model, other, keep))
+    params, graph = nnx.to_pure_dict(nnx.state(model)), nnx.graphdef(model)
+
+    def logits(positions):
+        return nnx.merge(graph, params | {"position_table": positions}).normed(tokens, keep=keep)
+
+    by_position = jax.jit(jax.jacobian(logits))(params["position_table"])  # [B, T, D, positions, D]
+    assert (jnp.abs(by_position).sum(axis=(2, 4)) > 0).all()
+    image, position = 1, int(jnp.flatnonzero(keep[1])[-1])  # a late one: the earlier positions see it too
+    changed = tokens.at[image, position].set((tokens[image, position] + 5) % 11)
+    difference = abs(masked_logits_of(model, tokens, keep) - masked_logits_of(model, changed, keep)).max(axis=-1)
+    assert (difference[image] > 1e-6).all() and (difference[jnp.array([0, 2])] == 0).all()
+
+
+@pytest.mark.parametrize("config", [TINY, BERT], ids=["causal", "bert"])
+def test_features_of_any_layers_in_any_order_are_the_rows_of_all_of_them(config):
+    model, tokens, keep = random_model(config), random_tokens(), None if config.causal else random_keep()
+    whole = features_of(model, tokens, keep)
+    orders = [(0,), (1,), (3,), (2, 0), (1, 3), (2, 0, 2), (3, 2, 1, 0), np.array([1, 0])]
+    several = jax.jit(lambda model, tokens, keep: [model.features(tokens, order, keep) for order in orders])
+    for order, rows in zip(orders, several(model, tokens, keep), strict=True):
+        np.testing.assert_allclose(rows, whole[jnp.asarray(order)], atol=1e-6)
+
+
+def test_blocks_above_the_last_layer_asked_for_are_not_computed():
+    model, tokens = random_model(), random_tokens()
+    for layer in range(4):
+        program = jax.make_jaxpr(lambda model, tokens, layer=layer: model.features(tokens, [layer]))(model, tokens)
+        assert [eqn.params["length"] for eqn in program.eqns if eqn.primitive.name == "scan"] == [layer]
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], [], [0, 7]])
+def test_a_layer_that_is_not_there_is_refused(layers):
+    with pytest.raises(UserError, match=r"layers .* were asked for; this model has 0 \(the embedding's norm\) to 3"):
+        random_model().features(random_tokens(), layers)
 
 
 @pytest.mark.parametrize("given", [0, 1, 6, 12])

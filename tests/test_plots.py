@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.plots import check_writable, image_grid, palette_picture, probe_curve, save_png
+from igpt.plots import check_writable, confusion_picture, image_grid, palette_picture, probe_curve, save_png
 
 
 def test_a_grid_shows_every_image_row_by_row_enlarged_by_whole_pixels():
@@ -49,3 +49,13 @@ def test_the_picture_of_a_palette_has_every_colour_and_every_image(colors):
     np.testing.assert_array_equal(picture[-len(grid) :, : grid.shape[1]], grid)
     seen = np.unique(picture[: -len(grid)].reshape(-1, 3), axis=0)
     assert {(255, 255, 255), *map(tuple, palette.tolist())} == set(map(tuple, seen.tolist()))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_a_confusion_matrix_is_a_picture_even_of_a_class_without_images(tmp_path, classes):
+    counts = np.random.default_rng(0).integers(0, 9, (classes, classes))
+    counts[1] = 0
+    with np.errstate(all="raise"):
+        confusion_picture(counts, tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "confusion.png").size[0] > 300
+    assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]

@@ -1,4 +1,5 @@
 import fnmatch
+import json
 import sys
 import types
 
@@ -6,19 +7,20 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_checkpoint import saved
+from test_checkpoint import TINY, optimizer, saved
 from test_hf_weights import peer
 from test_huggingface import save_peer
 
 import igpt
 from configs import base
+from igpt import checkpoint, huggingface
 from igpt import config as configuration
-from igpt import huggingface
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.pretrained import check_same_network, resolve
 from igpt.sample import sample_images
 from igpt.sharding import make_mesh
+from igpt.state import create_state
 
 
 def run_directory(path, **model):
@@ -72,6 +74,54 @@ def test_a_palette_of_another_size_is_refused(tmp_path):
     Palette(np.zeros((5, 3), np.float32)).save(tmp_path / "palette.npy")
     with pytest.raises(UserError, match=r"has 5 colours, but palette\.colors is 17"):
         igpt.load(tmp_path)
+
+
+def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
+    config = run_directory(tmp_path)
+    state = saved(tmp_path, make_mesh())
+    old = json.loads((tmp_path / "config.json").read_text())
+    for section, name in (("data", "labels_per_class"), ("data", "subset_seed"), ("train", "patience")):
+        del old[section][name]
+    del old["objective"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    configuration.check_resumable(config, tmp_path)
+    pretrained = igpt.load(tmp_path)
+    assert pretrained.step == 3 and pretrained.config.objective.generative == 1.0
+    assert pretrained.config.train.patience == 0
+    np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
+    config.data.labels_per_class = 4
+    with pytest.raises(UserError, match="data.labels_per_class: 0 there, 4 here"):
+        configuration.check_resumable(config, tmp_path)
+
+
+def test_a_fine_tuned_run_gives_its_best_step_and_any_other_that_is_named(tmp_path):
+    run_directory(tmp_path)
+    progress, mesh = checkpoint.Progress(), make_mesh()
+    with checkpoint.open_checkpoints(tmp_path, 1, progress) as checkpoints:
+        for step, accuracy in ((2, 0.9), (4, 0.5)):
+            progress.note(step, accuracy)
+            checkpoint.save(checkpoints, create_state(TINY, optimizer(), mesh, seed=step), step, progress)
+    one, other = igpt.load(tmp_path), igpt.load(tmp_path, step=4)
+    assert (one.step, other.step) == (2, 4)
+    for step, pretrained in ((2, one), (4, other)):
+        expected = create_state(TINY, optimizer(), mesh, seed=step).params["blocks"]["up"]["kernel"]
+        np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], expected)
+
+
+def test_heads_may_differ_where_they_can_be_new_or_left_behind(tmp_path):
+    config = run_directory(tmp_path, num_classes=5)
+    for heads in (dict(num_classes=5), dict(num_classes=0), dict(pixel_head=False, num_classes=5)):
+        config.model.update(heads)
+        check_same_network(str(tmp_path), config)
+    config.model.num_classes = 3
+    with pytest.raises(UserError, match=r"classifier of 5 classes, model\.num_classes is 3; set model\.num_classes=5"):
+        check_same_network(str(tmp_path), config)
+    config = run_directory(tmp_path, pixel_head=False)
+    config.model.num_classes = 7
+    check_same_network(str(tmp_path), config)
+    config.model.pixel_head = True
+    with pytest.raises(UserError, match="has no head for pixels"):
+        check_same_network(str(tmp_path), config)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -18,8 +18,15 @@ GOLDEN = Path(__file__).parent / "golden" / "train_steps.json"
 TINY = dict(width=24, depth=2, num_heads=4, vocab_size=11, seq_len=13, mlp_width=28)
 
 
-def batch_of(step, size=16):
-    return {"tokens": np.random.default_rng(step).integers(0, 11, (size, 13)).astype(np.int32)}
+BERT = dict(causal=False, num_classes=5)  # learnt with labels
+
+
+def batch_of(step, size=16, bert=False):
+    rng = np.random.default_rng(step)
+    batch = {"tokens": rng.integers(0, 11, (size, 13)).astype(np.int32)}
+    if bert:
+        batch |= {"label": rng.integers(0, 5, size).astype(np.int32), "keep": rng.random((size, 1, 13)) < 0.7}
+    return batch
 
 
 @functools.cache  # several tests compare with the same runs
@@ -32,11 +39,14 @@ def train(mesh, steps=4, accumulate=1, seed=0, learning_rate=1e-2, one_batch=Fal
     graph, abstract = abstract_state(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed)
     dropout_seed = seed if config.residual_dropout else None
-    step = make_train_step(make_loss(graph), optimizer, schedule, abstract, accumulate, dropout_seed)
+    loss = make_loss(graph, classification=float(bool(config.num_classes)))
+    step = make_train_step(loss, optimizer, schedule, abstract, accumulate, dropout_seed)
     history = []
     with jax.set_mesh(mesh):
         for index in range(steps):
-            state, metrics = step(state, to_devices(batch_of(0 if one_batch else index), 16, mesh))
+            state, metrics = step(
+                state, to_devices(batch_of(0 if one_batch else index, bert=not config.causal), 16, mesh)
+            )
             history.append([float(metrics["train/loss"]), float(metrics["train/grad_norm"])])
     return np.array(history), state
 
@@ -73,6 +83,15 @@ def test_accumulated_micro_batches_are_one_batch():
     for mesh in (one_device(), make_mesh(2, 2, 2)):
         parts, _ = train(mesh, accumulate=4)
         np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_bert_learns_pixels_and_labels_alike_on_one_device_on_eight_and_in_micro_batches():
+    alone, alone_state = train(one_device(), **BERT)
+    assert alone[0, 0] == pytest.approx(np.log(11) + np.log(5), abs=1e-5)
+    for found, state in (train(make_mesh(2, 2, 2), **BERT), train(one_device(), accumulate=4, **BERT)):
+        np.testing.assert_allclose(found, alone, rtol=1e-5)
+        for one, other in zip(jax.tree.leaves(alone_state.params), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4)
 
 
 def test_the_state_keeps_its_shardings_and_gives_up_its_memory():

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
+from igpt import checkpoint
 from igpt import loss as loss_module
 from igpt.errors import NonFiniteError, UserError
 
@@ -55,8 +56,9 @@ def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys)
         assert told in output
 
 
-def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path):
-    tiny_config.model.residual_dropout = 0.1
+@pytest.mark.parametrize("causal", [True, False], ids=["pixels", "bert"])
+def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path, causal):
+    tiny_config.model.update(residual_dropout=0.1, causal=causal)
     train.run(tiny_config, tmp_path / "whole")
 
     class Interrupted(Exception):
@@ -79,13 +81,27 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path):
+def test_bert_learns_dropped_pixels_from_ln_v_downwards_and_promises_no_samples(tiny_config, tmp_path, capsys):
+    tiny_config.model.update(causal=False, depth=1)
+    evaluation = train.run(tiny_config, tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert abs(found[1] - np.log(17)) < 1e-5 and max(found[5], found[6], evaluation["eval/loss"]) < found[1] - 0.1
+    assert evaluation.keys() == {"eval/loss"}  # bits per dimension are of a likelihood, which this is not
+    assert not (tmp_path / "run" / "samples").exists()
+    output = capsys.readouterr().out
+    assert "samples:" not in output and "igpt.sample" not in output and "eval_probe.py" in output
+
+
+@pytest.mark.parametrize("name", ["digits", "finetune_digits"])
+def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path, name):
     """Real processes, a real SIGKILL, two devices."""
+    steps = {"digits": 120, "finetune_digits": 80}[name]
     command = [
-        sys.executable, "train.py", "--config=configs/digits.py", "--config.train.steps=120",
+        sys.executable, "train.py", f"--config=configs/{name}.py", f"--config.train.steps={steps}",
         "--config.optim.warmup_steps=5", "--config.train.checkpoint_every=10", "--config.train.eval_every=30",
         "--config.train.num_samples=0", "--config.train.log_every=1", "--config.model.width=24",
         "--config.model.depth=2", "--config.model.num_heads=2", "--config.model.residual_dropout=0.1",
+        "--config.train.batch_size=16", "--config.train.patience=0",
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
@@ -100,22 +116,26 @@ def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted, process = start(whole), start(killed)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if any(path.name.isdigit() for path in killed.glob("checkpoints/*")):  # one is finished
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 10 <= max(losses(killed)) < 120
-    output = uninterrupted.communicate(timeout=120)[0]
+    assert 10 <= max(losses(killed)) < steps
+    output = uninterrupted.communicate(timeout=300)[0]
     assert uninterrupted.returncode == 0, output.decode()
     again = start(killed)
-    output = again.communicate(timeout=120)[0].decode()
+    output = again.communicate(timeout=300)[0].decode()
     assert again.returncode == 0, output
     assert "resumed after step " in output
-    assert_bitwise_equal(final_arrays(whole, 120), final_arrays(killed, 120))
+    assert_bitwise_equal(final_arrays(whole, steps), final_arrays(killed, steps))
     assert losses(killed) == losses(whole)
+    if name == "finetune_digits":
+        assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
+        assert (killed / "finetune.json").read_bytes() == (whole / "finetune.json").read_bytes()
+        assert checkpoint.finished_steps(killed) == checkpoint.finished_steps(whole)
 
 
 def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):

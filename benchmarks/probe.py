@@ -1,0 +1,178 @@
+"""Linear probes on the CPU: features beside a forward pass, in time and memory; our solvers beside scikit-learn's.
+
+python benchmarks/probe.py --out=benchmarks/results/probe_cpu.json
+
+Features: those of all layers, and of the middle one, against a forward pass to the final norm, taken in turn. Memory:
+the peak of a process that writes the features of 1,000 and of 10,000 images, which are made when they are asked for
+(read from /proc: Linux only).
+Solvers: each fits a classifier for every C on the same features, standardised, to the same tolerance.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from report import median_seconds, write
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from igpt.examples import EncodedImages, Split
+from igpt.features import keep_features, stream_features
+from igpt.images import Preprocess
+from igpt.logistic import TOLERANCE, fit_lbfgs, fit_sgd
+from igpt.model import ImageGPT, ModelConfig
+from igpt.palette import Palette
+from igpt.sharding import make_mesh
+
+NETWORK = ModelConfig(width=256, depth=12, num_heads=8, vocab_size=512, seq_len=256)
+FEATURES = ModelConfig(width=512, depth=8, num_heads=8, mlp_width=512, vocab_size=16, seq_len=4)  # many, little work
+COUNTS = (1_000, 10_000)
+PENALTIES = (0.01, 0.1, 1.0)
+RATES, STEPS = (0.1, 0.3), 4000
+
+
+def extraction(batch_size: int, repeats: int) -> dict:
+    graph, params = nnx.split(ImageGPT(NETWORK, nnx.Rngs(0)))
+    tokens = jax.random.randint(jax.random.key(0), (batch_size, NETWORK.seq_len), 0, NETWORK.vocab_size)
+    runs = {
+        "forward": jax.jit(lambda params: nnx.merge(graph, params).normed(tokens)),
+        "all_layers": jax.jit(lambda params: nnx.merge(graph, params).features(tokens)),
+        "middle_layer": jax.jit(lambda params: nnx.merge(graph, params).features(tokens, (NETWORK.depth // 2,))),
+    }
+    seconds = {name: [] for name in runs}
+    for repeat in range(repeats + 1):  # the first compiles
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(params))
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {name: medians[name] / medians["forward"] for name in ("all_layers", "middle_layer")}
+    print(f"features of all layers: {ratios['all_layers']:.2f} x a forward pass", end=", ")
+    print(f"of the middle one: {ratios['middle_layer']:.2f} x", flush=True)
+    return {"batch_size": batch_size, "repeats": repeats, "seconds": medians, "of_a_forward_pass": ratios}
+
+
+class Noise(Sequence):
+    """`count` images that are nowhere until one is asked for."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return np.random.default_rng(index).integers(0, 256, (2, 2, 3), np.uint8), f"image {index}"
+
+
+def write_features(count: int) -> None:
+    """Prints the peak memory of this process in bytes, once everything is compiled and the allocator has settled."""
+    model, mesh = ImageGPT(FEATURES, nnx.Rngs(0)), make_mesh()
+    palette = Palette(np.linspace(-1, 1, FEATURES.vocab_size)[:, None].repeat(3, axis=1))
+    with tempfile.TemporaryDirectory() as folder:
+        for images, name in ((COUNTS[0], "first"), (count, "all")):
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            split = Split(EncodedImages(Noise(images), Preprocess((2, 2))), np.zeros(images, np.int32))
+            stream = stream_features(model, split, palette, 100, mesh)
+            kept = keep_features(stream, range(FEATURES.depth + 1), Path(folder, name))
+    assert len(kept.labels) == count
+    print(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]))
+
+
+def peak_bytes(count: int) -> int:
+    """Of a process of its own; with one arena, as what glibc keeps in several wavers by tens of megabytes."""
+    command, environment = (
+        [sys.executable, __file__, f"--write_features={count}"],
+        os.environ | {"MALLOC_ARENA_MAX": "1"},
+    )
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+
+
+def memory() -> dict:
+    peaks = {count: peak_bytes(count) for count in COUNTS}
+    features = {count: 4 * FEATURES.width * (FEATURES.depth + 1) * count for count in COUNTS}
+    grown, more = (of[COUNTS[1]] - of[COUNTS[0]] for of in (peaks, features))
+    print(f"{COUNTS[1]:,} images: {peaks[COUNTS[1]] / 1e6:.0f} MB at most, {grown / 1e6:.1f} MB more than", end=" ")
+    print(f"{COUNTS[0]:,} images; their features have {more / 1e6:.1f} MB more", flush=True)
+    return {"peak_bytes": peaks, "features_bytes": features}
+
+
+def correlated_features(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ten overlapping classes in 128 features that move together, as a network's do: float32 [N, 128], int32 [N]."""
+    rng = np.random.default_rng(0)
+    centres, mixing = rng.normal(size=(10, 32)), rng.normal(size=(32, 128))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    latent = 0.6 * centres[labels] + rng.normal(size=(count, 32))
+    return (latent @ mixing + 3 * rng.normal(size=(count, 128))).astype(np.float32), labels
+
+
+def solvers() -> dict:
+    (features, labels), (held_out, truth), (tested, answers) = (
+        correlated_features(count, seed) for seed, count in enumerate((20_000, 5_000, 20_000))
+    )
+    mesh, scaler, fitted = make_mesh(), StandardScaler().fit(features), {}
+
+    def by_scikit_learn():
+        rows = scaler.transform(features)
+        fitted["peers"] = [LogisticRegression(C=C, tol=TOLERANCE, max_iter=1000).fit(rows, labels) for C in PENALTIES]
+
+    def by_lbfgs():
+        fitted["ours"] = fit_lbfgs(features, labels, 10, PENALTIES, 1000, mesh)
+        return fitted["ours"].kernel
+
+    seconds = {"ours": median_seconds(by_lbfgs, repeats=1), "scikit_learn": median_seconds(by_scikit_learn, repeats=1)}
+    by_penalty = zip(PENALTIES, fitted["peers"], (fitted["ours"].predict(tested) == answers).mean(axis=1), strict=True)
+    rows = []
+    for C, peer, lbfgs in by_penalty:
+        sgd = fit_sgd(features, labels, 10, RATES, STEPS, 256, 1 / (C * len(features)), 0, mesh)
+        best = int(np.argmax((sgd.predict(held_out) == truth).mean(axis=1)))
+        accuracy = {
+            "scikit_learn": peer.score(scaler.transform(tested), answers),
+            "lbfgs": float(lbfgs),
+            "sgd": float((sgd.predict(tested)[best] == answers).mean()),
+        }
+        points = {name: 100 * (accuracy[name] - accuracy["scikit_learn"]) for name in ("lbfgs", "sgd")}
+        rows.append({"C": C, "accuracy": accuracy, "points_from_scikit_learn": points, "sgd_rate": RATES[best]})
+        print(f"C {C}: {accuracy['scikit_learn']:.2%} by scikit-learn", end="")
+        print(f", ours {points['lbfgs']:+.2f} points by L-BFGS, {points['sgd']:+.2f} by SGD", flush=True)
+    ratio = seconds["scikit_learn"] / seconds["ours"]
+    print(
+        f"all C: ours {seconds['ours']:.1f} s, scikit-learn {seconds['scikit_learn']:.1f} s, {ratio:.2f} times as fast"
+    )
+    return {"features": list(features.shape), "seconds": seconds, "speed_ratio": ratio, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="the JSON to write")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20, help="of a forward pass (default: 20)")
+    parser.add_argument("--write_features", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.write_features:
+        return write_features(args.write_features)
+    if not args.out:
+        parser.error("--out is missing")
+
+    results = {
+        "extraction": extraction(args.batch_size, args.repeats),
+        "memory": memory(),
+        "solvers": solvers(),
+    }
+    write(args.out, {"what": "linear probes, float32, medians"} | results)
+
+
+if __name__ == "__main__":
+    main()

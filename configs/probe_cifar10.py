@@ -1,0 +1,27 @@
+"""Linear probes on CIFAR-10, CIFAR-100 or STL-10 by the paper's protocol, of a model pretrained elsewhere.
+
+    python eval_probe.py --config=configs/probe_cifar10.py --model=runs/imagenet-l --workdir=runs/imagenet-l/cifar10
+    python eval_probe.py --config=configs/probe_cifar10.py:stl10 --model=runs/imagenet-l --workdir=runs/imagenet-l/stl10
+
+L-BFGS on the pooled features of each layer, a tenth of the training images held out to choose among layers and
+penalties (Chen et al. 2020, section 3.1; it does not state the penalties). STL-10 is shrunk from 96 x 96; CIFAR is used
+as it is, so that the model has to read 32 x 32.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import probe_digits
+from igpt.errors import UserError
+
+
+def get_config(dataset: str = "cifar10") -> ConfigDict:
+    if dataset not in ("cifar10", "cifar100", "stl10"):
+        raise UserError(f"configs/probe_cifar10.py:{dataset}: choose cifar10, cifar100 or stl10")
+    config = probe_digits.get_config()
+    config.source = f"tfds:{dataset}"
+    config.preprocess = "shrink" if dataset == "stl10" else "none"
+    config.validation_fraction = 0.1
+    config.batch_size = 128
+    config.baselines = False  # raw pixels and an untrained iGPT-L: an hour each, and no surprise
+    config.inverse_penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    return config

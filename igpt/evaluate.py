@@ -1,0 +1,114 @@
+"""What a model loses on a data set, in nats a token, and how often its classifier is right.
+
+    python -m igpt.evaluate --model=runs/digits
+    python -m igpt.evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
+
+The second compares with the losses in OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from igpt.data import Drops, eval_batches
+from igpt.errors import UserError, reported
+from igpt.examples import Split, check_labels
+from igpt.loss import bits_per_dim, make_loss
+from igpt.metrics import wilson_interval
+from igpt.pretrained import Pretrained, check_same_palette, load, outline, resolve
+
+
+def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5) -> dict:
+    """Means over the images of a split: loss (nats a token, with its standard error), accuracy (with its interval).
+
+    A network with BERT's objective is asked for the positions that each of `masks` masks drops; they vote on the class.
+    """
+    model, objective = pretrained.model.config, pretrained.config.objective
+    graph, params = nnx.split(pretrained.model)
+    classifies = bool(model.num_classes) and split.labels is not None
+    if not (model.pixel_head or classifies):
+        raise UserError("this model has no head that these images could test: it gives features only; probe them")
+    loss = jax.jit(make_loss(graph, float(model.pixel_head), float(classifies)))
+    drops = None if model.causal else Drops(objective.drop_rate, masks)
+    each = {"generative_loss": [], "classification_loss": [], "accuracy": []}
+    for batch in eval_batches(split, pretrained.palette, batch_size, drops=drops):
+        values = jax.device_get(loss(params, batch))
+        if not classifies:
+            values = {"generative_loss": values["loss"]}
+        for name in each.keys() & values.keys():
+            each[name].append(values[name][batch["mask"] > 0])
+    each = {name: np.concatenate(parts) for name, parts in each.items() if parts}
+    results = {"images": len(next(iter(each.values())))}
+    if model.pixel_head:
+        losses = each["generative_loss"].astype(np.float64)
+        results["loss"] = float(losses.mean())
+        results["standard_error"] = float(losses.std() / np.sqrt(len(losses)))
+        if model.causal:
+            height, width = pretrained.config.data.image_size
+            channels = pretrained.config.data.channels
+            results["bits_per_dim"] = bits_per_dim(results["loss"], model.seq_len, height, width, channels)
+    if classifies:
+        correct = int(each["accuracy"].sum())
+        results["classification_loss"] = float(each["classification_loss"].mean())
+        results |= {"accuracy": correct / results["images"], "interval": wilson_interval(correct, results["images"])}
+    return results
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m igpt.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
+    parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest, or the best fine-tuned)")
+    parser.add_argument("--source", help="of the images, as data.source (default: what the model was trained on)")
+    parser.add_argument("--preprocess", help="none, shrink or crop (default: as in training)")
+    parser.add_argument("--data_dir", help="where tensorflow_datasets keeps its data")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default test)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default 64)")
+    parser.add_argument("--masks", type=int, default=5, help="of each image, for BERT (default 5)")
+    parser.add_argument("--json", help="a file for the figures")
+    args = parser.parse_args(argv)
+    with reported():
+        results = _run(args)
+        for name, value in results.items():
+            print(f"{name:<20}{value}")
+
+
+def _run(args) -> dict:
+    from igpt.sources import open_source
+
+    for name in ("batch_size", "masks"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    directory = resolve(args.model)
+    shapes = outline(directory)
+    settings = shapes.config.data
+    for name in ("source", "preprocess", "data_dir"):
+        settings[name] = getattr(args, name) or settings[name]
+    if not settings.source:
+        raise UserError(f"{args.model} was not trained here, so that its images are not known; give --source")
+    source = open_source(settings)
+    check_same_palette(shapes.palette, args.model, source.palette, f"--source={source.name}")
+    split = getattr(source, args.split)
+    if shapes.model.config.num_classes and split.labels is not None:
+        check_labels(split, num_classes=shapes.model.config.num_classes)
+    pretrained = load(directory, args.step)
+    results = {"model": args.model, "step": pretrained.step, "source": source.name, "split": args.split}
+    results |= evaluate(pretrained, split, args.batch_size, args.masks)
+    if args.json:
+        partial = Path(f"{args.json}.partial")
+        try:
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+            os.replace(partial, args.json)
+        except OSError as error:
+            raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a compiled program does, read from its HLO text: collectives, kernels, the TPU compiler's own cycle estimates.
+
+An instruction inside a loop counts as often as the loop runs; the text has a loop once, whatever its length.
+"""
+
+import itertools
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8} | {
+    f"{sign}{bits}": max(bits // 8, 1) for sign in "su" for bits in (4, 8, 16, 32, 64)
+}
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?([^,}\s]+)")
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    line: str
+
+
+class Program:
+    """A module of HLO text: its computations, and how often each runs when the program runs once."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        entry, instructions = None, None
+        for line in text.splitlines():
+            if heading := COMPUTATION.match(line):
+                instructions = self.computations[heading[2]] = []
+                entry = heading[2] if heading[1] else entry
+            elif instructions is not None and " = " in line:
+                instructions.append(_instruction(line))
+        self.times = Counter()
+        self._count(entry, 1)
+
+    def _count(self, name: str, times: int) -> None:
+        self.times[name] += times
+        for instruction in self.computations[name]:
+            loops = self._trips(instruction.line) if instruction.opcode == "while" else 1
+            for called in CALLED.findall(instruction.line):
+                if called.lstrip("%") in self.computations:
+                    self._count(called.lstrip("%"), times * loops)
+
+    def _trips(self, line: str) -> int:
+        """The constant that the loop's counter is compared with; 1 where there is no such thing."""
+        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", line)[1]]
+        constants = [re.search(r"constant\((\d+)\)", other.line) for other in condition if other.opcode == "constant"]
+        return int(constants[0][1]) if len(constants) == 1 and constants[0] else 1
+
+    def __iter__(self):
+        """(instruction, how often it runs)."""
+        for name, times in self.times.items():
+            for instruction in self.computations[name]:
+                yield instruction, times
+
+    def collectives(self) -> dict[str, dict]:
+        """By kind: how many run, and the bytes that they give each device."""
+        found = {}
+        for instruction, times in self:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+                entry["count"] += times
+                entry["bytes"] += times * _result_bytes(instruction)
+        return found
+
+    def kernels(self) -> Counter:
+        """Custom kernels of the TPU by name."""
+        found = Counter()
+        for instruction, times in self:
+            if 'custom_call_target="tpu_custom_call"' in instruction.line:
+                found[re.sub(r"[.\d]+$", "", instruction.name)] += times
+        return found
+
+    def cycles(self) -> int:
+        """The compiler's estimate for the program; it has none for custom kernels."""
+        return sum(
+            times * int(estimate)
+            for instruction, times in self
+            for estimate in re.findall(r'"estimated_cycles":"(\d+)"', instruction.line)
+        )
+
+
+def _instruction(line: str) -> Instruction:
+    name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
+    if rest.startswith("("):
+        depths = itertools.accumulate((character == "(") - (character == ")") for character in rest)
+        end = next(i for i, depth in enumerate(depths) if depth == 0)
+        shape, rest = rest[: end + 1], rest[end + 2 :]
+    else:
+        shape, rest = rest.split(" ", 1)
+    return Instruction(name.lstrip("%"), shape, rest.split("(", 1)[0].strip(), line)
+
+
+def _result_bytes(instruction: Instruction) -> int:
+    """Of the result; the tuple of an asynchronous start holds its operands first, and as many results."""
+    sizes = [
+        BYTES.get(kind, 1) * math.prod(int(side) for side in sides.split(",") if side)
+        for kind, sides in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", instruction.shape)
+    ]
+    return sum(sizes[len(sizes) // 2 :] if instruction.opcode.endswith("-start") else sizes)

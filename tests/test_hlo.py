@@ -1,0 +1,78 @@
+"""The reading of compiled programs, on a text whose every number can be counted by hand and on what XLA writes here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from igpt.hlo import Program
+from igpt.sharding import make_mesh
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %inside = bf16[8,4]{1,0:T(8,128)(2,1)} all-to-all(%p), dimensions={0}
+}
+
+%body (carry: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %carry = (s32[], /*index=1*/bf16[8,4]{1,0}) parameter(0)
+  %x = bf16[8,4]{1,0} get-tuple-element(%carry), index=1
+  %both = (f32[3]{0}, bf16[8,4]{1,0}) all-reduce(%x, %x), to_apply=%add, backend_config={"estimated_cycles":"10"}
+  %mixed = bf16[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"7"}
+  %flash.12 = bf16[8,4]{1,0} custom-call(%mixed), custom_call_target="tpu_custom_call"
+  ROOT %next = (s32[], bf16[8,4]{1,0}) tuple(%i, %flash.12)
+}
+
+%condition (carry: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %carry = (s32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %gathered = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) all-gather-start(%p), dimensions={0}
+  %done = bf16[16,4]{1,0} all-gather-done(%gathered)
+  %loop = (s32[], bf16[8,4]{1,0}) while(%start), condition=%condition, body=%body
+  %flash.3 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+  ROOT %end = bf16[8,4]{1,0} get-tuple-element(%loop), index=1, backend_config={"estimated_cycles":"100"}
+}
+"""
+
+
+def test_what_a_loop_does_counts_as_often_as_it_runs():
+    program = Program(TEXT)
+    assert program.times["body"] == program.times["fused"] == 5 and program.times["main"] == 1
+    assert program.cycles() == 100 + 5 * (10 + 7)
+    assert program.kernels() == {"flash": 6}
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+    assert Program(TEXT).collectives() == {
+        "all-gather": {"count": 1, "bytes": 2 * 16 * 4},  # the operand beside it is no result
+        "all-reduce": {"count": 5, "bytes": 5 * (4 * 3 + 2 * 8 * 4)},
+        "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4},
+    }
+
+
+def test_a_compiled_program_of_eight_devices_is_read():
+    mesh = make_mesh(8)
+    rows = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+
+    def summed(x):  # a product over the rows needs one all-reduce a round
+        return jax.lax.scan(lambda total, w: (total + jnp.sin(w * x).T @ x, None), jnp.zeros((32, 32)), np.arange(3.0))[
+            0
+        ]
+
+    program = Program(jax.jit(summed, out_shardings=NamedSharding(mesh, P())).lower(rows).compile().as_text())
+    found = program.collectives()
+    assert set(found) == {"all-reduce"}
+    assert found["all-reduce"]["bytes"] in (4 * 32 * 32, 3 * 4 * 32 * 32)  # once behind the loop, or in each round
