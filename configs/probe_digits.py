@@ -37,5 +37,5 @@ def get_config() -> ConfigDict:
     mesh.data = -1
     mesh.fsdp = 1
     mesh.tensor = 1
-    mesh.cpu_devices = 0
+    mesh.cpu_devices = 2  # one a core, as in configs/digits.py
     return config

@@ -56,7 +56,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys)
         assert told in output
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["pixels", "bert"])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pixels", "bert"])
 def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path, causal):
     tiny_config.model.update(residual_dropout=0.1, causal=causal)
     train.run(tiny_config, tmp_path / "whole")
