@@ -28,6 +28,7 @@ from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.examples import Source, check_labels, few_labels
 from igpt.features import write_features
+from igpt.files import write_text
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
 from igpt.pretrained import Pretrained, check_same_palette, is_huggingface, load, outline, resolve
@@ -105,9 +106,7 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         results["metrics"] = {
             f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"] for layer in fitted["layers"]
         }
-        partial = workdir / "probe.json.partial"
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, workdir / "probe.json")
+        write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
         probe_curve(results, workdir / "probe.png")
         if config.features_out:  # last: a full disk then costs nothing else
             write_features(dict(zip(SPLITS, features, strict=True)), Path(config.features_out))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from igpt.attention import resolve_backend
 from igpt.errors import UserError, reported
+from igpt.files import write_text
 from igpt.model import ModelConfig
 
 # Fields that change how a run is carried out, not what it computes: free to change when it is resumed.
@@ -161,6 +161,8 @@ def check(config: ConfigDict) -> None:
 def _check_objective(config: ConfigDict) -> None:
     """Raises UserError unless there is something to learn, and a head for it."""
     objective, model = config.objective, config.model
+    if not objective.classification and objective.generative not in (0.0, 1.0):
+        raise UserError(f"objective.generative is {objective.generative}; the only loss that there is has weight 1")
     if not objective.generative + objective.classification > 0:
         raise UserError("objective.generative and objective.classification are both 0: there is nothing to learn")
     if objective.generative and not model.pixel_head:
@@ -220,9 +222,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict:
 
 def save(config: ConfigDict, workdir: Path) -> None:
     """Writes workdir/config.json, whole or not at all."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(config.to_json(indent=2) + "\n")
-    os.replace(partial, workdir / "config.json")
+    write_text(workdir / "config.json", config.to_json(indent=2) + "\n")
 
 
 def load(workdir: Path) -> ConfigDict:

@@ -8,7 +8,6 @@ The second compares with the losses in OpenAI's README: 2.0895 for iGPT-S on Ima
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from flax import nnx
 from igpt.data import Drops, eval_batches
 from igpt.errors import UserError, reported
 from igpt.examples import Split, check_labels
+from igpt.files import write_text
 from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import wilson_interval
 from igpt.pretrained import Pretrained, check_same_palette, load, outline, resolve
@@ -101,10 +101,8 @@ def _run(args) -> dict:
     results = {"model": args.model, "step": pretrained.step, "source": source.name, "split": args.split}
     results |= evaluate(pretrained, split, args.batch_size, args.masks)
     if args.json:
-        partial = Path(f"{args.json}.partial")
         try:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(partial, args.json)
+            write_text(Path(args.json), json.dumps(results, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
     return results

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from igpt.data import Drops, eval_batches
 from igpt.errors import UserError
 from igpt.examples import Split
+from igpt.loss import masks_of
 from igpt.model import ImageGPT
 from igpt.sharding import to_devices
 
@@ -46,8 +47,7 @@ def stream_features(
 @functools.partial(jax.jit, static_argnames=("graph", "layers"))  # compiled once for all splits and checkpoints
 def _features(graph, params, batch, layers) -> Float[Array, "B l M D"]:
     model = nnx.merge(graph, params)
-    masks = jnp.moveaxis(batch["keep"], 1, 0) if "keep" in batch else [None]
-    under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks]
+    under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks_of(batch)]
     return jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
 
 

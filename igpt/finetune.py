@@ -6,7 +6,6 @@ The network's head is `model.num_classes`, the joint objective `igpt.loss.make_l
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -18,7 +17,8 @@ from ml_collections import ConfigDict
 
 from igpt.data import Drops, eval_batches
 from igpt.examples import Source, check_labels, few_labels
-from igpt.loss import vote
+from igpt.files import write_text
+from igpt.loss import masks_of, vote
 from igpt.metrics import wilson_interval
 from igpt.palette import Palette
 from igpt.plots import confusion_picture
@@ -49,8 +49,7 @@ def confusion(
 
     def count(params, batch):
         model = nnx.merge(graph, params)
-        masks = jnp.moveaxis(batch["keep"], 1, 0) if "keep" in batch else [None]
-        classes = jnp.stack([jnp.argmax(model.classify(batch["tokens"], keep), axis=-1) for keep in masks])
+        classes = jnp.stack([jnp.argmax(model.classify(batch["tokens"], keep), axis=-1) for keep in masks_of(batch)])
         C = model.config.num_classes
         true = jax.nn.one_hot(batch["label"], C) * batch["mask"][:, None]
         return replicate(jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes, C), C), precision="highest"))
@@ -74,8 +73,6 @@ def report(workdir: Path, counts: Int[np.ndarray, "C C"], details: dict) -> dict
         "confusion": counts.tolist(),
     }
     if jax.process_index() == 0:
-        partial = workdir / "finetune.json.partial"
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, workdir / "finetune.json")
+        write_text(workdir / "finetune.json", json.dumps(results, indent=1) + "\n")
         confusion_picture(counts, workdir / "confusion.png")
     return results

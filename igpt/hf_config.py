@@ -7,13 +7,13 @@ import copy
 import dataclasses
 import difflib
 import json
-import os
 import reprlib
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 from igpt.errors import UserError
+from igpt.files import write_text
 from igpt.model import ACTIVATIONS, ModelConfig
 
 MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
@@ -278,13 +278,6 @@ def read_json(path: Path) -> dict:
     if level:
         raise UserError(f"{path} is nested more than {MAX_JSON_DEPTH} deep")
     return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _need(name: str, value, holds, what: str) -> None:

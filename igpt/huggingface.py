@@ -22,7 +22,8 @@ from flax import nnx
 from igpt import checkpoint, hf_weights
 from igpt import config as configuration
 from igpt.errors import UserError, reported
-from igpt.hf_config import ImageGPTConfig, from_model_config, read_json, to_model_config, write_text
+from igpt.files import write_text
+from igpt.hf_config import ImageGPTConfig, from_model_config, read_json, to_model_config
 from igpt.model import count_params
 from igpt.palette import Palette
 from igpt.pretrained import Pretrained, is_huggingface, load, network, of_weights, outline, processor_of, resolve

@@ -57,8 +57,7 @@ def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: floa
 
     def loss(params, batch, key=None):
         model = nnx.merge(graph, params)
-        masks = jnp.moveaxis(batch["keep"], 1, 0) if "keep" in batch else [None]
-        each, classes = zip(*[under_mask(model, batch, keep, key) for keep in masks], strict=True)
+        each, classes = zip(*[under_mask(model, batch, keep, key) for keep in masks_of(batch)], strict=True)
         values = {name: sum(losses[name] for losses in each) / len(each) for name in each[0]}
         if not classification:
             return {"loss": generative * values["generative_loss"]}
@@ -68,6 +67,11 @@ def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: floa
         return values
 
     return loss
+
+
+def masks_of(batch: dict) -> list[Bool[Array, "B T"] | None]:
+    """BERT's masks of a batch, one after the other; a single None where nothing is dropped."""
+    return list(jnp.moveaxis(batch["keep"], 1, 0)) if "keep" in batch else [None]
 
 
 def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.files import write_text
 from igpt.hlo import Program
 from igpt.loss import make_loss
 from igpt.metrics import attention_flops_per_image, train_flops_per_image
@@ -320,9 +321,7 @@ def table(results: dict) -> str:
 def write(results: dict, path: str) -> None:
     """Writes the figures, whole or not at all."""
     try:
-        partial = Path(f"{path}.partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, path)
+        write_text(Path(path), json.dumps(results, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json={path} cannot be written: {error.strerror}; name another file") from None
 

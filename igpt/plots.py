@@ -85,6 +85,7 @@ def study_picture(findings: dict, path) -> None:
         if bert := findings.get("3 next pixels against BERT"):
             line(layers, by_layer["layers"], bert["bert_layers"], "BERT", color="tab:green")
         layers.axhline(100 * by_layer["raw_pixels"]["mean"], color="tab:orange", linestyle="--", label="raw pixels")
+        layers.set_xticks(by_layer["layers"])
         layers.legend()
     layers.set(title="linear probe by layer", xlabel="layer", ylabel="test accuracy (%)")
 
@@ -112,10 +113,13 @@ def study_picture(findings: dict, path) -> None:
             if rows:
                 line(few, [row["labels_per_class"] for row in rows], [row[name] for row in rows], label)
         few.set_xscale("log")
+        few.set_xticks(counts := [row["labels_per_class"] for row in of_few["rows"]], counts, minor=False)
+        few.minorticks_off()
         few.legend()
     few.set(title="few labels", xlabel="labels a class", ylabel="test accuracy (%)")
     for panel in axes.flat:
         panel.grid(alpha=0.3)
+        panel.set_visible(panel.has_data())
     _save(figure, path)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.hf_config import read_json, write_text
+from igpt.files import write_text
+from igpt.hf_config import read_json
 from igpt.palette import BYTE_LEVELS, ColorTable, Palette
 from igpt.pixels import rgb_batches
 from igpt.processor_settings import SETTINGS, checked

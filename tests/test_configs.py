@@ -185,6 +185,7 @@ def test_a_configuration_of_another_kind_is_refused():
         ("data.split_seed", -1, "split_seed is -1"),
         ("optim.clip_norm", -1.0, "clip_norm is -1.0"),
         ("objective.eval_masks", 0, "eval_masks is 0"),
+        ("objective.generative", 0.5, "the only loss that there is has weight 1"),
         ("data.labels_per_class", -4, "labels_per_class is -4"),
     ],
 )
