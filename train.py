@@ -6,41 +6,44 @@
     python train.py --config=configs/digits.py --workdir=runs/mine --config.data.source=npz:images.npz \\
         --config.data.image_size="(28,28)" --config.palette.colors=256
 
-Run it again with the same --workdir and it goes on where it stopped. configs/base.py explains every field.
+Run it again with the same --workdir and it goes on where it stopped. configs/base.py explains every field. At SIGTERM
+it saves and ends with code 75. On several hosts the same command runs on each: docs/pods.md.
 """
 
 import dataclasses
-import json
-import math
 import os
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt import checkpoint, data, finetune, pretrained, sample, sources
+from igpt import checkpoint, data, finetune, launch, pretrained, sample, sources
 from igpt import config as configuration
 from igpt import palette as palettes
 from igpt.attention import check_dropout
 from igpt.errors import NonFiniteError, UserError
-from igpt.examples import EncodedImages, Source
-from igpt.loss import bits_per_dim, make_loss, marginal_entropy
+from igpt.examples import Source
+from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import Speed, Writer, progress_bar
-from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
 from igpt.plots import image_grid
+from igpt.preemption import PreemptedError, StopSignal
 from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
 from igpt.state import abstract_state, create_state, make_eval_step, make_train_step
+from igpt.summary import describe, farewell
+
+PROFILED = 3  # steps
+MOST_SKIPPED = 20  # bad steps in a row: nothing good will come any more
 
 
 def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
     """Trains to config.train.steps and returns the last evaluation's metrics (none if it had already finished).
 
-    Raises UserError before anything is written, NonFiniteError when training diverges.
+    Raises UserError before anything is written, NonFiniteError when training diverges, PreemptedError when it was told
+    to stop and has saved, StorageError when it cannot save.
     """
     workdir = check_workdir(workdir)
     configuration.check(config)
@@ -60,6 +63,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     # Images become tokens.
     source = finetune.labelled(sources.open_source(config.data), config)
     palette = find_palette(config, workdir if resuming else None, source)
+    if jax.process_count() > 1:  # k-means on another machine may differ in a last bit
+        palette = Palette(launch.agreed(palette.centers))
     augmentation = data.Augmentation(
         config.data.pad, config.data.pad_mode, config.data.flip, config.data.augment_probability
     )
@@ -85,65 +90,76 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     )
     eval_step = make_eval_step(loss)
 
-    # Where the values come from: 1. this run's newest checkpoint; 2. config.init_from; 3. a fresh start.
-    first_step = max(checkpoint.finished_steps(workdir), default=0) if resuming else 0
-    origin = f"resumed after step {first_step}" if first_step else "fresh"
-    starting_params = None
-    if config.init_from and not first_step:
+    # Where the values come from: 1. this run's newest sound checkpoint; 2. config.init_from; 3. a fresh start.
+    first_step = checkpoint.sound_step(workdir) if resuming else 0
+    progress = checkpoint.Progress(evaluated_step=first_step)
+    origin, starting_params = "fresh", None
+    if first_step:
+        state = checkpoint.restore(workdir, abstract, first_step)
+        progress = checkpoint.progress_at(workdir, first_step) or progress
+        origin = f"resumed after step {first_step}"
+    elif config.init_from:
         pretrained.check_same_network(config.init_from, config)
         starting_params = pretrained.starting_params(config.init_from, mesh)
         origin = f"weights of {config.init_from}"
         if model_config.num_classes and "classifier" not in starting_params:
             origin += ", a new classifier"
-    progress = None  # of fine-tuning: when it was best
-    if config.objective.classification:
-        progress = (checkpoint.progress_at(workdir, first_step) if first_step else None) or checkpoint.Progress()
+
+    def due(step: int, every: int) -> bool:
+        return step == train.steps or step % every == 0
 
     def ended_early() -> bool:
-        return progress is not None and 0 < train.patience <= progress.evaluations_since
+        return 0 < train.patience <= progress.evaluations_since
 
+    unfinished = progress.evaluated_step < first_step and due(first_step, train.eval_every)
     stop = first_step if ended_early() else train.steps
 
     # From here on the run writes.
+    launch.meet()  # nobody is still looking at what is there
     if start_over:
         set_aside(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    writes = jax.process_index() == 0
+    if writes:
+        workdir.mkdir(parents=True, exist_ok=True)
         configuration.save(config, workdir)
         palette.save(workdir / "palette.npy")
-        if stop > first_step:
+        if stop > first_step or unfinished:
             (workdir / "finetune.json").unlink(missing_ok=True)  # of an earlier end
-    checkpoints = checkpoint.open_checkpoints(workdir, train.max_to_keep, progress)
-    if first_step:
-        state = checkpoint.restore(checkpoints, abstract, first_step)
-    else:
+    launch.meet()
+    checkpoints = checkpoint.Checkpoints(workdir, train.max_to_keep, progress)
+    if not first_step:
         state = create_state(model_config, optimizer, mesh, config.seed)
         if starting_params is not None:
             state = dataclasses.replace(state, params=finetune.merge_params(state.params, starting_params))
-    describe(workdir, origin, model_config, state, mesh, source, palette)
+    if writes:
+        describe(workdir, origin, model_config, state, mesh, source, palette)
 
-    writer = Writer(workdir, first_step)
+    writer = Writer(workdir, first_step, unfinished)
     speed = Speed(model_config, train.batch_size)
     bar = progress_bar(first_step, train.steps)
+    tell = bar.write if writes else lambda text: None
     started = time.perf_counter()
     evaluation, step = {}, first_step
     draws = train.num_samples and model_config.causal and config.objective.generative
     skipping = config.data.on_unreadable == "skip"
+    skipped, skipped_in_a_row = int(state.opt_state.skipped), 0
     waiting = None  # (step, metrics) of the newest update: read only once the next one is under way
 
     def report(step: int, metrics: dict) -> None:
+        nonlocal skipped, skipped_in_a_row
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not all(map(math.isfinite, metrics.values())):
-            raise NonFiniteError(
-                f"step {step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}. The last good "
-                f"checkpoint is that of step {checkpoints.latest_step() or 'none'}. Try a lower "
-                "optim.learning_rate, a longer optim.warmup_steps or optim.clip_norm=1 in a new --workdir."
-            )
+        bad = metrics["train/skipped"] > skipped
+        skipped, skipped_in_a_row = int(metrics["train/skipped"]), skipped_in_a_row + 1 if bad else 0
+        if bad:
+            what = f"step {step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}"
+            if train.on_bad_step == "stop" or skipped_in_a_row == MOST_SKIPPED:
+                raise NonFiniteError(bad_step(what, checkpoints.newest(), train.on_bad_step, skipped_in_a_row))
+            tell(f"{what}: skipped, {skipped} so far")
         bar.update(step - bar.n)
         if step == first_step + 1:
             speed.restart(step)  # the first update waited for the compiler
-            bar.write(f"step {step}: train/loss {metrics['train/loss']:.4f}")
-        if step % train.log_every == 0 or step in (first_step + 1, train.steps):
+            tell(f"step {step}: train/loss {metrics['train/loss']:.4f}")
+        if bad or step % train.log_every == 0 or step in (first_step + 1, train.steps):
             metrics |= speed.read(step)
             if skipping:
                 metrics["data/unreadable"] = len(source.unreadable)
@@ -151,64 +167,85 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
             rate = metrics.get("perf/images_per_sec")
             bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
 
+    def look(step: int, signal: StopSignal) -> bool:
+        """Evaluates and samples as is due; whether there is something new that has to be saved."""
+        nonlocal evaluation
+        improved = False
+        if progress.evaluated_step < step and due(step, train.eval_every):
+            held_out = data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows, eval_drops)
+            found = evaluate(eval_step, state.params, held_out, train.eval_batch_size, mesh, signal)
+            if found is None:  # told to stop: a resumed run begins with this evaluation
+                return False
+            evaluation, progress.evaluated_step = found, step
+            if model_config.causal and config.objective.generative:
+                nats = evaluation.get("eval/generative_loss", evaluation["eval/loss"])
+                bits = bits_per_dim(nats, model_config.seq_len, *source.image_size, source.channels)
+                evaluation["eval/bits_per_dim"] = bits
+            writer.write(step, evaluation)
+            if config.objective.classification:
+                improved = progress.note(step, evaluation["eval/accuracy"])
+            tell(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
+        if draws and due(step, train.sample_every) and not signal.requested():
+            with_palette = pretrained.Pretrained(config, nnx.merge(graph, state.params), palette)
+            images = sample.sample_images(with_palette, train.num_samples, config.seed)
+            writer.write_samples(step, image_grid(images))
+        return improved or ended_early()
+
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), StopSignal() as signal:
+            if unfinished:
+                look(first_step, signal)
+                if progress.evaluated_step == first_step:
+                    checkpoints.save(state, first_step)  # again, with what the evaluation found
             for step, batch in enumerate(batches.iterate(first_step, stop, config.data.threads), first_step + 1):
+                if step == train.profile_at:
+                    jax.profiler.start_trace(workdir / "profile")
                 state, metrics = train_step(state, to_devices(batch, train.batch_size, mesh))
+                if train.profile_at and step == min(train.profile_at + PROFILED - 1, stop):
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
                 if waiting is not None:
                     report(*waiting)
                 waiting = step, metrics
-
-                last = step == train.steps
-                evaluating = last or step % train.eval_every == 0
-                sampling = draws and (last or step % train.sample_every == 0)
-                saving = last or step % train.checkpoint_every == 0
-                if not (evaluating or sampling or saving):
+                told = signal.requested()
+                if not (told or any(due(step, train[f"{what}_every"]) for what in ("eval", "sample", "checkpoint"))):
                     continue
-                report(*waiting)  # nothing is evaluated, shown or kept before it is known to be finite
+                report(*waiting)  # nothing is evaluated, shown or kept before it is known to be good
                 waiting = None
-                if evaluating:
-                    batches_once = data.eval_batches(
-                        source.validation, palette, train.eval_batch_size, eval_rows, eval_drops
-                    )
-                    evaluation = evaluate(eval_step, state.params, batches_once, train.eval_batch_size, mesh)
-                    if model_config.causal and config.objective.generative:
-                        nats = evaluation.get("eval/generative_loss", evaluation["eval/loss"])
-                        bits = bits_per_dim(nats, model_config.seq_len, *source.image_size, source.channels)
-                        evaluation["eval/bits_per_dim"] = bits
-                    writer.write(step, evaluation)
-                    if progress is not None:
-                        saving = progress.note(step, evaluation["eval/accuracy"]) or ended_early() or saving
-                    bar.write(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
-                if sampling:
-                    model = nnx.merge(graph, state.params)
-                    with_palette = pretrained.Pretrained(config, model, palette)
-                    images = sample.sample_images(with_palette, train.num_samples, config.seed)
-                    writer.write_samples(step, image_grid(images))
-                if saving:  # last: a run that resumes from here has nothing of this step left to do
-                    checkpoint.save(checkpoints, state, step, progress)
+                new = False if told else look(step, signal)
+                told = signal.requested()
+                if told or new or due(step, train.checkpoint_every):
+                    checkpoints.save(state, step)
+                if told:
+                    break
                 speed.restart(step)
                 if ended_early():
-                    bar.write(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
+                    tell(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
                     break
+            interrupted = signal.requested()
     finally:
         bar.close()
         writer.close()
         checkpoints.close()  # waits for the checkpoint that is being written
+    if interrupted and not (step == train.steps == progress.evaluated_step or ended_early()):
+        raise PreemptedError(
+            f"SIGTERM came; the run is saved after step {step}, and the same command goes on from there"
+        )
 
     if source.unreadable:
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
-    unreported = step > first_step or not (workdir / "finetune.json").exists()
-    if progress is not None and unreported and source.test.labels is not None:
+    unreported = step > first_step or unfinished or not (workdir / "finetune.json").exists()
+    if config.objective.classification and unreported and source.test.labels is not None:
         evaluation |= test_classifier(config, workdir, graph, abstract.params, source, palette, eval_drops, mesh)
-    farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
+    if writes:
+        farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
     return evaluation
 
 
 def check_workdir(workdir: str | Path) -> Path:
     """The workdir as a path that this run can write to, or UserError."""
     if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is a bucket; for now a run directory has to be a local or mounted path")
+        raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
     workdir = Path(workdir)
     nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -251,32 +288,27 @@ def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Pa
     return palette
 
 
-def describe(workdir, origin, model: ModelConfig, state, mesh, source: Source, palette: Palette) -> None:
-    """Says what is about to run: nothing that was chosen automatically stays unsaid."""
-    if jax.process_index() != 0:
-        return
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    in_files = isinstance(source.train.images, EncodedImages)
-    tokens = palette.encode(source.train.images[: 1000 if in_files else 10_000])  # for each pixel's histogram
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(
-        f"run      {workdir} ({origin})\n"
-        f"data     {source.name}: {len(source.train)} images for training, {len(source.validation)} for validation, "
-        f"{len(source.test)} for test\n"
-        f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
-        f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: "
-        f"{marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size):.4f}\n"
-        f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
-        f"{count:,} parameters\n"
-        f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
-        f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
-        flush=True,
+def bad_step(what: str, newest: int | None, on_bad_step: str, in_a_row: int) -> str:
+    """The message for a step that ends a run, with the ways to go on."""
+    there = f"The newest checkpoint is that of step {newest}" if newest else "There is no checkpoint yet"
+    if on_bad_step == "skip":
+        return f"{what}. It was the last of {in_a_row} bad steps in a row, so that training ends. {there}."
+    return (
+        f"{what}. {there}. To resume past it, run the same command with --config.train.on_bad_step=skip. If it comes "
+        "again, try a lower optim.learning_rate, a longer optim.warmup_steps or optim.clip_norm=1 in a new --workdir."
     )
 
 
-def evaluate(eval_step, params, batches, batch_size: int, mesh) -> dict:
-    """eval/...: means over every held-out image."""
-    sums = jax.device_get([eval_step(params, to_devices(batch, batch_size, mesh)) for batch in batches])
+def evaluate(eval_step, params, batches, batch_size: int, mesh, signal: StopSignal) -> dict | None:
+    """eval/...: means over every held-out image; None when told to stop meanwhile."""
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(params, to_devices(batch, batch_size, mesh)))
+        if len(sums) > 1:
+            sums[-2] = jax.device_get(sums[-2])  # the device is one batch ahead, not an evaluation
+        if signal.requested():
+            return None
+    sums[-1] = jax.device_get(sums[-1])
     count = sum(number for _, number in sums)
     return {f"eval/{name}": float(sum(values[name] for values, _ in sums) / count) for name in sums[0][0]}
 
@@ -291,35 +323,6 @@ def test_classifier(config, workdir, graph, abstract_params, source: Source, pal
     return {"test/accuracy": finetune.report(workdir, counts, details)["test_accuracy"]}
 
 
-def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, first_step: int, step: int) -> None:
-    """The result, and what one would want to run next."""
-    if jax.process_index() != 0:
-        return
-    model = config.model
-    if first_step == step:
-        print(f"{workdir} had already finished its {step} steps.")
-    else:
-        minutes, seconds = divmod(round(seconds), 60)
-        unit = "" if config.objective.classification else " nats a token"
-        print(f"finished step {step} in {minutes}:{seconds:02d}; validation loss {evaluation['eval/loss']:.4f}{unit}")
-        if (grid := Path(workdir) / "samples" / f"{step:07d}.png").exists():
-            print(f"samples: {grid}")
-    if (workdir / "finetune.json").exists():
-        results = json.loads((workdir / "finetune.json").read_text())
-        low, high = results["interval"]
-        print(
-            f"best on validation after step {results['step']}: test accuracy {100 * results['test_accuracy']:.1f} % "
-            f"[{100 * low:.1f}, {100 * high:.1f}] of {results['images']['test']} images; {workdir}/confusion.png"
-        )
-    print("next:")
-    print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
-    if model.causal and config.objective.classification:
-        print(f"  python -m igpt.huggingface export --model={workdir} --out=hf_classifier")
-    elif model.causal:
-        print(f"  python -m igpt.sample --model={workdir} --num=16 --out=samples.png")
-        print(f"  python -m igpt.sample --model={workdir} --complete=test --num=7 --out=completions.png")
-
-
 def main(config: ConfigDict, workdir: str, start_over: bool) -> None:
     configuration.check(config)
     if config.mesh.cpu_devices:
@@ -330,6 +333,7 @@ def main(config: ConfigDict, workdir: str, start_over: bool) -> None:
 if __name__ == "__main__":
     configuration.run_app(
         main,
+        distributed=True,
         required={"workdir": "Where the run lives: config, palette, checkpoints, metrics, samples."},
         switches={"start_over": "Set an earlier run in --workdir aside (renamed, not deleted) and begin anew."},
     )

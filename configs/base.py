@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     model.scale_scores_by_layer = False  # by 1 / (l + 1) on top
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
     model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in bfloat16, else chunked
-    model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
+    model.remat = "none"  # computed again to save memory: none | minimal: elementwise | dots: + attention | full: all
     model.scan_layers = True  # False unrolls the layers: slower to compile, sometimes faster to run
 
     config.objective = objective = ConfigDict()
@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     optim.eps = 1e-8  # Adam's; not stated in the paper
     optim.weight_decay = 0.0  # on kernels only, decoupled
     optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
+    optim.spike_sigma = 0.0  # a loss so many deviations above the mean of the last 128 is a bad step; 0: only NaN is
 
     config.train = train = ConfigDict()
     train.steps = 1_000_000  # updates in all
@@ -86,6 +87,8 @@ def get_config() -> ConfigDict:
     train.num_samples = 16  # images in the grid; 0: no grids. BERT's networks and such without pixel_head have none
     train.checkpoint_every = 1000  # steps between checkpoints
     train.max_to_keep = 2  # newest checkpoints kept; fine-tuning keeps that of the best validation accuracy as well
+    train.profile_at = 0  # the first of 3 steps that are recorded into WORKDIR/profile; 0: none
+    train.on_bad_step = "stop"  # of a loss that is not finite, or spikes | skip: leave the network as it is, and count
     train.patience = 0  # fine-tuning: evaluations in a row without a better accuracy after which it ends; 0: it goes on
 
     config.mesh = mesh = ConfigDict()

@@ -1,29 +1,37 @@
 """Checkpoints on disk (Orbax: atomic, asynchronous, resharded on restore).
 
-    WORKDIR/config.json, palette.npy, checkpoints/STEP/{params, optimizer, progress}
+    WORKDIR/config.json, palette.npy, checkpoints/STEP/{params, optimizer, progress, sha256.json}
 
-Parameters and optimizer are separate items, so that whoever only wants the model never reads the moments. Fine-tuning
-has a third, its progress: which step has been the best so far, and how good.
+Parameters and optimizer are separate items, so that whoever only wants the model never reads the moments. `progress`
+is what else a run has to know to go on. A checkpoint carries the digests of its files, written before it is given its
+name: one that is damaged is told from a sound one before it is read.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from igpt.errors import UserError
+from igpt.launch import everywhere, meet
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
+DIGESTS = "sha256.json"
 FILE_BYTES = 64 << 20  # Orbax holds a data file in memory until it is written: its own 2 GiB would weigh as much as L
 
 
 @dataclasses.dataclass
 class Progress:
-    """Of fine-tuning: the evaluation with the highest validation accuracy, and how many there have been since."""
+    """How far evaluations have come; of fine-tuning, also which had the highest accuracy, and how many came since."""
 
+    evaluated_step: int = 0
     best_step: int = 0
     best_accuracy: float = -1.0
     evaluations_since: int = 0
@@ -47,18 +55,119 @@ class _BestToo(preservation_policy.PreservationPolicy):
         return [checkpoint.step == self.progress.best_step for checkpoint in checkpoints]
 
 
-def open_checkpoints(workdir: Path, max_to_keep: int, progress: Progress | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of a run, for writing and reading; close it (or use `with`) so that the last save finishes.
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # igpt.preemption asks the runtime, which expects one caller that counts
 
-    The newest `max_to_keep` are kept, and that of `progress.best_step` as it is at the time of a save.
+
+class StorageError(UserError):
+    """The disk is full, or cannot be written any more."""
+
+    exit_code = 1
+
+
+class Checkpoints:
+    """Those that a run writes; close them (or use `with`) so that the last save finishes.
+
+    The newest `max_to_keep` are kept, and that of `progress.best_step` as it is at the time of a save. All raise
+    StorageError when a save fails, also one that was under way in the background.
     """
-    policies = [preservation_policy.LatestN(max_to_keep), *([_BestToo(progress)] if progress else [])]
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-        enable_async_checkpointing=True,
-        create=True,
-    )
-    return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options)
+
+    def __init__(self, workdir: Path, max_to_keep: int, progress: Progress | None = None):
+        self.workdir, self.progress = workdir.absolute(), progress or Progress()
+        policies = [preservation_policy.LatestN(max_to_keep), _BestToo(self.progress)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            cleanup_tmp_directories=True,  # of saves that a kill cut short
+            create=True,
+        )
+        self._saving = None
+        self._manager = _Manager(self.workdir / FOLDER, options=options)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts writing the state after `step` updates; returns once it is copied off the devices.
+
+        A checkpoint of that step, whose progress is then an older one, is replaced.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._saving = step
+            items = dict(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                progress=ocp.args.JsonSave(dataclasses.asdict(self.progress)),
+            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def newest(self) -> int | None:
+        """The step of the newest that is finished; waits for one that is being written."""
+        with self._told():
+            self._manager.wait_until_finished()
+        return max(finished_steps(self.workdir), default=None)
+
+    def close(self) -> None:
+        with self._told():
+            self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _seal(self) -> None:
+        """Adds the digests; called in the background when all is written and only the directory's name is missing."""
+        for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
+            digests = {str(path.relative_to(unnamed)): _digest(path) for path in _files(unnamed)}
+            (unnamed / DIGESTS).write_text(json.dumps(digests, indent=0))
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except Exception as error:  # of Orbax, TensorStore and the file system, each in its own words
+            kept = sorted(int(path.name) for path in (self.workdir / FOLDER).glob("*") if path.name.isdigit())
+            raise StorageError(
+                f"the checkpoint of step {self._saving} could not be written to {self.workdir / FOLDER}: "
+                f"{str(error).strip().splitlines()[0][-200:]}. "
+                + (f"That of step {kept[-1]} is untouched; " if kept else "There is none yet; ")
+                + "make room, or mend the place, and run the same command again."
+            ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those of the items; beside them Orbax keeps a note that it has yet to finish."""
+    return sorted(path for path in folder.glob("*/**/*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(workdir: Path, step: int, item: str = "") -> str:
+    """What is wrong with the files of a checkpoint, or of one item of it; "" where nothing is.
+
+    Of several processes each reads its share of the files; all have to ask. Checkpoints without digests pass.
+    """
+    folder, found = workdir / FOLDER / str(step), ""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        ours = [name for name in sorted(digests) if name.startswith(item)][jax.process_index() :: jax.process_count()]
+        for name in ours:
+            if not (folder / name).is_file():
+                found = f"{name} is missing"
+            elif _digest(folder / name) != digests[name]:
+                found = f"{name} is not what was written"
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        found = f"{DIGESTS}: {error}"
+    return "" if everywhere(not found) else found or "another process found it damaged"
 
 
 def finished_steps(workdir: Path) -> list[int]:
@@ -74,15 +183,29 @@ def _reader(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=ITEMS)
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, step: int, progress: Progress | None = None) -> None:
-    """Starts writing the state after `step` updates; returns once it is copied off the devices."""
-    items = dict(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-    )
-    if progress:
-        items["progress"] = ocp.args.JsonSave(dataclasses.asdict(progress))
-    checkpoints.save(step, args=ocp.args.Composite(**items))
+def sound_step(workdir: Path) -> int:
+    """The step of the newest checkpoint that is whole, 0 where there has been none. Damaged ones are moved away.
+
+    Raises UserError where all are damaged.
+    """
+    steps = finished_steps(workdir)
+    for step in reversed(steps):
+        reason = damage(workdir, step)
+        if not reason:
+            return step
+        if jax.process_index() == 0:
+            number = 1
+            while (aside := workdir / f"damaged-{step}-{number}").exists():
+                number += 1
+            (workdir / FOLDER / str(step)).rename(aside)
+            print(f"the checkpoint of step {step} is damaged ({reason}): moved to {aside}, going on from an older one")
+        meet()
+    if steps:
+        raise UserError(
+            f"every checkpoint of {workdir} is damaged, and so they were moved to {workdir}/damaged-STEP; restore one "
+            "from a copy, or run with --start_over to begin anew"
+        )
+    return 0
 
 
 def save_params(workdir: Path, params: dict, step: int) -> None:
@@ -97,20 +220,20 @@ def save_params(workdir: Path, params: dict, step: int) -> None:
 
 
 def progress_at(workdir: Path, step: int) -> Progress | None:
-    """What a checkpoint says of a fine-tuning run's progress; None for any other run."""
+    """What a checkpoint says of its run's progress; None of one that has only weights, or is older than that."""
     if not (workdir / FOLDER / str(step) / "progress").is_dir():
         return None
     with _reader(workdir) as checkpoints:
         return Progress(**checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
 
 
-def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState, step: int) -> TrainState:
+def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
     """The state after `step` updates, onto the shardings of `abstract`, whatever mesh wrote it."""
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
         optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
     )
-    found = checkpoints.restore(step, args=items)
+    found = _restored(workdir, step, items)
     return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
 
 
@@ -125,6 +248,18 @@ def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tu
         step = progress.best_step if progress and progress.best_step in steps else steps[-1]
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
+    if reason := damage(workdir, step, "params/"):
+        raise UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
+    return _restored(workdir, step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params, step
+
+
+def _restored(workdir: Path, step: int, items):
     with _reader(workdir) as checkpoints:
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return checkpoints.restore(step, args=items).params, step
+        try:
+            return checkpoints.restore(step, args=items)
+        except Exception as error:  # of Orbax and TensorStore; digests tell damage, so that this is mostly another tree
+            reason = str(error).strip().splitlines()[0][:300]
+            raise UserError(
+                f"the checkpoint of step {step} of {workdir} cannot be read as this network's: {reason}. It may be of "
+                "another version of igpt; its weights alone may still serve another run, as init_from"
+            ) from error

@@ -9,6 +9,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from igpt import launch
 from igpt.attention import resolve_backend
 from igpt.errors import UserError, reported
 from igpt.files import write_text
@@ -34,6 +35,9 @@ FREE_ON_RESUME = (
     "train.checkpoint_every",
     "train.max_to_keep",
     "train.patience",
+    "train.on_bad_step",
+    "train.profile_at",
+    "optim.spike_sigma",
 )
 
 
@@ -53,27 +57,34 @@ READING = dict(
     subset_seed=0,
 )
 OBJECTIVE = dict(generative=1.0, classification=0.0, drop_rate=0.15, eval_masks=5)
-TRAIN = dict(patience=0)
+TRAIN = dict(patience=0, on_bad_step="stop", profile_at=0)
+OPTIM = dict(spike_sigma=0.0)
 
 
 def run_app(
-    main, required: dict[str, str], switches: dict[str, str] | None = None, optional: dict[str, str] | None = None
+    main,
+    required: dict[str, str],
+    switches: dict[str, str] | None = None,
+    optional: dict[str, str] | None = None,
+    distributed: bool = False,
 ) -> None:
     """Runs a script: parses its flags and calls `main(config, **flags)`.
 
     `required`, `optional` and `switches` are the script's own string and boolean flags with their help; --config, a
-    Python file with get_config(), comes on top. A user's mistake ends in one message and exit code 2.
+    Python file with get_config(), comes on top, and for scripts that run on several hosts those of igpt/launch.py.
+    A user's mistake ends in one message and exit code 2.
     """
     switches, optional = switches or {}, optional or {}
+    places = launch.FLAGS if distributed else {}
     config_help = "Python file with get_config(); --config.a.b=value sets a field."
     config_flag = config_flags.DEFINE_config_file("config", None, config_help, lock_config=True)
-    for name, text in (required | optional).items():
+    for name, text in (required | optional | places).items():
         flags.DEFINE_string(name, None, text)
     for name, text in switches.items():
         flags.DEFINE_bool(name, False, text)
     if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__.strip() + "\n\nFlags:")
-        for name, text in ({"config": config_help} | required | optional | switches).items():
+        for name, text in ({"config": config_help} | required | optional | switches | places).items():
             print(f"  --{name:<12}{text}")
         return
     with reported():
@@ -82,6 +93,8 @@ def run_app(
         for name in ("config", *required):
             if not flags.FLAGS[name].value:
                 raise UserError(f"--{name} is missing; see --help for an example")
+        if distributed:
+            launch.join(*(flags.FLAGS[name].value for name in places))
         main(config, **values)
 
 
@@ -144,6 +157,7 @@ def check(config: ConfigDict) -> None:
         "train.checkpoint_every": 1,
         "train.max_to_keep": 1,
         "train.patience": 0,
+        "train.profile_at": 0,
         "data.labels_per_class": 0,
         "data.subset_seed": 0,
         "objective.generative": 0.0,
@@ -155,6 +169,8 @@ def check(config: ConfigDict) -> None:
     for name, smallest in least.items():
         if values[name] < smallest:
             raise UserError(f"{name} is {values[name]}; it must be at least {smallest}")
+    if config.train.on_bad_step not in ("stop", "skip"):
+        raise UserError(f"train.on_bad_step is {config.train.on_bad_step!r}; choose stop or skip")
     _check_objective(config)
 
 
@@ -232,7 +248,7 @@ def load(workdir: Path) -> ConfigDict:
         config = ConfigDict(json.loads(path.read_text()))
         check_network(config)
         config.objective = config.get("objective", ConfigDict())
-        for section, defaults in (("data", READING), ("objective", OBJECTIVE), ("train", TRAIN)):
+        for section, defaults in (("data", READING), ("objective", OBJECTIVE), ("train", TRAIN), ("optim", OPTIM)):
             for name in defaults.keys() - config.get(section, defaults).keys():
                 config[section][name] = defaults[name]
         return config

@@ -76,12 +76,13 @@ class Speed:
 class Writer:
     """metrics.jsonl (a record a line), TensorBoard events and sample grids of one run; silent but on process 0."""
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: Path, first_step: int, unfinished: bool = False):
+        """A run that resumes after `first_step`; `unfinished`: that step's evaluation is still to come."""
         self.active = jax.process_index() == 0
         if not self.active:
             return
         path = workdir / "metrics.jsonl"
-        _forget_after(path, first_step)
+        _forget_after(path, first_step, unfinished)
         self.lines = path.open("a")
         self.events = SummaryWriter(str(workdir), purge_step=first_step + 1)
         self.samples = workdir / "samples"
@@ -90,7 +91,7 @@ class Writer:
         """Numbers of one step, on disk when this returns."""
         if not self.active:
             return
-        values = {name: float(value) for name, value in values.items()}
+        values = {name: float(value) for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         self.lines.write(json.dumps({"step": step} | values) + "\n")
         self.lines.flush()
         for name, value in values.items():
@@ -110,14 +111,16 @@ class Writer:
             self.events.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops records later than `step`, which a killed run wrote and its successor will write again."""
+def _forget_after(path: Path, step: int, unfinished: bool) -> None:
+    """Drops what a killed run wrote and its successor will write again: records later than `step`, and perhaps its
+    evaluation."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] < step + 1 - (unfinished and "eval/loss" in record):
                 kept.append(line)
         except (ValueError, KeyError):  # the line that was being written when the run was killed
             continue

@@ -9,6 +9,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +32,7 @@ RULES = (
     (r"blocks\.(out|down)\.bias", P()),  # [L, D]
     (r"(blocks\.attention_norm|blocks\.mlp_norm|final_norm)\.gain", P()),  # [L, D], [D]
     (r"(head|classifier)\.kernel", P("fsdp", None)),  # [D, V], [D, C]
-    (r"step|count", P()),  # scalars
+    (r"step|count|losses|updates|skipped", P()),  # counters, and the guard's memory
 )
 
 
@@ -39,7 +40,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     """The mesh over all devices (or those given). One axis may be -1: whatever the others leave."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # a size is no product of the torus's sides, such as 2 on 4 x 4 x 8: split one
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
+
+
+def one_device() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(data=1, devices=jax.local_devices()[:1])
+
+
+def add_mesh_arguments(parser) -> None:
+    """The mesh of a command that only uses a model: make_mesh(fsdp=args.fsdp, tensor=args.tensor)."""
+    parser.add_argument("--fsdp", type=int, default=1, help="split the parameters over so many devices (default 1)")
+    parser.add_argument("--tensor", type=int, default=1, help="split each layer's heads over so many (default 1)")
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
@@ -91,9 +108,14 @@ def shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def batch_shards(mesh) -> int:
+    """How many parts a batch is split into; 1 outside a mesh."""
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Every device must get the same number of examples of every micro-batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if batch_size < 1 or accumulate < 1 or batch_size % (shards * accumulate):
         lower = batch_size // (shards * accumulate) * shards * accumulate
         raise UserError(
@@ -126,13 +148,18 @@ def to_devices(batch: dict, batch_size: int, mesh: Mesh) -> dict:
 
 def shard_batch(x: jax.Array) -> jax.Array:
     """Keeps the leading dimension split over the batch axes; outside a mesh (one device, sampling) does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    return _constrain(x, BATCH)
+
+
+def shard_cache(x: jax.Array) -> jax.Array:
+    """Keeps a layer's cached keys or values [B, N, T, K] split by example and head; outside a mesh does nothing."""
+    return _constrain(x, P(*BATCH, "tensor"))
 
 
 def replicate(x: jax.Array) -> jax.Array:
     """Gives every device the whole of x, so that any process can read it; outside a mesh does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P())
+    return _constrain(x, P())
+
+
+def _constrain(x: jax.Array, spec: P) -> jax.Array:
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)

@@ -57,7 +57,7 @@ def _fresh(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
 
 def make_train_step(
     loss: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     abstract: TrainState,
     accumulate: int = 1,
@@ -83,10 +83,11 @@ def make_train_step(
             means, grads = loss_and_grads(state.params, batch, key)
         else:
             means, grads = _averaged(loss_and_grads, state.params, batch, key, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=means["loss"])
         metrics = {f"train/{name}": mean for name, mean in means.items()} | {
             "train/grad_norm": optax.tree.norm(grads),
-            "train/learning_rate": jnp.asarray(schedule(state.step)),
+            "train/learning_rate": jnp.asarray(schedule(state.opt_state.updates)),
+            "train/skipped": opt_state.skipped,
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 

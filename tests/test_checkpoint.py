@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -18,9 +20,9 @@ def optimizer():
 
 def saved(tmp_path, mesh, steps=(3,), seed=0):
     state = create_state(TINY, optimizer(), mesh, seed)
-    with checkpoint.open_checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         for step in steps:
-            checkpoint.save(checkpoints, state, step)
+            checkpoints.save(state, step)
     return state
 
 
@@ -33,8 +35,7 @@ def test_what_one_mesh_wrote_another_reads(tmp_path, sizes):
     written = saved(tmp_path, make_mesh(2, 2, 2))
     mesh = make_mesh(*sizes)
     _, abstract = abstract_state(TINY, optimizer(), mesh)
-    with checkpoint.open_checkpoints(tmp_path, 2) as checkpoints:
-        read = checkpoint.restore(checkpoints, abstract, 3)
+    read = checkpoint.restore(tmp_path, abstract, 3)
     assert_equal(written, read)
     assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -55,9 +56,9 @@ def test_the_best_is_kept_however_old_read_first_and_given_up_for_a_better_one(t
     state, progress = create_state(TINY, optimizer(), make_mesh(), 0), checkpoint.Progress()
     kept = {}
     for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.1), (4, 0.7), (5, 0.9), (6, 0.8)):
-        with checkpoint.open_checkpoints(tmp_path, 1, progress) as checkpoints:
+        with checkpoint.Checkpoints(tmp_path, 1, progress) as checkpoints:
             progress.note(step, accuracy)
-            checkpoint.save(checkpoints, state, step, progress)
+            checkpoints.save(state, step)
         kept[step] = checkpoint.finished_steps(tmp_path)
         assert checkpoint.progress_at(tmp_path, step) == progress
         assert checkpoint.restore_params(tmp_path, state.params)[1] == progress.best_step
@@ -65,7 +66,32 @@ def test_the_best_is_kept_however_old_read_first_and_given_up_for_a_better_one(t
     assert checkpoint.restore_params(tmp_path, state.params, step=6)[1] == 6
 
 
-def test_a_run_without_progress_has_its_newest_read(tmp_path):
+def test_of_a_run_without_a_best_step_the_newest_is_read(tmp_path):
     state = saved(tmp_path, make_mesh(), steps=(2, 4))
-    assert checkpoint.progress_at(tmp_path, 4) is None
+    assert checkpoint.progress_at(tmp_path, 4) == checkpoint.Progress()
     assert checkpoint.restore_params(tmp_path, state.params)[1] == 4
+
+
+def test_a_checkpoint_has_the_digest_of_every_file_of_its_items(tmp_path):
+    saved(tmp_path, make_mesh(2, 4))
+    folder = tmp_path / "checkpoints" / "3"
+    files = {
+        str(path.relative_to(folder))
+        for item in checkpoint.ITEMS
+        for path in (folder / item).rglob("*")
+        if path.is_file()
+    }
+    assert (
+        files - {f"{item}/commit_success.txt" for item in checkpoint.ITEMS}
+        <= json.loads((folder / checkpoint.DIGESTS).read_text()).keys()
+    )
+    assert checkpoint.damage(tmp_path, 3) == ""
+
+
+def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
+    state, progress = create_state(TINY, optimizer(), make_mesh(), 0), checkpoint.Progress()
+    with checkpoint.Checkpoints(tmp_path, 2, progress) as checkpoints:
+        checkpoints.save(state, 3)
+        progress.evaluated_step = 3
+        checkpoints.save(state, 3)
+    assert checkpoint.progress_at(tmp_path, 3) == progress and checkpoint.finished_steps(tmp_path) == [3]

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -40,7 +41,7 @@ def test_an_update_is_adam_by_hand():
     state, value = optimizer.init(params), np.array([1.0, -2.0])
     for step in range(1, 4):
         grad = value * step
-        updates, state = optimizer.update({"head": {"kernel": jnp.asarray(grad)}}, state, params)
+        updates, state = optimizer.update({"head": {"kernel": jnp.asarray(grad)}}, state, params, loss=jnp.ones(()))
         params = optax.apply_updates(params, updates)
         moments = [0.9 * moments[0] + 0.1 * grad, 0.95 * moments[1] + 0.05 * grad**2]
         value = value - 0.1 * (moments[0] / (1 - 0.9**step)) / (np.sqrt(moments[1] / (1 - 0.95**step)) + 1e-8)
@@ -54,7 +55,7 @@ def test_weight_decay_touches_kernels_only():
         "norm": {"gain": jnp.ones(2)},
         "token_table": jnp.ones(2),
     }
-    updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
+    updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params, loss=jnp.ones(()))
     assert (updates["up"]["kernel"] < 0).all()
     for untouched in (updates["up"]["bias"], updates["norm"]["gain"], updates["token_table"]):
         assert (untouched == 0).all()
@@ -65,8 +66,8 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
     free, _ = make_optimizer(settings(eps=1.0), steps=9)
     params = {"head": {"kernel": jnp.zeros(2)}}
     large, unit = ({"head": {"kernel": jnp.array(g)}} for g in ([30.0, 40.0], [0.6, 0.8]))
-    ours, _ = clipped.update(large, clipped.init(params), params)
-    expected, _ = free.update(unit, free.init(params), params)
+    ours, _ = clipped.update(large, clipped.init(params), params, loss=jnp.ones(()))
+    expected, _ = free.update(unit, free.init(params), params, loss=jnp.ones(()))
     np.testing.assert_allclose(ours["head"]["kernel"], expected["head"]["kernel"], rtol=1e-6)
 
 
@@ -81,3 +82,44 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(settings(**change), steps=9)
+
+
+def trained(losses, grads=None, **changes):
+    """Parameters after each update, and the last state, of one number whose gradient is 1 or as given."""
+    optimizer, _ = make_optimizer(settings(learning_rate=0.1, schedule="constant", **changes), steps=999)
+    params = {"head": {"kernel": jnp.ones(1)}}
+    state, found = optimizer.init(params), []
+    update = jax.jit(optimizer.update)
+    for loss, grad in zip(losses, grads or [1.0] * len(losses), strict=True):
+        tree = {"head": {"kernel": jnp.full(1, grad, jnp.float32)}}
+        updates, state = update(tree, state, params, loss=jnp.float32(loss))
+        params = optax.apply_updates(params, updates)
+        found.append(float(params["head"]["kernel"][0]))
+    return found, state
+
+
+@pytest.mark.parametrize(("loss", "grad"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, -np.inf)])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been_and_counted(loss, grad):
+    without, state_without = trained([2.0] * 4)
+    with_it, state = trained([2.0, 2.0, loss, 2.0, 2.0], [1.0, 1.0, grad, 1.0, 1.0])
+    assert with_it == [*without[:2], without[1], *without[2:]]
+    assert state.skipped == 1 and state.updates == 4
+    jax.tree.map(np.testing.assert_array_equal, state._replace(skipped=jnp.int32(0)), state_without)
+
+
+def test_a_spike_is_told_by_the_spread_of_the_last_128_good_losses():
+    quiet = [1.0, 3.0] * 64  # mean 2, deviation 1
+    _, state = trained([*quiet, 8.1, 7.9, np.nan, 9.0], spike_sigma=6.0)
+    assert state.skipped == 3 and state.updates == 129
+    _, state = trained([*quiet[:-1], 99.0], spike_sigma=6.0)
+    assert state.skipped == 0  # 127 say too little
+    _, state = trained([*quiet, 99.0], spike_sigma=0.0)
+    assert state.skipped == 0
+    _, state = trained([*[50.0] * 40, *quiet, 9.0], spike_sigma=6.0)
+    assert state.skipped == 1  # the old ones are forgotten
+
+
+@pytest.mark.parametrize("sigma", [-1.0, 0.5, np.inf, np.nan])
+def test_a_spike_sigma_that_would_skip_good_steps_is_refused(sigma):
+    with pytest.raises(UserError, match="optim.spike_sigma is"):
+        make_optimizer(settings(spike_sigma=sigma), steps=9)

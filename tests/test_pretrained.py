@@ -97,10 +97,10 @@ def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
 def test_a_fine_tuned_run_gives_its_best_step_and_any_other_that_is_named(tmp_path):
     run_directory(tmp_path)
     progress, mesh = checkpoint.Progress(), make_mesh()
-    with checkpoint.open_checkpoints(tmp_path, 1, progress) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, 1, progress) as checkpoints:
         for step, accuracy in ((2, 0.9), (4, 0.5)):
             progress.note(step, accuracy)
-            checkpoint.save(checkpoints, create_state(TINY, optimizer(), mesh, seed=step), step, progress)
+            checkpoints.save(create_state(TINY, optimizer(), mesh, seed=step), step)
     one, other = igpt.load(tmp_path), igpt.load(tmp_path, step=4)
     assert (one.step, other.step) == (2, 4)
     for step, pretrained in ((2, one), (4, other)):

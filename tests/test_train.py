@@ -1,10 +1,7 @@
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -13,9 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from igpt import checkpoint
-from igpt import loss as loss_module
-from igpt.errors import NonFiniteError, UserError
+from igpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,31 +51,6 @@ def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys)
         assert told in output
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pixels", "bert"])
-def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path, causal):
-    tiny_config.model.update(residual_dropout=0.1, causal=causal)
-    train.run(tiny_config, tmp_path / "whole")
-
-    class Interrupted(Exception):
-        pass
-
-    real_save, train.checkpoint.save = train.checkpoint.save, None
-    try:
-
-        def save_then_stop(*arguments):
-            real_save(*arguments)
-            raise Interrupted
-
-        train.checkpoint.save = save_then_stop
-        with pytest.raises(Interrupted):
-            train.run(tiny_config, tmp_path / "parts")
-    finally:
-        train.checkpoint.save = real_save
-    train.run(tiny_config, tmp_path / "parts")
-    assert_bitwise_equal(final_arrays(tmp_path / "whole", 6), final_arrays(tmp_path / "parts", 6))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-
-
 def test_bert_learns_dropped_pixels_from_ln_v_downwards_and_promises_no_samples(tiny_config, tmp_path, capsys):
     tiny_config.model.update(causal=False, depth=1)
     evaluation = train.run(tiny_config, tmp_path / "run")
@@ -92,52 +62,6 @@ def test_bert_learns_dropped_pixels_from_ln_v_downwards_and_promises_no_samples(
     assert "samples:" not in output and "igpt.sample" not in output and "eval_probe.py" in output
 
 
-@pytest.mark.parametrize("name", ["digits", "finetune_digits"])
-def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path, name):
-    """Real processes, a real SIGKILL, two devices."""
-    steps = {"digits": 120, "finetune_digits": 80}[name]
-    command = [
-        sys.executable, "train.py", f"--config=configs/{name}.py", f"--config.train.steps={steps}",
-        "--config.optim.warmup_steps=5", "--config.train.checkpoint_every=10", "--config.train.eval_every=30",
-        "--config.train.num_samples=0", "--config.train.log_every=1", "--config.model.width=24",
-        "--config.model.depth=2", "--config.model.num_heads=2", "--config.model.residual_dropout=0.1",
-        "--config.train.batch_size=16", "--config.train.patience=0",
-    ]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-
-    def start(workdir):
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted, process = start(whole), start(killed)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(path.name.isdigit() for path in killed.glob("checkpoints/*")):  # one is finished
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 10 <= max(losses(killed)) < steps
-    output = uninterrupted.communicate(timeout=300)[0]
-    assert uninterrupted.returncode == 0, output.decode()
-    again = start(killed)
-    output = again.communicate(timeout=300)[0].decode()
-    assert again.returncode == 0, output
-    assert "resumed after step " in output
-    assert_bitwise_equal(final_arrays(whole, steps), final_arrays(killed, steps))
-    assert losses(killed) == losses(whole)
-    if name == "finetune_digits":
-        assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
-        assert (killed / "finetune.json").read_bytes() == (whole / "finetune.json").read_bytes()
-        assert checkpoint.finished_steps(killed) == checkpoint.finished_steps(whole)
-
-
 def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
     train.run(tiny_config, tmp_path / "run")
     before = records(tmp_path / "run")
@@ -145,23 +69,6 @@ def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
     train.run(tiny_config, tmp_path / "run")
     assert records(tmp_path / "run") == before
     assert "already finished its 6 steps" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
-    real = loss_module.next_pixel
-
-    def poisoned(logits, tokens):  # once the head has grown past what three updates of this run can make of it
-        return real(logits, tokens) * jax.numpy.where(abs(logits).max() > 0.2, jax.numpy.nan, 1.0)
-
-    monkeypatch.setattr(loss_module, "next_pixel", poisoned)
-    tiny_config.train.update(steps=40, checkpoint_every=1, eval_every=40, sample_every=40, num_samples=0)
-    with pytest.raises(NonFiniteError, match=r"step \d+: loss nan.*checkpoint is that of step \d+.*learning_rate"):
-        train.run(tiny_config, tmp_path / "run")
-    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    finite = losses(tmp_path / "run")
-    assert max(steps) == max(finite) and np.isfinite(list(finite.values())).all()
-    arrays = final_arrays(tmp_path / "run", max(steps))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays["params"]))
 
 
 def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_config, tmp_path, monkeypatch):

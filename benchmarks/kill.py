@@ -1,0 +1,197 @@
+"""Does a run survive? SIGKILL at random moments, SIGTERM at random steps; then every byte is compared.
+
+python benchmarks/kill.py --out=benchmarks/results/kill_cpu.json
+
+A run of eight CPU devices (data 2 x fsdp 2 x tensor 2, dropout, evaluations, checkpoints) is killed and started again
+until 30 kills are done; one of two processes 10 times; a run told to stop by SIGTERM 20 times. Runs that end on the
+way are begun anew. Each must end with the parameters, optimizer state, progress and losses of one that nobody
+touched. Moments are drawn from a seed, but what a process does at a moment is chance.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from report import write
+
+from igpt import checkpoint
+
+ROOT = Path(__file__).parents[1]
+FIELDS = [
+    "--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=2", "--config.model.num_heads=4",
+    "--config.model.residual_dropout=0.1", "--config.train.batch_size=32", "--config.train.num_samples=0",
+    "--config.train.log_every=1", "--config.train.eval_every=20", "--config.train.checkpoint_every=7",
+    "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+]  # fmt: skip
+
+
+def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for index in range(processes):
+        arguments = [*FIELDS, f"--workdir={workdir}", f"--config.train.steps={steps}"]
+        arguments += [f"--config.mesh.cpu_devices={8 // processes}"]
+        if processes > 1:
+            arguments += [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={index}"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "train.py", *arguments],
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+    return started
+
+
+def finish(workdir: Path, steps: int, processes: int) -> None:
+    codes = [process.wait() for process in start(workdir, steps, processes)]
+    if any(codes):
+        raise SystemExit(f"a run that nobody touched ended with {codes}")
+
+
+def records(workdir: Path) -> list[dict]:
+    try:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def outcome(workdir: Path, steps: int) -> tuple[dict, list[dict], dict]:
+    """The arrays of the last checkpoint as bytes by path, the records but for speed, the progress."""
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_names=checkpoint.ITEMS) as manager:
+        wanted = {item: ocp.args.StandardRestore() for item in ("params", "optimizer")}
+        found = dict(manager.restore(steps, args=ocp.args.Composite(**wanted)))
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    known = [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records(workdir)]
+    return arrays, known, vars(checkpoint.progress_at(workdir, steps))
+
+
+def phase(workdir: Path) -> str:
+    """What the run was at when it was killed, as far as its files tell."""
+    if not (found := records(workdir)):
+        return "before the first step"
+    if any(not path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
+        return "during a save"
+    return "during an evaluation" if found[-1]["step"] % 20 == 0 and "eval/loss" not in found[-1] else "between"
+
+
+def killed(folder: Path, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random) -> dict:
+    """Kills runs until `kills` are done and the last has ended; how many ended otherwise than `whole`."""
+    phases, ended, differing, run = Counter(), 0, 0, 0
+    while sum(phases.values()) < kills:
+        run += 1
+        workdir = folder / f"killed-{processes}-{run}"
+        while True:
+            running = start(workdir, steps, processes)
+            if sum(phases.values()) < kills:
+                deadline = time.monotonic() + rng.uniform(0.5, patience)
+                while time.monotonic() < deadline and running[0].poll() is None:
+                    time.sleep(0.01)
+                if running[0].poll() is None:
+                    phases[phase(workdir)] += 1
+                    for process in rng.sample(running, len(running)):
+                        process.kill()
+                        time.sleep(rng.uniform(0.0, 0.5) if processes > 1 else 0.0)
+            codes = [process.wait() for process in running]
+            if not any(codes):
+                break
+            if set(codes) != {-signal.SIGKILL}:
+                raise SystemExit(f"a run ended with {codes}")
+        ended += 1
+        differing += outcome(workdir, steps) != whole
+        print(
+            f"{processes} process(es): run {run} ended, {sum(phases.values())} kills {dict(phases)}, {differing} differ"
+        )
+        shutil.rmtree(workdir)
+    return {"processes": processes, "kills": kills, "phases": dict(phases), "runs": ended, "differing": differing}
+
+
+def terminated(folder: Path, whole, steps: int, signals: int, rng: random.Random) -> dict:
+    """SIGTERM at random steps: how often the run had saved the last step that it made, and ended with code 75."""
+    saved, sent, run, differing, seconds = 0, 0, 0, 0, []
+    while sent < signals:
+        run += 1
+        workdir = folder / f"terminated-{run}"
+        while True:
+            before = len(records(workdir))
+            [process] = start(workdir, steps, 1)
+            more = rng.randint(1, 25)
+            while process.poll() is None and (sent == signals or len(records(workdir)) < before + more):
+                time.sleep(0.01)
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                at = time.monotonic()
+                sent += 1
+                code = process.wait()
+                seconds.append(time.monotonic() - at)
+                last = max(record["step"] for record in records(workdir))
+                steps_kept = checkpoint.finished_steps(workdir)
+                saved += code in (0, 75) and bool(steps_kept) and steps_kept[-1] == last
+                if code == 75:
+                    continue
+            if process.wait() == 0:
+                break
+            raise SystemExit(f"a run ended with {process.returncode}")
+        differing += outcome(workdir, steps) != whole
+        print(f"SIGTERM: run {run} ended, {saved} of {sent} saved, {differing} differ")
+        shutil.rmtree(workdir)
+    return {
+        "signals": signals,
+        "saved": saved,
+        "runs": run,
+        "differing": differing,
+        "seconds_to_end": {"median": float(np.median(seconds)), "most": max(seconds)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="the JSON to write")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills_of_two", type=int, default=10)
+    parser.add_argument("--signals", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, begun = random.Random(args.seed), time.monotonic()
+    results = {
+        "what": "runs killed at random moments against one that nobody touched, byte by byte",
+        "steps": args.steps,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = {}
+        for processes in (1, 2):
+            finish(folder / f"whole-{processes}", args.steps, processes)
+            whole[processes] = outcome(folder / f"whole-{processes}", args.steps)
+        results["one process, 8 devices"] = killed(folder, whole[1], args.steps, 1, args.kills, 20.0, rng)
+        results["two processes of 4 devices"] = killed(folder, whole[2], args.steps, 2, args.kills_of_two, 40.0, rng)
+        results["SIGTERM"] = terminated(folder, whole[1], args.steps, args.signals, rng)
+    results["seconds"] = time.monotonic() - begun
+    write(args.out, results)
+    bad = sum(part["differing"] for part in results.values() if isinstance(part, dict))
+    if bad or results["SIGTERM"]["saved"] != args.signals:
+        raise SystemExit("not everything survived")
+
+
+if __name__ == "__main__":
+    main()

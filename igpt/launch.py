@@ -1,0 +1,229 @@
+"""Several processes, one program: every host starts the same command, and here they find each other.
+
+    python train.py ... --coordinator=host0:12345 --processes=4 --process=I
+
+Nothing has to be said on Cloud TPU, under SLURM's srun, in Kubernetes' indexed jobs or under Open MPI's mpirun: JAX
+reads who and where it is from the environment, and its own runtime (jax.distributed) connects all. Before that comes a
+roll call, since the runtime aborts without a word that counts when a host is missing.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from igpt.errors import UserError
+
+FLAGS = {
+    "coordinator": "HOST:PORT of process 0, where it is not found by itself (Cloud TPU, SLURM, Kubernetes, Open MPI).",
+    "processes": "How many processes there are in all; 1: this one alone, whatever the environment says.",
+    "process": "Which of them this is, from 0.",
+    "join_timeout": "Seconds to wait for all of them (default 300).",
+}
+LONGEST = 1 << 16  # bytes of a message in the roll call
+
+
+class MissingProcessError(UserError):
+    """Not all processes came in time."""
+
+    exit_code = 1
+
+
+class Place(NamedTuple):
+    """A process among all."""
+
+    coordinator: str
+    processes: int
+    process: int
+    local_devices: list[int] | None = None
+
+
+def join(coordinator=None, processes=None, process=None, join_timeout=None) -> None:
+    """Connects this process with the others; does nothing where there are none. Call it before anything of JAX.
+
+    All may be strings, of the command line. Raises UserError for what cannot be meant, MissingProcessError with counts.
+    """
+    timeout = _number("join_timeout", join_timeout, 1, 86400) if join_timeout else 300
+    place = named(coordinator, processes, process) if coordinator or processes or process else detected(timeout)
+    if place is None or place.processes == 1:
+        return
+    roll_call(place, timeout)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        place.coordinator,
+        place.processes,
+        place.process,
+        place.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=timeout,
+    )
+
+
+def add_arguments(parser) -> None:
+    """The flags of `join` for an argparse command."""
+    group = parser.add_argument_group("several processes")
+    for name, text in FLAGS.items():
+        group.add_argument(f"--{name}", help=text)
+
+
+def join_from(args) -> None:
+    """`join` with what `add_arguments` gave."""
+    join(*(getattr(args, name) for name in FLAGS))
+
+
+def named(coordinator, processes, process) -> Place | None:
+    """The place that flags name; None for a process alone."""
+    if not processes:
+        raise UserError("--coordinator and --process need --processes, the number of all of them")
+    count = _number("processes", processes, 1, 1 << 20)
+    if count == 1:
+        return None
+    host, _, port = (coordinator or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or process is None:
+        raise UserError(
+            f"--processes={count} needs --coordinator=HOST:PORT, the address of process 0, and --process=0 to "
+            f"{count - 1}, which differs on each; given were --coordinator={coordinator} and --process={process}"
+        )
+    return Place(coordinator, count, _number("process", process, 0, count - 1))
+
+
+def _number(name: str, value, low: int, high: int) -> int:
+    text = str(value)
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"--{name}={value}; give a whole number from {low} to {high}")
+    return int(text)
+
+
+def detected(timeout: int) -> Place | None:
+    """The place that the environment gives this process, as JAX reads it; None where it says nothing of several."""
+    # Private, but the only list of clusters that JAX knows; jax.distributed.initialize reads the same one.
+    from jax._src.clusters import ClusterEnv
+
+    indexed = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & set(os.environ)
+    if "KUBERNETES_SERVICE_HOST" in os.environ and not indexed:
+        return None  # a pod alone
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+    except Exception as error:  # of a scheduler's variables, metadata server or API: anything
+        raise UserError(
+            f"this environment looks like a cluster's, but does not say which process this is ({error}); give "
+            "--coordinator, --processes and --process, or --processes=1"
+        ) from None
+    return None if None in found[:3] else Place(*found)
+
+
+def roll_call(place: Place, timeout: float) -> None:
+    """Returns once all processes have come; on time-out tells each that came how many did, and which did not."""
+    if place.process == 0:
+        _call(place, time.monotonic() + timeout, timeout)
+    else:
+        _answer(place, time.monotonic() + timeout, timeout)
+
+
+def _call(place: Place, deadline: float, timeout: float) -> None:
+    """Process 0: listens on the port that the runtime will take over."""
+    present: dict[int, socket.socket] = {}
+    try:
+        port = int(place.coordinator.rpartition(":")[2])
+        listener = socket.create_server(("", port), backlog=place.processes, reuse_port=False)
+    except OSError as error:
+        reason = f"process 0 cannot listen at {place.coordinator}: {error.strerror}"
+        raise UserError(f"{reason}; choose another port") from None
+    verdict = "all"
+    with listener:
+        while verdict == "all" and len(present) < place.processes - 1:
+            listener.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                peer, _ = listener.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, place.processes)) - set(present))
+                verdict = (
+                    f"{len(present) + 1} of {place.processes} processes came in {timeout:.0f} seconds; missing: "
+                    f"{', '.join(map(str, missing[:20]))}{' and others' if len(missing) > 20 else ''}. See whether "
+                    f"they were started, by the same command, and whether they reach {place.coordinator}; "
+                    "--join_timeout waits longer"
+                )
+                break
+            claim = _read(peer, 5.0).split()
+            if len(claim) != 3 or claim[0] != "igpt" or not (claim[1] + claim[2]).isdecimal():
+                peer.close()  # somebody else's knock
+                continue
+            process, processes = int(claim[1]), int(claim[2])
+            if processes != place.processes or not 0 < process < processes or process in present:
+                verdict = (
+                    f"a process says that it is number {process} of {processes}; process 0 was told that there are "
+                    f"{place.processes}" + (f", and number {process} is there already" if process in present else "")
+                )
+            present[process if process not in present else -1] = peer
+        for peer in present.values():
+            with peer:
+                _send(peer, verdict)
+    if verdict != "all":
+        raise MissingProcessError(verdict)
+
+
+def _answer(place: Place, deadline: float, timeout: float) -> None:
+    """Any other process: knocks until process 0 is there, says who it is, and waits for the verdict."""
+    host, _, port = place.coordinator.rpartition(":")
+    reason = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5.0) as peer:
+                _send(peer, f"igpt {place.process} {place.processes}")
+                verdict = _read(peer, deadline + 10.0 - time.monotonic())  # process 0 may have started later
+            if verdict == "all":
+                return
+            if verdict:
+                raise MissingProcessError(verdict)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        time.sleep(0.2)
+    raise MissingProcessError(
+        f"process {place.process} of {place.processes} did not reach process 0 at {place.coordinator} in "
+        f"{timeout:.0f} seconds ({reason}); see whether it was started, and whether the address is right"
+    )
+
+
+def _send(peer: socket.socket, text: str) -> None:
+    with contextlib.suppress(OSError):  # it has gone away: its own error is the better one
+        peer.sendall(text.encode()[: LONGEST - 1] + b"\n")
+
+
+def _read(peer: socket.socket, seconds: float) -> str:
+    """A line, or what came of it in that time."""
+    data, deadline = b"", time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        while not data.endswith(b"\n") and len(data) < LONGEST:
+            peer.settimeout(max(deadline - time.monotonic(), 0.01))
+            part = peer.recv(4096)
+            if not part:
+                break
+            data += part
+    return data.decode(errors="replace").strip()
+
+
+def meet() -> None:
+    """Returns once every process is here."""
+    everywhere(True)
+
+
+def agreed(values: np.ndarray) -> np.ndarray:
+    """Process 0's numbers, for every process; all have to ask."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def everywhere(true: bool) -> bool:
+    """Whether it is true of every process; all have to ask."""
+    if jax.process_count() == 1:
+        return true
+    from jax.experimental import multihost_utils
+
+    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(true))).all())
