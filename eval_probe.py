@@ -7,7 +7,8 @@
         --config.steps=all
 
 Prints accuracy by layer beside two baselines fitted in the same way: the raw pixels, and an untrained network of
-the same shape. Writes probe.json and probe.png to --workdir.
+the same shape. Writes probe.json and probe.png to --workdir. Where several processes share the devices, all run this
+command, and each keeps all features in a folder of its own while it runs.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
     Raises UserError before anything is computed.
     """
     check(config)
-    workdir = Path(workdir)
+    workdir, first = Path(workdir), jax.process_index() == 0
     check_features_out(config.features_out, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batch_size("batch_size", config.batch_size, 1, mesh)
@@ -92,7 +93,7 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         if len(steps) > 1:
             results["checkpoints"] = checkpoints
         results["images"] = {name: len(part.labels) for name, part in zip(SPLITS, features, strict=True)}
-        if source.unreadable:
+        if source.unreadable and first:  # of what this process has read
             print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
         best = fitted["best_layer"]
         if config.concatenate:
@@ -106,9 +107,10 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         results["metrics"] = {
             f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"] for layer in fitted["layers"]
         }
-        write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
-        probe_curve(results, workdir / "probe.png")
-        if config.features_out:  # last: a full disk then costs nothing else
+        if first:
+            write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
+            probe_curve(results, workdir / "probe.png")
+        if config.features_out and first:  # last: a full disk then costs nothing else
             write_features(dict(zip(SPLITS, features, strict=True)), Path(config.features_out))
     return results
 
@@ -259,12 +261,14 @@ def main(config: ConfigDict, model: str, workdir: str) -> None:
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     results = run(config, model, workdir)
-    print(table(results))
-    print(f"wrote {workdir}/probe.json and {workdir}/probe.png")
+    if jax.process_index() == 0:
+        print(table(results))
+        print(f"wrote {workdir}/probe.json and {workdir}/probe.png")
 
 
 if __name__ == "__main__":
     configuration.run_app(
         main,
         {"model": "A run or Hugging Face directory, or a hub id.", "workdir": "Where probe.json and probe.png go."},
+        distributed=True,
     )

@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -21,6 +22,7 @@ from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn", "splash")
 CHUNK = 256  # queries and keys a block; see benchmarks/attention.py
+KEPT = "attention"  # names what the backward pass needs of the forward: see REMAT in igpt/model.py
 SPLASH_BLOCKS = (512, 256, 128)  # queries and keys a block of the TPU's kernel: the largest that divides T
 
 
@@ -122,8 +124,8 @@ def _chunked_forward(q, k, v, causal):
     per_query = jnp.zeros((count, batch, heads, size), jnp.float32)
     start = (jnp.zeros(q_blocks.shape, jnp.float32), per_query + jnp.finfo(jnp.float32).min, per_query)
     (out, peak, total), _ = jax.lax.scan(step, start, _block_pairs(count, causal))
-    out = _unblock(out / jax.vmap(_per_query)(total), q.shape[1]).astype(v.dtype)
-    return out, (q, k, v, out, peak + jnp.log(total))
+    out = checkpoint_name(_unblock(out / jax.vmap(_per_query)(total), q.shape[1]).astype(v.dtype), KEPT)
+    return out, (q, k, v, out, checkpoint_name(peak + jnp.log(total), KEPT))
 
 
 def _chunked_backward(causal, residuals, d_out):
@@ -210,6 +212,7 @@ def _splash_local(q, k, v, causal, interpret):
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     scaled = (q.astype(jnp.float32) / jnp.sqrt(q.shape[-1])).astype(q.dtype)  # the kernel does not scale scores

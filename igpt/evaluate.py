@@ -3,7 +3,8 @@
     python -m igpt.evaluate --model=runs/digits
     python -m igpt.evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
 
-The second compares with the losses in OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32.
+The second compares with the losses in OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. All devices take part;
+where several processes share them, all run this command.
 """
 
 import argparse
@@ -13,7 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from igpt import launch
 from igpt.data import Drops, eval_batches
 from igpt.errors import UserError, reported
 from igpt.examples import Split, check_labels
@@ -21,27 +24,38 @@ from igpt.files import write_text
 from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import wilson_interval
 from igpt.pretrained import Pretrained, check_same_palette, load, outline, resolve
+from igpt.sharding import add_mesh_arguments, batch_shards, make_mesh, one_device, process_rows, replicate, to_devices
 
 
-def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5) -> dict:
+def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:
     """Means over the images of a split: loss (nats a token, with its standard error), accuracy (with its interval).
 
     A network with BERT's objective is asked for the positions that each of `masks` masks drops; they vote on the class.
+    `mesh` is the one that the model was loaded onto.
     """
+    mesh = mesh or one_device()
+    batch_size += -batch_size % batch_shards(mesh)
+    rows = process_rows(batch_size, mesh)
     model, objective = pretrained.model.config, pretrained.config.objective
     graph, params = nnx.split(pretrained.model)
     classifies = bool(model.num_classes) and split.labels is not None
     if not (model.pixel_head or classifies):
         raise UserError("this model has no head that these images could test: it gives features only; probe them")
-    loss = jax.jit(make_loss(graph, float(model.pixel_head), float(classifies)))
+    loss = make_loss(graph, float(model.pixel_head), float(classifies))
+
+    @jax.jit
+    def of_every_image(params, batch):
+        return jax.tree.map(replicate, loss(params, batch) | {"mask": batch["mask"]})
+
     drops = None if model.causal else Drops(objective.drop_rate, masks)
     each = {"generative_loss": [], "classification_loss": [], "accuracy": []}
-    for batch in eval_batches(split, pretrained.palette, batch_size, drops=drops):
-        values = jax.device_get(loss(params, batch))
-        if not classifies:
-            values = {"generative_loss": values["loss"]}
-        for name in each.keys() & values.keys():
-            each[name].append(values[name][batch["mask"] > 0])
+    with jax.set_mesh(mesh):
+        for batch in eval_batches(split, pretrained.palette, batch_size, rows, drops):
+            values = jax.device_get(of_every_image(params, to_devices(batch, batch_size, mesh)))
+            if not classifies:
+                values["generative_loss"] = values["loss"]
+            for name in each.keys() & values.keys():
+                each[name].append(values[name][values["mask"] > 0])
     each = {name: np.concatenate(parts) for name, parts in each.items() if parts}
     results = {"images": len(next(iter(each.values())))}
     if model.pixel_head:
@@ -72,11 +86,15 @@ def main(argv=None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default 64)")
     parser.add_argument("--masks", type=int, default=5, help="of each image, for BERT (default 5)")
     parser.add_argument("--json", help="a file for the figures")
+    add_mesh_arguments(parser)
+    launch.add_arguments(parser)
     args = parser.parse_args(argv)
     with reported():
+        launch.join_from(args)
         results = _run(args)
-        for name, value in results.items():
-            print(f"{name:<20}{value}")
+        if jax.process_index() == 0:
+            for name, value in results.items():
+                print(f"{name:<20}{value}")
 
 
 def _run(args) -> dict:
@@ -97,10 +115,11 @@ def _run(args) -> dict:
     split = getattr(source, args.split)
     if shapes.model.config.num_classes and split.labels is not None:
         check_labels(split, num_classes=shapes.model.config.num_classes)
-    pretrained = load(directory, args.step)
+    mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
+    pretrained = load(directory, args.step, mesh)
     results = {"model": args.model, "step": pretrained.step, "source": source.name, "split": args.split}
-    results |= evaluate(pretrained, split, args.batch_size, args.masks)
-    if args.json:
+    results |= evaluate(pretrained, split, args.batch_size, args.masks, mesh)
+    if args.json and jax.process_index() == 0:
         try:
             write_text(Path(args.json), json.dumps(results, indent=1) + "\n")
         except OSError as error:

@@ -19,7 +19,7 @@ from igpt.errors import UserError
 from igpt.examples import Split
 from igpt.loss import masks_of
 from igpt.model import ImageGPT
-from igpt.sharding import to_devices
+from igpt.sharding import process_rows, replicate, to_devices
 
 
 def stream_features(
@@ -34,21 +34,25 @@ def stream_features(
     """Batches of f^l, one forward pass for all `layers` (default: all), with the labels of their images.
 
     With `drops`, BERT's, an image is seen under each of M masks; else M is 1. Unreadable images are left out.
+    Of several processes each reads its rows of a batch, and each is given the features of all.
     """
     graph, params = nnx.split(model)
+    rows = process_rows(batch_size, mesh)
     layers = tuple(range(model.config.depth + 1) if layers is None else layers)
     with jax.set_mesh(mesh):
-        for batch in eval_batches(split, tokenizer, batch_size, drops=drops):
-            used = batch["mask"] > 0
-            features = _features(graph, params, to_devices(batch, batch_size, mesh), layers)
-            yield np.asarray(features)[used], batch["label"][used]
+        for batch in eval_batches(split, tokenizer, batch_size, rows, drops):
+            everywhere = _features(graph, params, to_devices(batch, batch_size, mesh), layers)
+            features, labels, mask = jax.device_get(everywhere)
+            yield features[mask > 0], labels[mask > 0]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "layers"))  # compiled once for all splits and checkpoints
-def _features(graph, params, batch, layers) -> Float[Array, "B l M D"]:
+def _features(graph, params, batch, layers) -> tuple[Float[Array, "B l M D"], Int[Array, "B"], Float[Array, "B"]]:
+    """Features, labels and mask of a whole batch, for every process."""
     model = nnx.merge(graph, params)
     under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks_of(batch)]
-    return jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
+    features = jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
+    return replicate(features), replicate(batch["label"]), replicate(batch["mask"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from igpt.data import EpochOrder
 from igpt.loss import cross_entropy
-from igpt.sharding import BATCH, check_batch_size
+from igpt.sharding import BATCH, batch_shards, check_batch_size, process_rows, replicate, to_devices
 
 CHUNK = 1 << 12  # rows read and predicted at a time
 STEPS_AT_ONCE = 64  # of SGD, between two visits to the host
@@ -90,13 +90,14 @@ def fit_lbfgs(
     just two classes scikit-learn keeps one vector, the difference of ours: there its C means twice ours.
     """
     scale, count = Scale.of(features), len(features)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    padding = -count % shards
-    rows = jax.device_put(np.pad(scale(features), [(0, padding), (0, 0)]), NamedSharding(mesh, BATCH))
-    targets = jax.device_put(np.pad(labels, (0, padding)), NamedSharding(mesh, BATCH))
-    weights = jax.device_put(np.pad(np.full(count, 1 / count, np.float32), (0, padding)), NamedSharding(mesh, BATCH))
-    penalties = jnp.asarray([1 / (C * count) for C in inverse_penalties], jnp.float32)
+    padded = count + -count % batch_shards(mesh)
+    numbers = np.arange(padded)[process_rows(padded, mesh)]
+    real = np.minimum(numbers, count - 1)
+    weights = np.where(numbers < count, np.float32(1 / count), np.float32(0))
+    batch = dict(rows=scale(features[real]), targets=labels[real], weights=weights)
+    penalties = np.array([1 / (C * count) for C in inverse_penalties], np.float32)
     with jax.set_mesh(mesh):
+        rows, targets, weights = to_devices(batch, padded, mesh).values()
         (kernel, bias), converged = _minimise(rows, targets, weights, penalties, num_classes, max_iter)
     return Classifiers(kernel, bias, scale, np.asarray(converged))
 
@@ -132,7 +133,7 @@ def _minimise(rows, targets, weights, penalties, num_classes, max_iter):
         return params, gradient
 
     params, gradient = jax.vmap(fit)(penalties)
-    return params, gradient <= 10 * TOLERANCE
+    return jax.tree.map(replicate, (params, gradient <= 10 * TOLERANCE))
 
 
 def fit_sgd(
@@ -148,28 +149,31 @@ def fit_sgd(
 ) -> Classifiers:
     """SGD with momentum 0.9 and a cosine to zero (Chen et al. 2020, section 3.4), for each rate of `learning_rates`.
 
-    Features are standardised, and may lie in a file: a batch at a time is read. Batches are spread over the mesh.
+    Features are standardised, and may lie in a file: a batch at a time is read. Batches are spread over the mesh, and
+    each process reads its own rows of them.
     """
     check_batch_size("sgd.batch_size", batch_size, 1, mesh)
     scale, order = Scale.of(features), EpochOrder(len(features), seed)
-    rates, D = jnp.asarray(learning_rates, jnp.float32), features.shape[1]
+    rates, D = np.asarray(learning_rates, np.float32), features.shape[1]
+    mine, placement = process_rows(batch_size, mesh), NamedSharding(mesh, P(None, *BATCH))
 
     def zeros():
         return jnp.zeros((len(rates), D, num_classes)), jnp.zeros((len(rates), num_classes))
 
-    carry = jax.device_put((zeros(), zeros()), NamedSharding(mesh, P()))  # parameters and momentum
-    placement = NamedSharding(mesh, P(None, *BATCH))
+    def spread(x):
+        return jax.make_array_from_process_local_data(placement, x, (len(x), batch_size, *x.shape[2:]))
+
+    # Parameters and momentum; made on the devices, since a process may put nothing onto another's.
+    carry = jax.jit(lambda: (zeros(), zeros()), out_shardings=NamedSharding(mesh, P()))()
     with jax.set_mesh(mesh):
         for start in range(0, steps, STEPS_AT_ONCE):
             number = np.arange(start, min(start + STEPS_AT_ONCE, steps))
             indices = order[np.arange(number[0] * batch_size, (number[-1] + 1) * batch_size)]
-            wanted = np.sort(indices)  # a file is read faster in its own order
-            back = np.searchsorted(wanted, indices)
-            rows = scale(features[wanted])[back].reshape(len(number), batch_size, D)
-            targets = labels[indices].reshape(len(number), batch_size)
-            share = jnp.asarray(0.5 * (1 + np.cos(np.pi * number / steps)), jnp.float32)
-            batches = jax.device_put((rows, targets), placement)
-            carry = _descend(carry, *batches, share, rates, jnp.float32(weight_decay))
+            indices = indices.reshape(len(number), batch_size)[:, mine]
+            wanted, back = np.unique(indices, return_inverse=True)  # a file is read faster in its own order
+            rows = scale(features[wanted])[back.reshape(indices.shape)]
+            share = np.asarray(0.5 * (1 + np.cos(np.pi * number / steps)), np.float32)
+            carry = _descend(carry, spread(rows), spread(labels[indices]), share, rates, np.float32(weight_decay))
     (kernel, bias), _ = carry
     return Classifiers(kernel, bias, scale, np.isfinite(np.asarray(bias)).all(axis=1))
 
@@ -192,4 +196,4 @@ def _descend(carry, rows, targets, share, rates, weight_decay):
 
         return (jax.tree.map(moved, params, momentum), momentum), None
 
-    return jax.lax.scan(step, carry, (rows, targets, share))[0]
+    return jax.tree.map(replicate, jax.lax.scan(step, carry, (rows, targets, share))[0])

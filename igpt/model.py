@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from igpt.attention import BACKENDS, attend_to_cache, attention
+from igpt.attention import BACKENDS, KEPT, attend_to_cache, attention
 from igpt.errors import UserError
-from igpt.sharding import replicate, shard_batch
+from igpt.sharding import replicate, shard_batch, shard_cache
 
 # Sizes: Chen et al. 2020, table 2; heads from OpenAI's README. XL's heads were never published: 24 (size 128) is ours.
 PRESETS = {
@@ -27,10 +27,20 @@ PRESETS = {
     "xl": dict(width=3072, depth=60, num_heads=24, seq_len=4096),
 }
 
-REMAT = {  # what the backward pass may keep of a block instead of computing it again
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_NAMED = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+
+def _products_and_attention(primitive, *inputs, **params):
+    by_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # JAX's name of the kernel, which names no outputs
+    return by_cudnn or _PRODUCTS(primitive, *inputs, **params) or _NAMED(primitive, *inputs, **params)
+
+
+REMAT = {  # what the backward pass keeps of a block; it computes the rest again
+    "none": None,  # all that it needs
+    "minimal": _products_and_attention,  # their outputs: only what is elementwise is computed again
+    "dots": _PRODUCTS,  # the outputs of products with parameters: attention is computed again as well
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input
 }
 
 
@@ -256,8 +266,9 @@ class ImageGPT(nnx.Module):
         x, outputs = self.run_blocks(self.embed(inputs))
         last = jax.lax.dynamic_slice_in_dim(x, given - 1, 1, axis=1)
         room = [(0, 0), (0, 0), (0, 0), (0, self.config.seq_len - inputs.shape[1]), (0, 0)]
-        keys, values = (jnp.pad(jnp.swapaxes(kv, 2, 3), room) for kv in (outputs.keys, outputs.values))  # [L,B,N,T,K]
-        return self.logits(self.final_norm(last))[:, 0], KVCache(tuple(keys), tuple(values))
+        padded = (jnp.pad(jnp.swapaxes(kv, 2, 3), room) for kv in (outputs.keys, outputs.values))  # [L, B, N, T, K]
+        cache = KVCache(*(tuple(map(shard_cache, layers)) for layers in padded))
+        return self.logits(self.final_norm(last))[:, 0], cache
 
     def decode(
         self, blocks: list[Block], token: Int[Array, "B"], position: Int[Array, ""], cache: KVCache

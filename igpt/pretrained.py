@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,7 +21,7 @@ from igpt.hf_config import read_json
 from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
 from igpt.processor import ImageGPTImageProcessor
-from igpt.sharding import make_mesh
+from igpt.sharding import one_device
 from igpt.state import with_shardings
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -48,7 +47,7 @@ def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> 
     directory = resolve(ref)
     pretrained = outline(directory)
     graph, params = nnx.split(pretrained.model)
-    mesh = mesh or make_mesh(data=1, devices=jax.local_devices()[:1])
+    mesh = mesh or one_device()
     params, step = params_of(directory, with_shardings(nnx.to_pure_dict(params), mesh), step)
     return pretrained._replace(model=nnx.merge(graph, params), step=step)
 

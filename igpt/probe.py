@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -123,7 +124,7 @@ class Probe:
     def fit_layers(self, parts: list[Features], title: str) -> dict:
         layers = [
             {"layer": layer} | self.fit(parts, [layer])
-            for layer in tqdm(self.layers, desc=title, unit="layer", leave=False)
+            for layer in tqdm(self.layers, desc=title, unit="layer", leave=False, disable=jax.process_index() != 0)
         ]
         best = max(layers, key=lambda layer: layer["validation_accuracy"])
         return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": layers}

@@ -5,6 +5,8 @@
     python -m igpt.sample --model=runs/faces --complete=photo.png --num=7 --out=completions.png
 
 Completions are drawn a row an image: what the model was shown, its --num continuations, and the original.
+All devices take part, each with images of its own unless --tensor lets several share one. Where several processes share
+the devices, all run this command; the first writes the picture.
 """
 
 import argparse
@@ -17,9 +19,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from igpt import launch
 from igpt.errors import UserError, reported
 from igpt.model import ImageGPT
-from igpt.sharding import replicate
+from igpt.sharding import add_mesh_arguments, batch_shards, make_mesh, replicate, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ def padded_length(length: int, most: int) -> int:
 def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p):
     model = nnx.merge(graph, params)
     blocks = model.unstack_blocks()
+    inputs, keys = shard_batch(inputs), shard_batch(keys)
 
     def draw(logits, position):
         if greedy:
@@ -154,10 +158,14 @@ def kept_rows(keep: float, rows: int) -> int:
 
 
 def _in_batches(pretrained, prefix, keys, sampling, batch_size) -> np.ndarray:
-    """Samples at most `batch_size` images at a time; the last batch is filled up so that one program serves all."""
+    """Samples at most `batch_size` images at a time, or one a device of the mesh around.
+
+    A batch is filled up with its last image, so that one program serves all and the devices get equally many.
+    """
     grid = pretrained.palette.grid(*pretrained.config.data.image_size)
     count, images = len(prefix), []
     batch_size = min(batch_size, count)
+    batch_size += -batch_size % batch_shards(jax.sharding.get_abstract_mesh())
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         tokens = np.asarray(sample_tokens(pretrained.model, prefix[rows], keys[rows], sampling))
@@ -181,8 +189,11 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest, or the best of fine-tuning)")
     parser.add_argument("--batch_size", type=int, default=64, help="images sampled at a time (default 64)")
+    add_mesh_arguments(parser)
+    launch.add_arguments(parser)
     args = parser.parse_args(argv)
     with reported():
+        launch.join_from(args)
         _run(args)
 
 
@@ -196,11 +207,15 @@ def _run(args) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    check_writable(args.out)
-    pretrained = load(args.model, args.step)
+    first = jax.process_index() == 0
+    if first:
+        check_writable(args.out)
+    mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
+    pretrained = load(args.model, args.step, mesh)
     settings = pretrained.config.data
     if not args.complete:
-        picture = image_grid(sample_images(pretrained, args.num, args.seed, sampling, args.batch_size))
+        with jax.set_mesh(mesh):
+            picture = image_grid(sample_images(pretrained, args.num, args.seed, sampling, args.batch_size))
     else:
         if args.complete == "test":
             if not settings.source:
@@ -208,14 +223,16 @@ def _run(args) -> None:
             images = open_source(settings).test.images[: args.images]
         else:
             images = read_image(args.complete, *settings.image_size, settings.channels)[None]
-        finished = complete_images(pretrained, images, args.keep, args.num, args.seed, sampling, args.batch_size)
+        with jax.set_mesh(mesh):
+            finished = complete_images(pretrained, images, args.keep, args.num, args.seed, sampling, args.batch_size)
         originals = pretrained.palette.decode(pretrained.palette.encode(images))
         shown = originals.copy()
         shown[:, kept_rows(args.keep, images.shape[1]) :] = 255
         rows = np.concatenate([shown[:, None], finished, originals[:, None]], axis=1)
         picture = image_grid(rows.reshape(-1, *images.shape[1:]), columns=args.num + 2)
-    save_png(picture, args.out)
-    print(f"wrote {args.out}")
+    if first:
+        save_png(picture, args.out)
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -231,7 +231,14 @@ def test_cached_decoding_equals_the_full_forward(given):
 
 
 @pytest.mark.parametrize(
-    "change", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}, {"attention": "reference"}]
+    "change",
+    [
+        {"scan_layers": False},
+        {"remat": "minimal"},
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"attention": "reference"},
+    ],
 )
 def test_ways_of_computing_agree_in_loss_and_gradients(monkeypatch, change):
     monkeypatch.setattr(attention_module, "CHUNK", 4)  # several blocks, and a rest
@@ -252,13 +259,13 @@ def test_ways_of_computing_agree_in_loss_and_gradients(monkeypatch, change):
 
 def test_remat_keeps_less_for_the_backward_pass():
     def temporaries(remat):
-        config = ModelConfig(width=32, depth=6, num_heads=2, vocab_size=11, seq_len=64, remat=remat)
+        config = ModelConfig(width=32, depth=6, num_heads=2, vocab_size=11, seq_len=320, remat=remat)  # two blocks
         graph, params = nnx.split(ImageGPT(config, nnx.Rngs(0)))
         tokens = random_tokens(config, batch=8)
         step = jax.jit(jax.grad(lambda p: next_pixel(nnx.merge(graph, p)(tokens), tokens).mean()))
         return step.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries("full") < temporaries("dots") < temporaries("none")
+    assert temporaries("full") < temporaries("dots") < temporaries("minimal") < temporaries("none")
 
 
 def test_dropout_needs_a_key_and_repeats_with_it():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
+from test_eval_probe import write_run
 from test_model import TINY, random_model
 
+from igpt import sample
 from igpt.errors import UserError
 from igpt.model import ModelConfig
 from igpt.palette import Palette
@@ -81,20 +83,8 @@ def test_top_1_is_greedy():
         np.testing.assert_array_equal(sample_tokens(model, nothing(3), image_keys(0, 3), sampling), greedy)
 
 
-def test_sharded_sampling_gives_the_tokens_of_one_device():
-    config = ModelConfig(width=16, depth=2, num_heads=4, vocab_size=11, seq_len=13)
-    model = random_model(config)
-    alone = sample_tokens(model, nothing(8), image_keys(0, 8))
-    mesh = make_mesh(2, 2, 2)
-    graph, params = nnx.split(model)
-    params = jax.device_put(nnx.to_pure_dict(params), shardings(nnx.to_pure_dict(params), mesh))
-    with jax.set_mesh(mesh):
-        together = sample_tokens(nnx.merge(graph, params), nothing(8), image_keys(0, 8))
-    np.testing.assert_array_equal(together, alone)
-
-
-def pretrained(height=3, width=4):
-    config = ModelConfig(width=14, depth=2, num_heads=2, vocab_size=11, seq_len=height * width)
+def pretrained(height=3, width=4, model_width=14, num_heads=2):
+    config = ModelConfig(width=model_width, depth=2, num_heads=num_heads, vocab_size=11, seq_len=height * width)
     greys = Palette((np.linspace(-1, 1, 11))[:, None].repeat(3, axis=1))
     return Pretrained(ConfigDict({"data": {"image_size": (height, width)}}), random_model(config), greys)
 
@@ -105,6 +95,36 @@ def test_images_do_not_depend_on_how_many_are_made_at_a_time():
     assert images.shape == (7, 3, 4, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(sample_images(ours, num=7, seed=1, batch_size=3), images)
     np.testing.assert_array_equal(sample_images(ours, num=2, seed=1), images[:2])
+
+
+def on_mesh(ours, mesh):
+    graph, params = nnx.split(ours.model)
+    params = nnx.to_pure_dict(params)
+    return ours._replace(model=nnx.merge(graph, jax.device_put(params, shardings(params, mesh))))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_images_are_the_same_on_any_mesh_also_where_its_devices_do_not_divide_them(monkeypatch, sizes):
+    ours, mesh, batches = pretrained(model_width=16, num_heads=4), make_mesh(*sizes), []
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), np.uint8)
+    alone = complete_images(ours, images, keep=0.4, num=1, seed=1)
+
+    def noted(model, prefix, *arguments):
+        batches.append(len(prefix))
+        return sample_tokens(model, prefix, *arguments)
+
+    monkeypatch.setattr(sample, "sample_tokens", noted)
+    with jax.set_mesh(mesh):
+        together = complete_images(on_mesh(ours, mesh), images, keep=0.4, num=1, seed=1, batch_size=3)
+    np.testing.assert_array_equal(together, alone)
+    assert batches == {8: [8], 4: [4, 4], 2: [4, 4]}[sizes[0] * sizes[1]]
+
+
+def test_the_command_makes_the_same_picture_however_its_devices_share_the_work(tmp_path):
+    run = write_run(tmp_path / "run", source="", steps=(2,), depth=1)
+    for name, flags in (("apart", []), ("shared", ["--fsdp=2", "--tensor=2"])):
+        sample.main([f"--model={run}", "--num=3", f"--out={tmp_path}/{name}.png", *flags])
+    assert (tmp_path / "apart.png").read_bytes() == (tmp_path / "shared.png").read_bytes()
 
 
 def test_completed_images_keep_their_upper_rows():

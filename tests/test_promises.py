@@ -1,0 +1,139 @@
+"""What the compiled programs move between devices, read from the HLO that XLA's partitioner makes for eight of them."""
+
+import functools
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from configs import base
+from igpt.hlo import COLLECTIVES, Program
+from igpt.loss import make_loss
+from igpt.model import ModelConfig
+from igpt.optim import make_optimizer
+from igpt.sample import _generate
+from igpt.sharding import BATCH, make_mesh
+from igpt.state import abstract_state, make_eval_step, make_train_step
+
+B, L, D, N, K, F, V, T = 16, 5, 48, 8, 6, 56, 11, 13
+GIVEN = 2  # inputs that a sampler starts from
+KERNELS = {"qkv": (D, 3, N, K), "out": (N, K, D), "up": (D, F), "down": (F, D)}  # of one layer
+TABLES = {"token_table": (V + 1, D), "position_table": (T, D)}
+
+
+def parts(data, fsdp, tensor, **changes):
+    """Mesh, network and abstract state on the first of the devices, as many as the mesh takes."""
+    mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+    config = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, **changes)
+    optimizer, schedule = make_optimizer(base.get_config().optim, steps=10)
+    return mesh, optimizer, schedule, *abstract_state(config, optimizer, mesh)
+
+
+def rows(mesh, dtype, *shape):
+    return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=NamedSharding(mesh, BATCH))
+
+
+@functools.cache
+def train_step(*sizes, **changes):
+    mesh, optimizer, schedule, graph, abstract = parts(*sizes, **changes)
+    step = make_train_step(make_loss(graph), optimizer, schedule, abstract)
+    with jax.set_mesh(mesh):
+        return abstract, step.lower(abstract, {"tokens": rows(mesh, jnp.int32, T)}).compile()
+
+
+def eval_step(*sizes):
+    mesh, _, _, graph, abstract = parts(*sizes)
+    batch = {"tokens": rows(mesh, jnp.int32, T), "mask": rows(mesh, jnp.float32)}
+    with jax.set_mesh(mesh):
+        return make_eval_step(make_loss(graph)).lower(abstract.params, batch).compile()
+
+
+def shapes_of(instruction):
+    """Of the arrays that it gives."""
+    return [tuple(map(int, filter(None, sides.split(",")))) for sides in re.findall(r"\[([\d,]*)\]", instruction.shape)]
+
+
+def moved(compiled) -> dict[str, Counter]:
+    """Kind of collective -> how often it gives arrays of which shape."""
+    found = {}
+    for instruction, times in Program(compiled.as_text()):
+        if instruction.opcode in COLLECTIVES:
+            for shape in shapes_of(instruction):
+                found.setdefault(instruction.opcode, Counter())[shape] += times
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_fsdp_a_layers_kernels_are_gathered_when_their_turn_comes_and_nothing_larger(training):
+    compiled = train_step(1, 8, 1)[1] if training else eval_step(1, 8, 1)
+    passes, found = 1 + training, moved(compiled)
+    once = [*TABLES.values(), (D, V)]  # the head
+    assert found["all-gather"] == dict.fromkeys(KERNELS.values(), passes * L) | dict.fromkeys(once, 1)
+    assert set(found) == {"all-gather", "all-reduce"}
+    # Nor are the gathered kernels, or their gradients, kept of all layers: the stacks never exist whole.
+    stacks = {(L, *shape) for shape in KERNELS.values()}
+    assert not stacks & {shape for instruction, _ in Program(compiled.as_text()) for shape in shapes_of(instruction)}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 1, 8), (2, 1, 4), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_looking_up_tokens_moves_nothing_but_the_tables_where_fsdp_has_split_them(sizes):
+    mesh, _, _, graph, abstract = parts(*sizes)
+
+    def embed(params, tokens):
+        return nnx.merge(graph, params).embed(tokens)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(embed).lower(abstract.params, rows(mesh, jnp.int32, T)).compile()
+    assert moved(compiled) == ({"all-gather": Counter(TABLES.values())} if sizes[1] > 1 else {})
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8)])
+def test_the_new_state_lies_where_the_old_one_lay(sizes):
+    abstract, compiled = train_step(*sizes)
+    leaves = jax.tree.leaves(abstract)
+    header = compiled.as_text().split("\n", 1)[0].partition("input_output_alias=")[2]
+    aliases = re.findall(r"\{(\d+)\}: \((\d+), \{\}", header)
+    assert aliases == [(str(i), str(i)) for i in range(len(leaves))]
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_a_tensor_parallel_layer_needs_two_all_reduces_forward(tensor):
+    assert moved(eval_step(1, 1, tensor)) == {"all-reduce": {(B, T, D): 2 * L}}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "remat", "backward"),
+    [(8, "none", 2), (4, "minimal", 2), (2, "dots", 2), (2, "full", 3)],  # full computes attention's output again
+)
+def test_a_tensor_parallel_layer_needs_two_all_reduces_backward(tensor, remat, backward):
+    found = moved(train_step(1, 1, tensor, remat=remat)[1])
+    assert set(found) == {"all-reduce"}
+    assert found["all-reduce"].pop(()) > 0  # of the gradient's norm
+    assert found["all-reduce"] == {(B, T, D): (2 + backward) * L}
+
+
+def sampler(*sizes):
+    mesh, _, _, graph, abstract = parts(*sizes)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+    with jax.set_mesh(mesh):
+        arguments = abstract.params, np.zeros((B, GIVEN), np.int32), GIVEN, T + 1, keys, 1.0
+        return _generate.lower(graph, *arguments, greedy=False, top_k=0, top_p=1.0).compile()
+
+
+def test_the_cache_is_split_by_example_and_by_head():
+    program = Program(sampler(2, 2, 2).as_text())
+    shapes = [shape[-4:] for instruction, _ in program for shape in shapes_of(instruction)]
+    assert {shape for shape in shapes if shape[-2:] == (T, K)} == {(B // 4, N // 2, T, K)}
+
+
+def test_a_sampled_token_costs_two_all_reduces_a_layer():
+    reading, sampling = (B, GIVEN, D), (B, 1, D)  # the loop over tokens, whose length is not in the text, counts once
+    assert moved(sampler(1, 1, 8)) == {"all-reduce": {reading: 2 * L, sampling: 2 * L}}
