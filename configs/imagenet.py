@@ -76,7 +76,7 @@ def get_config(argument: str = "s") -> ConfigDict:
     config.train.checkpoint_every = 5000
 
     # s is small enough to keep the outputs of its matrix products. From m on the activations of the layers outgrow
-    # an accelerator's memory, and all but their inputs are computed again.
+    # an accelerator's memory, and all but their inputs are computed again. For TPUs: docs/plans.md.
     config.model.remat = "dots" if size == "s" else "full"
     # Weights and Adam's moments take 12 bytes a parameter: 16 GB for l, 82 GB for xl. fsdp spreads them, and divides
     # the number of devices: these are the smallest machines to think of, a larger one leaves the rest to mesh.data.

@@ -60,14 +60,23 @@ class Program:
                 yield instruction, times
 
     def collectives(self) -> dict[str, dict]:
-        """By kind: how many run, and the bytes that they give each device."""
+        """By kind: how many run, and the bytes of a device's result; of a reduce-scatter's, before the scattering.
+
+        The TPU's reduce-scatter is a fusion of an all-reduce, named after both, and a slice of its result.
+        """
         found = {}
-        for instruction, times in self:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-                entry["count"] += times
-                entry["bytes"] += times * _result_bytes(instruction)
+        for name, times in self.times.items():
+            for instruction in self.computations[name]:
+                kind = instruction.opcode.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    size = _result_bytes(instruction)
+                    if kind == "reduce-scatter":
+                        size *= _group_size(instruction.line)
+                    elif name.startswith("all-reduce-scatter"):
+                        kind = "reduce-scatter"
+                    entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+                    entry["count"] += times
+                    entry["bytes"] += times * size
         return found
 
     def kernels(self) -> Counter:
@@ -99,9 +108,22 @@ def _instruction(line: str) -> Instruction:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Of the result; the tuple of an asynchronous start holds its operands first, and as many results."""
+    """Of the result; the tuple of an asynchronous start holds its operands first, then as many results, and a
+    permutation's two counters behind them."""
     sizes = [
         BYTES.get(kind, 1) * math.prod(int(side) for side in sides.split(",") if side)
         for kind, sides in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", instruction.shape)
     ]
-    return sum(sizes[len(sizes) // 2 :] if instruction.opcode.endswith("-start") else sizes)
+    if not instruction.opcode.endswith("-start"):
+        return sum(sizes)
+    if instruction.opcode == "collective-permute-start" and len(sizes) > 2:
+        sizes = sizes[:-2]
+    return sum(sizes[len(sizes) // 2 :])
+
+
+def _group_size(line: str) -> int:
+    """How many devices take part together: replica_groups are listed, {{0,1},{2,3}}, or counted, [2,2]<=[4]."""
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counted[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return listed[1].count(",") + 1 if listed else 1

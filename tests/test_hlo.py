@@ -22,6 +22,12 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %inside = bf16[8,4]{1,0:T(8,128)(2,1)} all-to-all(%p), dimensions={0}
 }
 
+%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[4,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %whole = bf16[8,4]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  ROOT %part = bf16[4,4]{1,0} dynamic-slice(%whole, %i, %j), dynamic_slice_sizes={4,4}
+}
+
 %body (carry: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %carry = (s32[], /*index=1*/bf16[8,4]{1,0}) parameter(0)
   %x = bf16[8,4]{1,0} get-tuple-element(%carry), index=1
@@ -42,6 +48,10 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
   %gathered = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) all-gather-start(%p), dimensions={0}
   %done = bf16[16,4]{1,0} all-gather-done(%gathered)
   %loop = (s32[], bf16[8,4]{1,0}) while(%start), condition=%condition, body=%body
+  %scattered = bf16[4,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %listed = bf16[4,4]{1,0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%add
+  %counted = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  %sent = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p)
   %flash.3 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
   ROOT %end = bf16[8,4]{1,0} get-tuple-element(%loop), index=1, backend_config={"estimated_cycles":"100"}
 }
@@ -60,6 +70,8 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
         "all-gather": {"count": 1, "bytes": 2 * 16 * 4},  # the operand beside it is no result
         "all-reduce": {"count": 5, "bytes": 5 * (4 * 3 + 2 * 8 * 4)},
         "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4},
+        "reduce-scatter": {"count": 3, "bytes": 3 * 2 * 8 * 4},  # the whole, of which each device keeps a part
+        "collective-permute": {"count": 1, "bytes": 2 * 8 * 4},
     }
 
 

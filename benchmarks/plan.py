@@ -1,0 +1,159 @@
+"""Plans of every size on every machine: docs/results/plan.json, and from it docs/plans.md.
+
+    pip install -e ".[tpu]"
+    python benchmarks/plan.py                  finds what is missing, keeps what is there
+    python benchmarks/plan.py --enough=1       one plan each, without looking for a better one
+
+No TPU is needed. A plan takes half a minute to two, all of them hours; what was interrupted goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
+
+from report import machine
+
+from configs import imagenet
+from igpt.files import write_text
+from igpt.plan_search import ENOUGH, search_plans
+from igpt.planned import GIB, MOST, plan
+
+ROOT = Path(__file__).parents[1]
+SIZES = ("s", "m", "l", "l48", "xl")
+TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x2", "v5p:4x4x8", "v6e:2x4", "v6e:16x16")
+# Images a chip, at least: the paper's 128 a step (xl: 64) cannot feed 256 chips, so that the batch grows there.
+LEAST = {"s": 8, "m": 4, "l": 4, "l48": 2, "xl": 1}
+OVERSIZED = {"train.batch_size": 16384, "model.remat": "none"}
+
+
+def chips_of(topology: str) -> int:
+    count = 1
+    for side in topology.partition(":")[2].split("x"):
+        count *= int(side)
+    return count
+
+
+def config_of(size: str, chips: int):
+    """configs/imagenet.py for so many chips: as many images in all as the paper's, in fewer and larger steps."""
+    config = imagenet.get_config(size)
+    batch_size = max(config.train.batch_size, LEAST[size] * chips)
+    config.train.steps = config.train.steps * config.train.batch_size // batch_size
+    config.optim.warmup_steps = imagenet.TRAIN_IMAGES // batch_size
+    config.train.batch_size = batch_size
+    return config
+
+
+def planned(size: str, topology: str, enough: int) -> dict:
+    search = search_plans(config_of(size, chips_of(topology)), topology, enough)
+    counts = search._asdict() | {"found": len(search.found), "enough": enough}
+    if not search.found:
+        return {"fits": False, "search": counts}
+    best = search.found[0]
+    kernels = " ".join(best["kernels"])
+    checks = {
+        "peak_at_most_90_percent": best["peak_share"] <= MOST,
+        "splash_forward_and_backward": all(name in kernels for name in ("splash_mha_fwd", "_dq_", "_dkv_")),
+        "no_float32_products_in_blocks": best["float32_products_in_blocks"] == 0,
+        "compiled_in_3_minutes": best["compile_seconds"] < 180,
+    }
+    return best | {"checks": checks, "search": counts}
+
+
+def oversized() -> dict:
+    config = imagenet.get_config("s")
+    config.update_from_flattened_dict(OVERSIZED)
+    return plan(config, "v5e:2x4")
+
+
+def state_under_fsdp(size: str) -> dict:
+    """Bytes of the state on each of so many chips, and that times the chips, beside one chip's: 1 were exact."""
+    found = {}
+    for chips in (1, 8, 64, 128, 256):
+        config = config_of(size, chips)
+        config.mesh.fsdp = chips
+        held = plan(config, f"gpu:{chips}")["bytes_per_chip"]["state"]  # shapes and shardings: no compiler is asked
+        found[str(chips)] = {"bytes": held, "times_chips": held * chips / found.get("1", {"bytes": held})["bytes"]}
+    return found
+
+
+def table(results: dict) -> str:
+    """docs/plans.md's table."""
+    head = (
+        "size", "chips", "data x fsdp x tensor", "images a step", "micro-batches", "remat", "state", "gradients",
+        "activations", "peak", "of memory", "step", "MFU", "images/s", "days", "compiled in",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for size in SIZES:
+        for topology in TOPOLOGIES:
+            one = results["plans"].get(f"{size} {topology}")
+            if one is None:
+                cells = ["not planned yet"]
+            elif not one["fits"]:
+                cells = ["does not fit"]
+            else:
+                held, estimate = one["bytes_per_chip"], one["estimate"]
+                cells = [
+                    " x ".join(str(side) for side in one["mesh"].values()),
+                    f"{one['batch_size']:,}",
+                    str(one["accumulate"]),
+                    one["remat"],
+                    *(
+                        f"{held[name] / GIB:.2f}"
+                        for name in ("state", "gradients", "activations_and_workspace", "peak")
+                    ),
+                    f"{one['peak_share']:.0%}",
+                    f"{estimate['step_seconds']:.3f} s",
+                    f"{estimate['mfu_causal']:.0%}",
+                    f"{estimate['images_per_second']:,.0f}",
+                    f"{estimate['days']:.1f}",
+                    f"{one['compile_seconds']:.0f} s",
+                ]
+            cells += [""] * (len(head) - 2 - len(cells))
+            lines.append(f"| {size} | {topology} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "plan.json"), help="the JSON to go on with")
+    parser.add_argument("--enough", type=int, default=ENOUGH, help="plans that fit before the best is taken")
+    parser.add_argument("--only", default="", help="sizes, such as s,m (default: all)")
+    args = parser.parse_args()
+
+    path = Path(args.out)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results = machine() | {"what": "estimates of the TPU compiler, no measurements"} | results
+    results.setdefault("plans", {})
+
+    def save() -> None:
+        write_text(path, json.dumps(results, indent=1) + "\n")
+        guide = path.parents[1] / "plans.md"
+        if guide.exists():
+            before, _, rest = guide.read_text().partition("<!-- table -->\n")
+            after = rest.partition("<!-- /table -->\n")[2]
+            write_text(guide, f"{before}<!-- table -->\n{table(results)}\n<!-- /table -->\n{after}")
+
+    if "state_under_fsdp" not in results:
+        results["state_under_fsdp"] = {size: state_under_fsdp(size) for size in SIZES}
+        save()
+    if "oversized" not in results:
+        results["oversized"] = oversized()
+        save()
+    for topology in TOPOLOGIES:
+        for size in args.only.split(",") if args.only else SIZES:
+            name = f"{size} {topology}"
+            if results["plans"].get(name, {"search": {"enough": 0}})["search"]["enough"] < args.enough:
+                print(f"\n{name}", flush=True)
+                results["plans"][name] = planned(size, topology, args.enough)
+                save()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
