@@ -24,7 +24,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from report import write
 
 from igpt import checkpoint
@@ -76,10 +75,7 @@ def records(workdir: Path) -> list[dict]:
 
 def outcome(workdir: Path, steps: int) -> tuple[dict, list[dict], dict]:
     """The arrays of the last checkpoint as bytes by path, the records but for speed, the progress."""
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_names=checkpoint.ITEMS) as manager:
-        wanted = {item: ocp.args.StandardRestore() for item in ("params", "optimizer")}
-        found = dict(manager.restore(steps, args=ocp.args.Composite(**wanted)))
-    leaves = jax.tree_util.tree_leaves_with_path(found)
+    leaves = jax.tree_util.tree_leaves_with_path(checkpoint.read_arrays(workdir, steps))
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
     known = [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records(workdir)]
     return arrays, known, vars(checkpoint.progress_at(workdir, steps))

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -235,6 +236,17 @@ def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
     )
     found = _restored(workdir, step, items)
     return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
+
+
+def read_arrays(workdir: Path, step: int) -> dict:
+    """Every array of a checkpoint as NumPy's, whatever devices wrote it: {"params": ..., "optimizer": ...}."""
+    found = {}
+    with ocp.StandardCheckpointer() as reader:
+        for item in ("params", "optimizer"):
+            path = workdir.absolute() / FOLDER / str(step) / item
+            shapes = reader.metadata(path).item_metadata.tree
+            found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
+    return found
 
 
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:

@@ -24,7 +24,8 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 # Of a token in a layer, in units of D bfloat16 numbers: what the backward pass keeps, and what is read and written.
 # Fitted to compiled programs of s on v5e and l on v5p; they pad their arrays, and computing again spares traffic.
 KEPT = {"none": 36, "minimal": 12.5, "dots": 11, "full": 1.5}
-TRAFFIC = {"none": 640, "minimal": 260, "dots": 245, "full": 165}
+TRAFFIC = {"none": 500, "minimal": 260, "dots": 245, "full": 165}
+UPDATED = 40  # bytes of a parameter that its update reads and writes
 GATHERED = 6  # times that fsdp's kernels, gathered, or their gradients pass the links; 3 would do
 
 
@@ -116,9 +117,10 @@ def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip) -> I
 def _memory(model: ModelConfig, batch_size: int, chips: int, tensor: int, fsdp: int, accumulate: int, remat: str):
     params = _params(model)
     kept = _tokens_by_width(model, batch_size * tensor / chips / accumulate)
+    held = 16 if accumulate == 1 else 20  # bytes of a parameter: itself, moments, gradient, and the gradients' sum
     # All layers' activations, those of one while it is differentiated, and its gathered kernels.
     activations = kept * (KEPT[remat] + KEPT["none"] / model.depth) / tensor
-    return 16 * params / (tensor * fsdp) + activations + 6 * params / model.depth / tensor
+    return held * params / (tensor * fsdp) + activations + 6 * params / model.depth / tensor
 
 
 def _seconds(
@@ -130,7 +132,7 @@ def _seconds(
     again = {"none": 0.0, "minimal": 0.0, "dots": 0.0, "full": products / 3}[remat]
     forwards = 2 if remat in ("dots", "full") else 1
     compute = images * ((products + again) / chip.peak + (forwards + 2.5) * attention / (KERNEL_SHARE * chip.peak))
-    traffic = _tokens_by_width(model, images) * TRAFFIC[remat] / chip.bandwidth
+    traffic = _tokens_by_width(model, images) * TRAFFIC[remat] + UPDATED * _params(model) / (tensor * fsdp)
 
     kernels = 2 * _params(model) / tensor  # bytes in bfloat16
     data = chips // (tensor * fsdp)
@@ -139,7 +141,7 @@ def _seconds(
     moved = accumulate * kernels * (GATHERED * (fsdp > 1) + 2 * (data > 1) / fsdp)
     if tensor > 1:
         moved += 2 * 2 * (2 + (remat == "full")) * _tokens_by_width(model, images * tensor)
-    return compute + traffic + moved / chip.links
+    return compute + traffic / chip.bandwidth + moved / chip.links
 
 
 def _tokens_by_width(model: ModelConfig, images: float) -> float:

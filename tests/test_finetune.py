@@ -15,7 +15,7 @@ from PIL import Image
 from test_huggingface import CLUSTERS, SIZE, load_strictly, save_run
 from test_openai import V, released, write_checkpoint
 from test_sources import write_openai  # noqa: F401 - a fixture
-from test_train import assert_bitwise_equal, final_arrays, losses, records
+from test_train import assert_bitwise_equal, losses, records
 
 import igpt
 import train
@@ -265,7 +265,7 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
     for workdir in (tmp_path / "run", tmp_path / "whole"):
         assert progress_of(workdir) == ([7, 12], checkpoint.Progress(7, 0.95, 5))
         assert not (workdir / "finetune.json").exists()  # what an earlier end found is gone
-    assert_bitwise_equal(final_arrays(tmp_path / "run", 12), final_arrays(tmp_path / "whole", 12))
+    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "run", 12), checkpoint.read_arrays(tmp_path / "whole", 12))
 
 
 def test_a_report_that_was_not_written_is_made_up_for(joint):

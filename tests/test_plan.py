@@ -179,7 +179,7 @@ def test_predictions_know_what_costs_time_and_what_saves_memory():
 def test_predictions_are_near_what_was_compiled(size, kind, split, seconds, memory):
     batch_size = 64 if size == "xl" else 128
     (one,) = [one for one in candidates(size, batch_size, 8, planning.CHIPS[kind]) if one[:4] == split]
-    assert one.seconds == pytest.approx(seconds, rel=0.2) and one.memory / 2**30 == pytest.approx(memory, rel=0.4)
+    assert one.seconds == pytest.approx(seconds, rel=0.25) and one.memory / 2**30 == pytest.approx(memory, rel=0.4)
 
 
 @pytest.fixture

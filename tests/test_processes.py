@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_train import ROOT, assert_bitwise_equal, final_arrays, losses
+from test_train import ROOT, assert_bitwise_equal, losses
 
 from igpt import checkpoint
 
@@ -116,4 +116,6 @@ def test_a_run_of_two_processes_that_are_killed_ends_bitwise_where_an_uninterrup
         process.kill()
     assert [code for code, _, _ in ended(started)] == [-signal.SIGKILL] * 2
     assert [code for code, _, _ in ended(start(tmp_path / "killed", 2, *fields))] == [0, 0]
-    assert_bitwise_equal(final_arrays(tmp_path / "whole", 60), final_arrays(tmp_path / "killed", 60))
+    assert_bitwise_equal(
+        checkpoint.read_arrays(tmp_path / "whole", 60), checkpoint.read_arrays(tmp_path / "killed", 60)
+    )

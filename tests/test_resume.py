@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_train import ROOT, assert_bitwise_equal, final_arrays, losses, records
+from test_train import ROOT, assert_bitwise_equal, losses, records
 
 import train
 from igpt import checkpoint, data
@@ -38,7 +38,7 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
         patch.setattr(checkpoint.Checkpoints, "save", save_then_stop)
         train.run(tiny_config, tmp_path / "parts")
     train.run(tiny_config, tmp_path / "parts")
-    assert_bitwise_equal(final_arrays(tmp_path / "whole", 6), final_arrays(tmp_path / "parts", 6))
+    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "whole", 6), checkpoint.read_arrays(tmp_path / "parts", 6))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -80,7 +80,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends
     output = again.communicate(timeout=300)[0].decode()
     assert again.returncode == 0, output
     assert "resumed after step " in output
-    assert_bitwise_equal(final_arrays(whole, steps), final_arrays(killed, steps))
+    assert_bitwise_equal(checkpoint.read_arrays(whole, steps), checkpoint.read_arrays(killed, steps))
     assert losses(killed) == losses(whole)
     if name == "finetune_digits":
         assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(ti
     steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     finite = losses(tmp_path / "run")
     assert max(steps) == max(finite) and np.isfinite(list(finite.values())).all()
-    arrays = final_arrays(tmp_path / "run", max(steps))
+    arrays = checkpoint.read_arrays(tmp_path / "run", max(steps))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays["params"]))
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_stopped_at_a_bad_step_goes_on_past_it_when_told_to_skip(tiny
     assert losses(tmp_path / "run").keys() == {1, 2, 3, 4, 6, 7, 8}
     assert records(tmp_path / "run")[-2]["train/skipped"] == 1
     train.run(tiny_config, tmp_path / "skipped")
-    assert_bitwise_equal(final_arrays(tmp_path / "run", 8), final_arrays(tmp_path / "skipped", 8))
+    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "run", 8), checkpoint.read_arrays(tmp_path / "skipped", 8))
     assert losses(tmp_path / "run")[4] == losses(tmp_path / "clean")[4]
     assert losses(tmp_path / "run")[7] != losses(tmp_path / "clean")[7]
 
@@ -160,14 +160,14 @@ def largest(folder):
 def test_of_a_damaged_newest_checkpoint_the_one_before_is_used(tiny_config, tmp_path, capsys, harm):
     tiny_config.train.update(num_samples=0, eval_every=6)
     train.run(tiny_config, tmp_path / "run")
-    whole = final_arrays(tmp_path / "run", 6)
+    whole = checkpoint.read_arrays(tmp_path / "run", 6)
     harm(largest(tmp_path / "run" / "checkpoints" / "6" / "optimizer"))
     capsys.readouterr()
     train.run(tiny_config, tmp_path / "run")
     output = capsys.readouterr().out
     assert "checkpoint of step 6 is damaged (optimizer/" in output and "resumed after step 3" in output
     assert (tmp_path / "run" / "damaged-6-1" / "optimizer").is_dir()
-    assert_bitwise_equal(whole, final_arrays(tmp_path / "run", 6))
+    assert_bitwise_equal(whole, checkpoint.read_arrays(tmp_path / "run", 6))
 
 
 def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path):
@@ -236,7 +236,7 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
     config.train.update(steps=4, batch_size=8, log_every=1, eval_every=2, eval_batch_size=80, checkpoint_every=4)
     config.train.patience = 0
     train.run(config, tmp_path / "whole")
-    whole, stopped = final_arrays(tmp_path / "whole", 4), 0
+    whole, stopped = checkpoint.read_arrays(tmp_path / "whole", 4), 0
     for check in checks:
         workdir = tmp_path / f"stopped-{check}"
         told_to_stop(check)
@@ -248,7 +248,7 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
             stopped += 1
         monkeypatch.undo()
         train.run(config, workdir)
-        assert_bitwise_equal(whole, final_arrays(workdir, 4))
+        assert_bitwise_equal(whole, checkpoint.read_arrays(workdir, 4))
         assert losses(workdir) == losses(tmp_path / "whole")
         evaluated = [record["step"] for record in records(workdir) if "eval/loss" in record]
         assert evaluated == [2, 4]

@@ -52,6 +52,15 @@ def test_under_fsdp_a_chip_holds_its_share_of_the_state(preset):
     assert held < total / 8 * 1.01
 
 
+def test_a_side_of_the_torus_is_split_where_no_product_of_sides_fits(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("what JAX says to 2 on a torus of 4 x 4 x 8")
+
+    expected = make_mesh(2, 2, 2)
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    assert make_mesh(2, 2, 2) == expected
+
+
 def test_an_unknown_leaf_and_a_doubly_matched_one_are_named(monkeypatch):
     with pytest.raises(UserError, match=r"0 sharding rules match 'blocks\.router\.kernel'"):
         spec_of("blocks.router.kernel")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import train
@@ -21,13 +20,6 @@ def records(workdir):
 
 def losses(workdir):
     return {record["step"]: record["train/loss"] for record in records(workdir) if "train/loss" in record}
-
-
-def final_arrays(workdir, step):
-    """Every array of a checkpoint, parameters and moments, as NumPy."""
-    with ocp.CheckpointManager(workdir.absolute() / "checkpoints", item_names=("params", "optimizer")) as checkpoints:
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(), optimizer=ocp.args.StandardRestore())
-        return jax.tree.map(np.asarray, dict(checkpoints.restore(step, args=items)))
 
 
 def assert_bitwise_equal(one, other):

@@ -1,0 +1,106 @@
+"""Is it the average over all positions that lets raw pixels keep up with a small network's features?
+
+python benchmarks/pooling.py --model=runs/study/fashion_mnist_narrow_0 --out=docs/results/pooling_fashion_mnist.json
+
+A probe reads the mean of a layer over all positions; raw pixels keep their places. So the same linear classifier is
+fitted to means over the cells of a grid, 1 x 1 (the paper's), 2 x 2 and 7 x 7, of three things: the trained network's
+features, an untrained one's, and the pixels' colours (a histogram of each cell). Beside them: the raw pixels.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from report import write
+
+import eval_probe
+from configs import probe_digits
+from igpt import model as network
+from igpt.features import Features
+from igpt.pretrained import load, outline
+from igpt.probe import Probe
+from igpt.sharding import make_mesh
+from igpt.sources import open_source
+
+GRIDS = (1, 2, 7)
+
+
+def by_cells(side: int, grid: int):
+    """A pooling [B, T, D] -> [B, grid * grid * D] of means over the cells of a side x side image."""
+
+    def pool(normed):
+        B, _, D = normed.shape
+        cells = normed.astype(jnp.float32).reshape(B, grid, side // grid, grid, side // grid, D)
+        return cells.mean(axis=(2, 4)).reshape(B, grid * grid * D)
+
+    return pool
+
+
+def coarser(parts: list[Features], layer: int, fine: int, grid: int) -> list[Features]:
+    """The same features as means over the cells of a coarser grid, weighted by the positions in a cell."""
+    found = []
+    edges = [round(i * fine / grid) for i in range(grid + 1)]
+    for part in parts:
+        rows = np.asarray(part.layers[layer])[:, 0].reshape(len(part.labels), fine, fine, -1)
+        cells = [
+            rows[:, a:b, c:d].mean(axis=(1, 2))
+            for a, b in itertools.pairwise(edges)
+            for c, d in itertools.pairwise(edges)
+        ]
+        found.append(Features({layer: np.concatenate(cells, axis=1)[:, None]}, part.labels))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a run of a network on square images")
+    parser.add_argument("--layer", type=int, default=5)
+    parser.add_argument("--train_images", type=int, default=10_000)
+    parser.add_argument("--out", required=True, help="the JSON to write")
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 2)
+
+    begun, config = time.monotonic(), probe_digits.get_config()
+    config.update(layers=(args.layer,), batch_size=100, inverse_penalties=(0.001, 0.01, 0.1, 1.0, 10.0), max_iter=300)
+    directory, mesh = Path(args.model), make_mesh()
+    shapes = outline(directory)
+    settings = shapes.config.data
+    side = settings.image_size[0]
+    source = eval_probe.few_images(open_source(settings), args.train_images)
+    fine = max(GRIDS)
+    network.pool = by_cells(side, fine)
+    results = {"model": args.model, "layer": args.layer, "train_images": args.train_images, "test_accuracy": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Probe(config, source, [args.layer], mesh, Path(folder))
+
+        def fitted(name: str, parts: list[Features], layer: int) -> None:
+            found = probe.fit(parts, [layer])
+            results["test_accuracy"][name] = {key: found[key] for key in ("test_accuracy", "interval", "C")}
+            print(f"{name:<40}{found['test_accuracy']:.4f}", flush=True)
+
+        fitted("raw pixels", probe.pixels(), 0)
+        histograms = []
+        for split in probe.splits():
+            tokens = np.asarray(shapes.palette.encode(split.read(np.arange(len(split)))[0]))
+            of_each = np.asarray(by_cells(side, fine)(jax.nn.one_hot(tokens.reshape(len(split), -1), 16)))
+            histograms.append(Features({0: of_each[:, None]}, split.labels))
+        for grid in GRIDS:
+            fitted(f"colours, {grid} x {grid}", coarser(histograms, 0, fine, grid), 0)
+        for name, of in (
+            ("trained", lambda: load(directory, None, mesh)),
+            ("untrained", lambda: eval_probe.untrained(shapes, 100, mesh)),
+        ):
+            parts = probe.features(of())
+            for grid in GRIDS:
+                fitted(f"{name} network, {grid} x {grid}", coarser(parts, args.layer, fine, grid), args.layer)
+    results["seconds"] = time.monotonic() - begun
+    write(args.out, results)
+
+
+if __name__ == "__main__":
+    main()
