@@ -25,6 +25,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 # Fitted to compiled programs of s on v5e and l on v5p; they pad their arrays, and computing again spares traffic.
 KEPT = {"none": 36, "minimal": 12.5, "dots": 11, "full": 1.5}
 TRAFFIC = {"none": 500, "minimal": 260, "dots": 245, "full": 165}
+WHOLE = 0.2  # of the traffic, what tensor does not split
 UPDATED = 40  # bytes of a parameter that its update reads and writes
 GATHERED = 6  # times that fsdp's kernels, gathered, or their gradients pass the links; 3 would do
 
@@ -132,7 +133,8 @@ def _seconds(
     again = {"none": 0.0, "minimal": 0.0, "dots": 0.0, "full": products / 3}[remat]
     forwards = 2 if remat in ("dots", "full") else 1
     compute = images * ((products + again) / chip.peak + (forwards + 2.5) * attention / (KERNEL_SHARE * chip.peak))
-    traffic = _tokens_by_width(model, images) * TRAFFIC[remat] + UPDATED * _params(model) / (tensor * fsdp)
+    traffic = _tokens_by_width(model, images) * TRAFFIC[remat] * (1 + WHOLE * (tensor - 1))
+    traffic += UPDATED * _params(model) / (tensor * fsdp)
 
     kernels = 2 * _params(model) / tensor  # bytes in bfloat16
     data = chips // (tensor * fsdp)

@@ -69,7 +69,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int
     if devices % fixed or (not free and fixed != devices):
         raise UserError(
             f"mesh {sizes} asks for {'a multiple of ' if free else ''}{fixed} devices, but there are {devices}; "
-            "change config.mesh so that data x fsdp x tensor is the number of devices"
+            "choose data x fsdp x tensor so that they make the number of devices"
         )
     for name in free:
         sizes[name] = devices // fixed

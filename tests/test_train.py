@@ -209,3 +209,9 @@ def test_help_shows_examples_and_flags():
     assert done.returncode == 0
     for told in ("python train.py --config=configs/digits.py", "--workdir", "--start_over", "configs/base.py"):
         assert told in done.stdout
+
+
+def test_steps_of_the_users_choice_are_profiled(tiny_config, tmp_path):
+    tiny_config.train.update(steps=3, profile_at=2, eval_every=3, num_samples=0)
+    train.run(tiny_config, tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
