@@ -42,7 +42,7 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["digits", "finetune_digits"])
+@pytest.mark.parametrize("name", ["digits", pytest.param("finetune_digits", marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path, name):
     """Real processes, a real SIGKILL, two devices."""
     steps = {"digits": 120, "finetune_digits": 80}[name]
@@ -156,7 +156,14 @@ def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("harm", [damaged, Path.unlink, lambda path: os.truncate(path, 10)], ids=["bit", "lost", "cut"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damaged,
+        *(pytest.param(harm, marks=pytest.mark.slow) for harm in (Path.unlink, lambda path: os.truncate(path, 10))),
+    ],
+    ids=["bit", "lost", "cut"],
+)
 def test_of_a_damaged_newest_checkpoint_the_one_before_is_used(tiny_config, tmp_path, capsys, harm):
     tiny_config.train.update(num_samples=0, eval_every=6)
     train.run(tiny_config, tmp_path / "run")
