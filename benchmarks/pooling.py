@@ -1,9 +1,9 @@
 """Is it the average over all positions that lets raw pixels keep up with a small network's features?
 
-python benchmarks/pooling.py --model=runs/study/fashion_mnist_narrow_0 --out=docs/results/pooling_fashion_mnist.json
+python benchmarks/pooling.py --model=runs/study/fashion_mnist_autoregressive_0 --out=docs/results/pooling_fashion_mnist.json
 
 A probe reads the mean of a layer over all positions; raw pixels keep their places. So the same linear classifier is
-fitted to means over the cells of a grid, 1 x 1 (the paper's), 2 x 2 and 7 x 7, of three things: the trained network's
+fitted to means over the cells of a grid, 1 x 1 (the paper's) and 2 x 2, of three things: the trained network's
 features, an untrained one's, and the pixels' colours (a histogram of each cell). Beside them: the raw pixels.
 """
 
@@ -27,7 +27,7 @@ from igpt.probe import Probe
 from igpt.sharding import make_mesh
 from igpt.sources import open_source
 
-GRIDS = (1, 2, 7)
+GRIDS = (1, 2)
 
 
 def by_cells(side: int, grid: int):

@@ -102,14 +102,11 @@ def run_fashion_mnist(study: Study) -> None:
         "data.flip": False,
         "data.validation_fraction": 2 / 70,
         "palette.colors": 16,
-        "model.width": 256,
-        "model.depth": 4,
-        "optim.learning_rate": 2e-3,
+        "model.depth": 6,
         "train.eval_batch_size": 100,
     }
     often = {"train.eval_every": 500, "train.checkpoint_every": 500, "train.max_to_keep": 8}
     long = small | often | {"train.steps": 4000, "train.sample_every": 4000}
-    narrow = {"model.width": 128, "model.depth": 6, "optim.learning_rate": 3e-3}
     tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
     tuned |= {"optim.learning_rate": 5e-4, "train.steps": 1000, "train.eval_every": 250, "train.checkpoint_every": 250}
     few = tuned | {"train.steps": 300, "train.eval_every": 100, "optim.learning_rate": 1e-3}
@@ -117,8 +114,6 @@ def run_fashion_mnist(study: Study) -> None:
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **long)
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 400), concatenate=3, **probe)
-        study.train(f"narrow_{seed}", config, seed=seed, **long | narrow)
-        study.probe(f"narrow_{seed}", seed=seed + 100, labels_per_class=(4, 25, 400), concatenate=3, **probe)
         start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
         study.train(f"joint_{seed}", config, **start, **small, **tuned)
         study.train(f"classes_{seed}", config, **start, **small, **tuned, **{"objective.generative": 0.0})
