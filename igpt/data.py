@@ -11,10 +11,12 @@ from collections.abc import Iterator
 
 import grain.python as grain
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from igpt.errors import UserError
 from igpt.sources import Split
+
+Rows = slice | Int[np.ndarray, "n"]  # those of a batch that are wanted here: see sharding.process_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Augmentation:
             )
 
     def __call__(
-        self, images: np.ndarray, rng: np.random.Generator, rows: slice, batch_size: int, black: int = 0
+        self, images: np.ndarray, rng: np.random.Generator, rows: Rows, batch_size: int, black: int = 0
     ) -> np.ndarray:
         """Augments `rows` of a batch of images [n, H, W, 3], or of their tokens [n, H, W], where `black` is one.
 
@@ -70,7 +72,7 @@ class Drops:
     masks: int = 1
     seed: int = 0
 
-    def of_step(self, step: int, batch_size: int, rows: slice, length: int) -> Bool[np.ndarray, "n 1 T"]:
+    def of_step(self, step: int, batch_size: int, rows: Rows, length: int) -> Bool[np.ndarray, "n 1 T"]:
         draws = np.random.default_rng((self.seed, 3, step)).random((batch_size, 1, length), np.float32)
         return draws[rows] >= self.rate
 
@@ -113,7 +115,7 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         augmentation: Augmentation,
-        rows: slice,
+        rows: Rows,
         drops: Drops | None = None,
     ):
         if batch_size > len(split):
@@ -150,7 +152,7 @@ class TrainBatches:
 
 
 def eval_batches(
-    split: Split, tokenizer, batch_size: int, rows: slice = slice(None), drops: Drops | None = None
+    split: Split, tokenizer, batch_size: int, rows: Rows = slice(None), drops: Drops | None = None
 ) -> Iterator[dict]:
     """Every example exactly once, in order. `mask` is 0.0 where the last batch is filled up with example 0, and where
     an image could not be read."""

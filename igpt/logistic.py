@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from igpt.data import EpochOrder
 from igpt.loss import cross_entropy
-from igpt.sharding import BATCH, batch_shards, check_batch_size, process_rows, replicate, to_devices
+from igpt.sharding import batch_shards, check_batch_size, process_rows, replicate, to_devices
 
 CHUNK = 1 << 12  # rows read and predicted at a time
 STEPS_AT_ONCE = 64  # of SGD, between two visits to the host
@@ -155,13 +155,10 @@ def fit_sgd(
     check_batch_size("sgd.batch_size", batch_size, 1, mesh)
     scale, order = Scale.of(features), EpochOrder(len(features), seed)
     rates, D = np.asarray(learning_rates, np.float32), features.shape[1]
-    mine, placement = process_rows(batch_size, mesh), NamedSharding(mesh, P(None, *BATCH))
+    mine = process_rows(batch_size, mesh)
 
     def zeros():
         return jnp.zeros((len(rates), D, num_classes)), jnp.zeros((len(rates), num_classes))
-
-    def spread(x):
-        return jax.make_array_from_process_local_data(placement, x, (len(x), batch_size, *x.shape[2:]))
 
     # Parameters and momentum; made on the devices, since a process may put nothing onto another's.
     carry = jax.jit(lambda: (zeros(), zeros()), out_shardings=NamedSharding(mesh, P()))()
@@ -173,7 +170,8 @@ def fit_sgd(
             wanted, back = np.unique(indices, return_inverse=True)  # a file is read faster in its own order
             rows = scale(features[wanted])[back.reshape(indices.shape)]
             share = np.asarray(0.5 * (1 + np.cos(np.pi * number / steps)), np.float32)
-            carry = _descend(carry, spread(rows), spread(labels[indices]), share, rates, np.float32(weight_decay))
+            batches = to_devices({"rows": rows, "labels": labels[indices]}, batch_size, mesh, axis=1)
+            carry = _descend(carry, *batches.values(), share, rates, np.float32(weight_decay))
     (kernel, bias), _ = carry
     return Classifiers(kernel, bias, scale, np.isfinite(np.asarray(bias)).all(axis=1))
 

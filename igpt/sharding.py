@@ -4,7 +4,6 @@ Axes: `data` splits the batch; `fsdp` splits the batch and every large parameter
 splits heads and mlp channels inside a block (Shoeybi et al. 2019). Their product is the number of devices.
 """
 
-import itertools
 import re
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from igpt.errors import UserError
 
@@ -125,25 +125,33 @@ def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh) ->
         )
 
 
-def process_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of a global batch that this process's devices hold, so that it reads no others."""
-    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    parts = sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
-    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(parts)):
-        raise UserError(
-            f"the rows {parts} of a batch that this process's devices hold are not contiguous; "
-            "choose a mesh whose data x fsdp groups follow the order of the processes"
-        )
-    return slice(parts[0][0], parts[-1][1])
+def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
+    """The rows of a global batch that this process's devices hold, ascending, so that it reads no others.
+
+    They need not lie together: on a pod the mesh follows the torus, and a host is a block of it.
+    """
+    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held.values()]))
 
 
-def to_devices(batch: dict, batch_size: int, mesh: Mesh) -> dict:
-    """This process's rows of a batch -> global arrays, split over the batch axes of the mesh."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
+def to_devices(batch: dict, batch_size: int, mesh: Mesh, axis: int = 0) -> dict:
+    """This process's rows of a batch -> global arrays, split over the batch axes of the mesh.
+
+    Rows lie along `axis`, in the order of `process_rows`.
+    """
+    sharding = NamedSharding(mesh, P(*[None] * axis, *BATCH))
+    mine = process_rows(batch_size, mesh)
+
+    def placed(local: np.ndarray) -> jax.Array:
+        def of_device(index):
+            first, stop, _ = index[axis].indices(batch_size)
+            start = int(np.searchsorted(mine, first))
+            return local[(slice(None),) * axis + (slice(start, start + stop - first),)]
+
+        shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, sharding, of_device)
+
+    return {name: placed(np.asarray(local)) for name, local in batch.items()}
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -85,6 +85,46 @@ def test_sigterm_to_one_of_two_saves_and_stops_both_at_the_same_step(tmp_path):
     assert all(f"the run is saved after step {step}" in errors for _, _, errors in outcomes)
 
 
+INTERLEAVED = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from igpt import launch, sharding
+
+jax.config.update("jax_num_cpu_devices", 4)
+launch.join(sys.argv[1], "2", sys.argv[2])
+devices = np.array(jax.devices())[[0, 4, 1, 5, 6, 2, 3, 7]].reshape(4, 2, 1)
+mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+rows = sharding.process_rows(24, mesh)
+assert len(rows) == 12 and np.diff(rows).max() > 1, rows
+x = np.arange(72).reshape(24, 3)
+there = sharding.to_devices({"x": x[rows]}, 24, mesh)["x"]
+with jax.set_mesh(mesh):
+    np.testing.assert_array_equal(jax.jit(sharding.replicate)(there), x)
+"""
+
+
+def test_hosts_whose_rows_of_a_batch_do_not_lie_together_put_them_where_they_belong():
+    """As on a pod, where a host is a block of the torus."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", INTERLEAVED, address, str(index)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    outcomes = ended(started)
+    assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_fifty_steps_of_several_processes_are_those_of_one_and_each_goes_on_from_the_others(tmp_path, processes):
