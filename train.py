@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     train = config.train
 
     # The mesh, and which rows of every batch are this process's to read.
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, dcn_data=config.mesh.dcn_data)
     check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
     check_batch_size("train.eval_batch_size", train.eval_batch_size, 1, mesh)
     rows, eval_rows = process_rows(train.batch_size, mesh), process_rows(train.eval_batch_size, mesh)

@@ -95,5 +95,6 @@ def get_config() -> ConfigDict:
     mesh.data = -1  # -1: all devices that the other two leave
     mesh.fsdp = 1  # splits the batch, the parameters and Adam's moments
     mesh.tensor = 1  # splits heads and mlp channels
+    mesh.dcn_data = 1  # slices, joined by a data-centre network, among which only the batch is split; 1: a single one
     mesh.cpu_devices = 0  # on a machine without accelerator: how many devices to make of its cores; 0: one
     return config

@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.dcn_data",
     "mesh.cpu_devices",
     "model.attention",
     "model.remat",
@@ -59,6 +60,8 @@ READING = dict(
 OBJECTIVE = dict(generative=1.0, classification=0.0, drop_rate=0.15, eval_masks=5)
 TRAIN = dict(patience=0, on_bad_step="stop", profile_at=0)
 OPTIM = dict(spike_sigma=0.0)
+MESH = dict(dcn_data=1)
+ADDED = {"data": READING, "objective": OBJECTIVE, "train": TRAIN, "optim": OPTIM, "mesh": MESH}
 
 
 def run_app(
@@ -163,6 +166,7 @@ def check(config: ConfigDict) -> None:
         "objective.generative": 0.0,
         "objective.classification": 0.0,
         "objective.eval_masks": 1,
+        "mesh.dcn_data": 1,
         "mesh.cpu_devices": 0,
     }
     values = flatten(config)
@@ -248,7 +252,7 @@ def load(workdir: Path) -> ConfigDict:
         config = ConfigDict(json.loads(path.read_text()))
         check_network(config)
         config.objective = config.get("objective", ConfigDict())
-        for section, defaults in (("data", READING), ("objective", OBJECTIVE), ("train", TRAIN), ("optim", OPTIM)):
+        for section, defaults in ADDED.items():
             for name in defaults.keys() - config.get(section, defaults).keys():
                 config[section][name] = defaults[name]
         return config

@@ -62,7 +62,7 @@ def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> Sea
     Left out are what is predicted to need no less memory than a program that did not fit, and meshes that differ from
     one that fits in nothing but fsdp.
     """
-    devices = topology_devices(topology)
+    devices = topology_devices(topology, config.mesh.dcn_data)
     model = configuration.model_config(config, devices[0])
     chip = CHIPS[topology.partition(":")[0]]
     everything = sorted(candidates(model, config.train.batch_size, len(devices), chip), key=lambda one: one.seconds)

@@ -53,8 +53,11 @@ CHIPS = {
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 0.25, "collective-permute": 2}
 
 
-def topology_devices(name: str) -> list:
-    """The devices of "v5e:8x8" and the like: descriptions to compile for. UserError where there is no such thing."""
+def topology_devices(name: str, slices: int = 1) -> list:
+    """The devices of "v5e:8x8" and the like, or of several such slices: descriptions to compile for.
+
+    Raises UserError where there is no such thing.
+    """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(
@@ -65,7 +68,7 @@ def topology_devices(name: str) -> list:
     os.environ.setdefault("LIBTPU_INIT_ARGS", FLAGS)
     megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}  # one device a chip; the others are so anyway
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **megacore).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **megacore).devices
     except Exception as error:  # the library raises anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -83,10 +86,10 @@ def plan(config: ConfigDict, topology: str) -> dict:
     kind, _, count = topology.partition(":")
     if kind == "gpu":
         return _without_compiler(config, topology, count)
-    devices = topology_devices(topology)
+    devices = topology_devices(topology, config.mesh.dcn_data)
     chip, train = CHIPS[kind], config.train
     model = configuration.model_config(config, devices[0])
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.dcn_data)
     check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
     optimizer, schedule = make_optimizer(config.optim, train.steps)
     graph, abstract = abstract_state(model, optimizer, mesh)

@@ -36,16 +36,38 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """The mesh over all devices (or those given). One axis may be -1: whatever the others leave."""
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, dcn_data: int = 1) -> Mesh:
+    """The mesh over all devices (or those given). One axis may be -1: whatever the others leave.
+
+    Of several slices, `dcn_data` is their number: the data axis then runs through one slice after the other, and only
+    its all-reduce of gradients leaves a slice. Devices without slices are taken a process at a time.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    if dcn_data > 1:
+        return Mesh(_over_slices(sizes, dcn_data, devices), AXES, axis_types=types)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # a size is no product of the torus's sides, such as 2 on 4 x 4 x 8: split one
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
+
+
+def _over_slices(sizes: dict[str, int], dcn_data: int, devices) -> np.ndarray:
+    """The devices in the order of the mesh, slice by slice along its first axis."""
+    by_process = not hasattr(devices[0], "slice_index")
+    slices = {device.process_index if by_process else device.slice_index for device in devices}
+    if len(slices) != dcn_data or sizes["data"] % dcn_data:
+        raise UserError(
+            f"mesh.dcn_data is {dcn_data}, but the devices lie in {len(slices)} "
+            f"{'processes' if by_process else 'slices'} and mesh.data is {sizes['data']}; dcn_data is the number of "
+            "the former, and divides the latter"
+        )
+    within = (sizes["data"] // dcn_data, sizes["fsdp"], sizes["tensor"])
+    return mesh_utils.create_hybrid_device_mesh(
+        within, (dcn_data, 1, 1), devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
 
 
 def one_device() -> Mesh:

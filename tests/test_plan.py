@@ -197,7 +197,7 @@ def compiled(monkeypatch):
         return known | {"split": one[:4], "fits": answers.fits(one), "estimate": estimate}
 
     device = SimpleNamespace(platform="tpu", device_kind="TPU")
-    monkeypatch.setattr(plan_search, "topology_devices", lambda topology: [device] * 8)
+    monkeypatch.setattr(plan_search, "topology_devices", lambda topology, slices=1: [device] * 8)
     monkeypatch.setattr(plan_search, "plan", fake)
     return answers
 
@@ -300,3 +300,12 @@ def test_the_kernel_compiles_for_the_heads_and_lengths_of_every_size(compiler, s
 def test_a_batch_that_is_too_large_is_reported_with_what_is_in_the_way(compiler):
     results = planning.plan(small(**{"train.batch_size": 16384}), "v5e:2x2")
     assert not results["fits"] and results["peak_share"] > 1 and "bfloat16[2,16384,1024" in results["largest_buffer"]
+
+
+@pytest.mark.tpu_compile
+def test_of_two_slices_only_gradients_cross_the_network_between():
+    alone = planning.plan(small(**{"train.batch_size": 32, "mesh.fsdp": 4}), "v5e:2x2")
+    two = planning.plan(small(**{"train.batch_size": 64, "mesh.fsdp": 4, "mesh.dcn_data": 2}), "v5e:2x2")
+    assert two["chips"] == 8 and two["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert two["bytes_per_chip"]["state"] == alone["bytes_per_chip"]["state"]
+    assert two["collectives"].keys() >= {"all-gather", "all-reduce"}

@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base
+from igpt import sharding
 from igpt.errors import UserError
 from igpt.model import PRESETS, ModelConfig
 from igpt.optim import make_optimizer
@@ -140,3 +141,28 @@ def test_shardings_keep_the_structure_of_the_tree():
     tree = {"head": {"kernel": jax.ShapeDtypeStruct((8, 5), jnp.float32)}}
     found = shardings(tree, make_mesh(2, 2, 2))
     assert found["head"]["kernel"].spec == P("fsdp", None)
+
+
+class Slice:
+    """A device of one of several slices, as far as a mesh looks at it."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, index, slice_index):
+        self.id, self.slice_index, self.process_index = index, slice_index, index // 2
+
+
+def test_of_several_slices_the_data_axis_alone_leaves_one(monkeypatch):
+    devices = [Slice(i, i % 2) for i in range(8)]  # as they come: alternating
+    found = sharding._over_slices({"data": 4, "fsdp": 2, "tensor": 1}, 2, devices)
+    assert found.shape == (4, 2, 1)
+    assert [{device.slice_index for device in part.flat} for part in (found[:2], found[2:])] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(("sizes", "dcn_data"), [((4, 2, 1), 4), ((1, 8, 1), 2)])
+def test_slices_that_are_not_there_or_that_fsdp_would_have_to_leave_are_told(sizes, dcn_data):
+    devices = [Slice(i, i % 2) for i in range(8)]
+    with pytest.raises(UserError, match=f"mesh.dcn_data is {dcn_data}, but the devices lie in 2 slices"):
+        sharding._over_slices(dict(zip(sharding.AXES, sizes, strict=True)), dcn_data, devices)
+    with pytest.raises(UserError, match="mesh.dcn_data is 2, but the devices lie in 1 processes"):
+        make_mesh(dcn_data=2)
