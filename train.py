@@ -223,6 +223,11 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                     tell(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
                     break
             interrupted = signal.requested()
+    except OSError as error:  # of metrics and pictures; a checkpoint tells for itself
+        raise checkpoint.StorageError(
+            f"{error.filename or workdir}: {error.strerror}. Finished checkpoints are as they were; make room, or mend "
+            "the place, and run the same command again."
+        ) from error
     finally:
         bar.close()
         writer.close()
@@ -232,7 +237,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
             f"SIGTERM came; the run is saved after step {step}, and the same command goes on from there"
         )
 
-    if source.unreadable:
+    if source.unreadable and writes:
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
     unreported = step > first_step or unfinished or not (workdir / "finetune.json").exists()
     if config.objective.classification and unreported and source.test.labels is not None:

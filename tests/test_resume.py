@@ -1,5 +1,6 @@
 """Runs that are cut short, damaged or diverge, and what becomes of them."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from test_train import ROOT, assert_bitwise_equal, losses, records
 
 import train
-from igpt import checkpoint, data
+from igpt import checkpoint, data, metrics
 from igpt import loss as loss_module
 from igpt.errors import NonFiniteError, UserError
 from igpt.preemption import PreemptedError, StopSignal
@@ -310,6 +311,23 @@ def test_a_run_in_a_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_path, monkeypatch):
+    real = metrics.Writer.write
+
+    def full(writer, step, values):
+        if step > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(writer, step, values)
+
+    monkeypatch.setattr(metrics.Writer, "write", full)
+    tiny_config.train.num_samples = 0
+    with pytest.raises(checkpoint.StorageError, match=r"run: No space left on device. Finished checkpoints are"):
+        train.run(tiny_config, tmp_path / "run")
+    assert checkpoint.finished_steps(tmp_path / "run") == [3] and not checkpoint.damage(tmp_path / "run", 3)
+    monkeypatch.undo()
+    train.run(tiny_config, tmp_path / "run")
 
 
 def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):
