@@ -1,6 +1,7 @@
 """Is it the average over all positions that lets raw pixels keep up with a small network's features?
 
-python benchmarks/pooling.py --model=runs/study/fashion_mnist_autoregressive_0 --out=docs/results/pooling.json
+python benchmarks/pooling.py --model=runs/study/fashion_mnist_autoregressive_0 \\
+    --out=docs/results/pooling_fashion_mnist.json
 
 A probe reads the mean of a layer over all positions; raw pixels keep their places. So the same linear classifier is
 fitted to means over the cells of a grid, 1 x 1 (the paper's) and 2 x 2, of three things: the trained network's

@@ -246,7 +246,7 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
     first, second = (0.5, 0.9, 0.8, 0.9, 0.1), (0.2, 0.95, 0.3, 0.3, 0.3, 0.3, 0.3)
     script(*first)
     train.run(config, tmp_path / "run")
-    assert progress_of(tmp_path / "run") == ([2, 5], checkpoint.Progress(2, 0.9, 3))
+    assert progress_of(tmp_path / "run") == ([2, 5], checkpoint.Progress(5, 2, 0.9, 3))
     assert igpt.load(tmp_path / "run").step == 2
     before = records(tmp_path / "run")
     assert before[-1]["step"] == 5 and "no better accuracy in 3 evaluations" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
     script(*first, *second)
     train.run(config, tmp_path / "whole")
     for workdir in (tmp_path / "run", tmp_path / "whole"):
-        assert progress_of(workdir) == ([7, 12], checkpoint.Progress(7, 0.95, 5))
+        assert progress_of(workdir) == ([7, 12], checkpoint.Progress(12, 7, 0.95, 5))
         assert not (workdir / "finetune.json").exists()  # what an earlier end found is gone
     assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "run", 12), checkpoint.read_arrays(tmp_path / "whole", 12))
 

@@ -352,7 +352,7 @@ def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 1, done.stderr  # which has more, of TensorStore's own threads
     assert "error: the checkpoint of step 8 could not be written" in done.stderr
-    assert "That of step 4 is untouched; make room" in done.stderr.splitlines()[-1], done.stderr
+    assert "That of step 4 is untouched; make room" in done.stderr
     assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
