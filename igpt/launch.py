@@ -9,6 +9,7 @@ roll call, since the runtime aborts without a word that counts when a host is mi
 
 import contextlib
 import os
+import re
 import socket
 import time
 from typing import NamedTuple
@@ -129,7 +130,8 @@ def _call(place: Place, deadline: float, timeout: float) -> None:
     present: dict[int, socket.socket] = {}
     try:
         port = int(place.coordinator.rpartition(":")[2])
-        listener = socket.create_server(("", port), backlog=place.processes, reuse_port=False)
+        both = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+        listener = socket.create_server(("", port), backlog=place.processes, **both)
     except OSError as error:
         reason = f"process 0 cannot listen at {place.coordinator}: {error.strerror}"
         raise UserError(f"{reason}; choose another port") from None
@@ -148,11 +150,13 @@ def _call(place: Place, deadline: float, timeout: float) -> None:
                     "--join_timeout waits longer"
                 )
                 break
-            claim = _read(peer, 5.0).split()
-            if len(claim) != 3 or claim[0] != "igpt" or not (claim[1] + claim[2]).isdecimal():
+            claim = re.fullmatch(r"igpt (\d{1,9}) (\d{1,9})", _read(peer, 5.0))
+            if not claim:
                 peer.close()  # somebody else's knock
                 continue
             process, processes = int(claim[1]), int(claim[2])
+            if process in present and _gone(present[process]):
+                present.pop(process).close()  # it was started again
             if processes != place.processes or not 0 < process < processes or process in present:
                 verdict = (
                     f"a process says that it is number {process} of {processes}; process 0 was told that there are "
@@ -188,8 +192,20 @@ def _answer(place: Place, deadline: float, timeout: float) -> None:
     )
 
 
+def _gone(peer: socket.socket) -> bool:
+    """Whether the other end, which only waits, has closed."""
+    peer.setblocking(False)
+    try:
+        return not peer.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _send(peer: socket.socket, text: str) -> None:
     with contextlib.suppress(OSError):  # it has gone away: its own error is the better one
+        peer.settimeout(5.0)
         peer.sendall(text.encode()[: LONGEST - 1] + b"\n")
 
 

@@ -71,7 +71,14 @@ def test_a_stranger_at_the_port_is_not_counted(address):
     host, port = address.split(":")
 
     def knock():
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"igpt 1 x\n", b"", b"\xff" * 100 + b"\n", b"igpt -1 2\n"):
+        for words in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"igpt 1 x\n",
+            b"",
+            b"\xff" * 100 + b"\n",
+            b"igpt -1 2\n",
+            b"igpt 1 " + b"9" * 5000,
+        ):
             time.sleep(0.05)
             with socket.create_connection((host, int(port))) as stranger:
                 stranger.sendall(words)
@@ -79,6 +86,20 @@ def test_a_stranger_at_the_port_is_not_counted(address):
     thread = threading.Timer(0.2, knock)
     thread.start()
     assert called([Place(address, 2, 0), Place(address, 2, 1)], delays=(0.0, 1.0)) == [None] * 2
+    thread.join()
+
+
+def test_a_process_that_died_while_it_waited_and_was_started_again_is_there_once(address):
+    host, port = address.split(":")
+
+    def died():
+        with socket.create_connection((host, int(port))) as first:
+            first.sendall(b"igpt 1 3\n")
+            time.sleep(0.2)
+
+    thread = threading.Timer(0.2, died)
+    thread.start()
+    assert called([Place(address, 3, i) for i in range(3)], delays=(0.0, 1.0, 1.5)) == [None] * 3
     thread.join()
 
 
