@@ -63,7 +63,7 @@ def test_without_process_0_the_others_say_where_they_looked(address):
     [((3, 1), "number 1 of 3; process 0 was told that there are 4"), ((4, 1), "number 1 is there already")],
 )
 def test_processes_that_were_told_different_things_learn_it(address, other, message):
-    found = called([Place(address, 4, 0), Place(address, 4, 1), Place(address, *other)])
+    found = called([Place(address, 4, 0), Place(address, 4, 1), Place(address, *other)], timeout=3.0)
     assert all(message in words for words in found[:1]) and any(message in words for words in found[1:] if words)
 
 
