@@ -117,9 +117,8 @@ def children_of(pid):
 def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_redoing_shards(palette, tmp_path):
     (tmp_path / "photos").mkdir()
     photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (30, 40, 3), np.uint8)).resize((800, 600))
-    for i in range(300):
-        path = tmp_path / "photos" / f"{i:03d}.jpg"
-        photo.rotate(i).save(path) if i < 50 else os.link(tmp_path / "photos" / f"{i % 50:03d}.jpg", path)
+    for i in range(150):
+        photo.rotate(i).save(tmp_path / "photos" / f"{i:03d}.jpg")
     common = [f"--source=folder:{tmp_path}/photos", "--size=7x5", f"--palette={palette}", "--shard_images=7"]
 
     def finished():
@@ -129,7 +128,13 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
         before = finished()
         command = [sys.executable, "-m", "igpt.data", "prepare", *common, f"--out={tmp_path}/out", "--workers=2"]
         run = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # What a shell starts in the background ignores SIGINT, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while len(finished()) == len(before) and run.poll() is None:
             time.sleep(0.005)
@@ -140,7 +145,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
             run.kill()
         _, errors = run.communicate(timeout=20)
         assert run.returncode == code and "Traceback" not in errors, errors
-        assert len(workers) >= 2 and len(before) < len(finished()) < 44, errors
+        assert len(workers) >= 2 and len(before) < len(finished()) < 23, errors
         for _ in range(500):
             if not any(Path(f"/proc/{pid}/exe").exists() for pid in workers):
                 break
@@ -152,7 +157,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
     (tmp_path / "out" / "train-00014.tokens.npy.partial").write_bytes(b"half a shard")
     for out in ("out", "at-once"):
         main(["prepare", *common, f"--out={tmp_path / out}", "--workers=1"])
-    assert before.items() <= finished().items() and len(finished()) == 44
+    assert before.items() <= finished().items() and len(finished()) == 23
     assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
 
 
