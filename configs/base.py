@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     model.scale_scores = True  # by 1 / sqrt(K); False, like the next field, only to load weights trained so elsewhere
     model.scale_scores_by_layer = False  # by 1 / (l + 1) on top
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
-    model.attention = "auto"  # reference | chunked | cudnn | auto: cudnn on GPUs in bfloat16, else chunked
+    model.attention = "auto"  # reference | chunked | cudnn (GPU) | splash (TPU) | auto: the fastest that serves
     model.remat = "none"  # computed again to save memory: none | minimal: elementwise | dots: + attention | full: all
     model.scan_layers = True  # False unrolls the layers: slower to compile, sometimes faster to run
 

@@ -134,10 +134,14 @@ class Checkpoints:
             kept = sorted(int(path.name) for path in (self.workdir / FOLDER).glob("*") if path.name.isdigit())
             raise StorageError(
                 f"the checkpoint of step {self._saving} could not be written to {self.workdir / FOLDER}: "
-                f"{str(error).strip().splitlines()[0][-200:]}. "
+                f"{_first_line(error)[-200:]}. "
                 + (f"That of step {kept[-1]} is untouched; " if kept else "There is none yet; ")
                 + "make room, or mend the place, and run the same command again."
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -270,7 +274,7 @@ def _restored(workdir: Path, step: int, items):
         try:
             return checkpoints.restore(step, args=items)
         except Exception as error:  # of Orbax and TensorStore; digests tell damage, so that this is mostly another tree
-            reason = str(error).strip().splitlines()[0][:300]
+            reason = _first_line(error)[:300]
             raise UserError(
                 f"the checkpoint of step {step} of {workdir} cannot be read as this network's: {reason}. It may be of "
                 "another version of igpt; its weights alone may still serve another run, as init_from"

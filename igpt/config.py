@@ -88,7 +88,7 @@ def run_app(
     if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__.strip() + "\n\nFlags:")
         for name, text in ({"config": config_help} | required | optional | switches | places).items():
-            print(f"  --{name:<12}{text}")
+            print(f"  --{name:<14}{text}")
         return
     with reported():
         config = _parse(config_flag)

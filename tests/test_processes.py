@@ -52,7 +52,7 @@ def close(one, other):
     return max(abs(one[step] - other[step]) for step in one) < 1e-5
 
 
-def test_two_processes_learn_what_one_does_stop_together_and_leave_a_run_that_one_can_finish(tmp_path):
+def test_two_processes_learn_what_one_does_and_only_the_first_speaks_and_writes(tmp_path):
     fields = ("--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6")
     alone = start(tmp_path / "one", 1, *fields)
     together = start(tmp_path / "two", 2, *fields)

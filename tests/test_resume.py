@@ -265,7 +265,7 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
     assert stopped >= min(len(checks), 10)
 
 
-def test_sigterm_to_a_real_process_saves_ends_with_code_75_and_a_second_one_does_not_wait(tmp_path):
+def test_sigterm_to_a_real_process_saves_and_ends_with_code_75(tmp_path):
     command = [
         sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}",
         "--config.train.steps=100000", "--config.train.log_every=1", "--config.train.num_samples=0",
