@@ -62,13 +62,19 @@ class Program:
     def collectives(self) -> dict[str, dict]:
         """By kind: how many run, and the bytes of a device's result; of a reduce-scatter's, before the scattering.
 
-        The TPU's reduce-scatter is a fusion of an all-reduce, named after both, and a slice of its result.
+        The TPU's reduce-scatter is a fusion of an all-reduce, named after both, and a slice of its result. What runs
+        beside products is a chain: a start, the products that carry it on, an end. Each names the collective and its
+        channel; only the first counts.
         """
-        found = {}
+        found, chains = {}, set()
         for name, times in self.times.items():
             for instruction in self.computations[name]:
                 kind = instruction.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
+                    if chain := re.search(r"channel_id=(\d+).*\bchain_id=", instruction.line):
+                        if chain[1] in chains:
+                            continue
+                        chains.add(chain[1])
                     size = _result_bytes(instruction)
                     if kind == "reduce-scatter":
                         size *= _group_size(instruction.line)

@@ -28,12 +28,26 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %part = bf16[4,4]{1,0} dynamic-slice(%whole, %i, %j), dynamic_slice_sizes={4,4}
 }
 
+%begin (p: bf16[2,4]) -> (bf16[2,4], u32[]) {
+  %p = bf16[2,4]{1,0} parameter(0)
+  %gather.1 = bf16[8,4]{1,0} all-gather(%p), channel_id=3, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %begun = (bf16[2,4]{1,0}, u32[]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry_on (p: bf16[2,4]) -> bf16[8,4] {
+  %p = bf16[2,4]{1,0} parameter(0)
+  %gather.2 = bf16[8,4]{1,0} all-gather(%p), channel_id=3, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %product = bf16[8,4]{1,0} multiply(%gather.2, %gather.2)
+}
+
 %body (carry: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %carry = (s32[], /*index=1*/bf16[8,4]{1,0}) parameter(0)
   %x = bf16[8,4]{1,0} get-tuple-element(%carry), index=1
   %both = (f32[3]{0}, bf16[8,4]{1,0}) all-reduce(%x, %x), to_apply=%add, backend_config={"estimated_cycles":"10"}
   %mixed = bf16[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"7"}
   %flash.12 = bf16[8,4]{1,0} custom-call(%mixed), custom_call_target="tpu_custom_call"
+  %chain.1 = (bf16[2,4]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%begin
+  %chain.2 = bf16[8,4]{1,0} fusion(%x), kind=kCustom, calls=%carry_on
   ROOT %next = (s32[], bf16[8,4]{1,0}) tuple(%i, %flash.12)
 }
 
@@ -67,7 +81,8 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
     assert Program(TEXT).collectives() == {
-        "all-gather": {"count": 1, "bytes": 2 * 16 * 4},  # the operand beside it is no result
+        # The operand beside a start's result is none; of the chain in the loop, the first link counts.
+        "all-gather": {"count": 1 + 5, "bytes": 2 * 16 * 4 + 5 * 2 * 8 * 4},
         "all-reduce": {"count": 5, "bytes": 5 * (4 * 3 + 2 * 8 * 4)},
         "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4},
         "reduce-scatter": {"count": 3, "bytes": 3 * 2 * 8 * 4},  # the whole, of which each device keeps a part
