@@ -175,15 +175,21 @@ def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
             "labels are needed, and this source has none; add an integer array 'labels' to an .npz, or sort the "
             "pictures of a folder into a sub-folder for each class"
         )
-    classes = np.unique(np.concatenate([split.labels for split in (train, *others)]))
+    trained = _classes(train)
+    classes = np.unique(np.concatenate([trained, *map(_classes, others)]))
     if num_classes and not (classes[0] >= 0 and classes[-1] < num_classes):
         raise UserError(
             f"the labels run from {classes[0]} to {classes[-1]}, but model.num_classes is {num_classes}, which allows "
             f"0 to {num_classes - 1}; "
             + (f"set model.num_classes={classes[-1] + 1}" if classes[0] >= 0 else "number the classes from 0 on")
         )
-    if len(np.unique(train.labels)) < 2:
+    if len(trained) < 2:
         raise UserError(f"all training images have the label {train.labels[0]}; two classes or more are needed")
+
+
+def _classes(split: Split) -> np.ndarray:
+    """Ascending; labels that are read one by one know better than to read them all."""
+    return split.labels.classes() if hasattr(split.labels, "classes") else np.unique(split.labels)
 
 
 def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[np.ndarray, "n"]:

@@ -15,6 +15,7 @@ from igpt.images import Preprocess, UnreadableImage
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 STILL_ENCODED = {"image": tfds.decode.SkipDecoding()}  # igpt.images decodes them, within bounds
+LOOKED_AT = 100  # records, for labels other than those that the data set declares
 UNREAD = np.iinfo(np.int32).min  # a label that was not looked at yet; -1 is how data sets say that they have none
 
 
@@ -79,6 +80,16 @@ class Labels:
         numbers = self.numbers[index]
         labels = self.records.labels(np.atleast_1d(numbers))
         return labels if np.ndim(numbers) else labels[0]
+
+    def classes(self) -> np.ndarray:
+        """Those that the data set declares and those of the first records; of all where it declares none.
+
+        To look for them in every record of ImageNet would be to read its 140 GB.
+        """
+        declared = self.records.features["label"]
+        if not isinstance(declared, tfds.features.ClassLabel) or declared.num_classes is None:
+            return np.unique(self)
+        return np.union1d(np.arange(declared.num_classes), self[:LOOKED_AT])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)

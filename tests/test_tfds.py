@@ -17,6 +17,7 @@ from PIL import Image
 
 from igpt.data import Augmentation, TrainBatches, eval_batches
 from igpt.errors import UserError
+from igpt.examples import check_labels
 from igpt.images import Preprocess
 from igpt.palette import Palette
 from igpt.sources import of_arrays
@@ -65,7 +66,7 @@ def prepare(folder: str) -> dict[str, str]:
     )
     builder(
         "tiles",
-        {"image": tfds.features.Image(shape=(7, 5, 3)), "label": label},
+        {"image": tfds.features.Image(shape=(7, 5, 3)), "label": tfds.features.Scalar(np.int64)},
         {"train": (0, TRAIN), "validation": (40, 43), "test": (50, 57)},
         lambda number: {"image": tile(number), "label": -1 if number >= 50 else number},
     )
@@ -162,6 +163,17 @@ def test_labels_are_read_when_they_are_asked_for_and_not_before(prepared):
     assert np.sum(known != UNREAD) == 3
     assert np.array_equal(labels[2:5], np.asarray(labels)[2:5])
     assert np.array_equal(np.asarray(labels) == labels, np.ones(25, bool))
+
+
+def test_labels_are_checked_against_the_classes_that_are_declared_without_reading_them_all(prepared, monkeypatch):
+    monkeypatch.setattr("igpt.tfds.LOOKED_AT", 4)
+    source = opened("photos", prepared[0])
+    check_labels(source.train, num_classes=100)
+    assert np.sum(source.train.labels.records.known != UNREAD) == 4
+    with pytest.raises(UserError, match="from 0 to 99, but model.num_classes is 10, "):
+        check_labels(source.train, num_classes=10)
+    undeclared = opened("tiles", prepared[0]).train
+    assert np.array_equal(undeclared.labels.classes(), np.unique(undeclared.labels))
 
 
 def test_many_threads_read_what_one_reads(prepared):
