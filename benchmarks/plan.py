@@ -134,7 +134,7 @@ def main() -> None:
     path = Path(args.out)
     results = json.loads(path.read_text()) if path.exists() else {}
     what = {"what": "estimates of the TPU compiler, no measurements", "libtpu": version("libtpu")}
-    results = machine() | what | results
+    results = results | machine() | what
     results.setdefault("plans", {})
 
     def save() -> None:

@@ -27,7 +27,7 @@ KEPT = {"none": 36, "minimal": 12.5, "dots": 11, "full": 1.5}
 TRAFFIC = {"none": 500, "minimal": 260, "dots": 245, "full": 165}
 WHOLE = 0.2  # of the traffic, what tensor does not split
 UPDATED = 40  # bytes of a parameter that its update reads and writes
-GATHERED = 6  # times that fsdp's kernels, gathered, or their gradients pass the links; 3 would do
+GATHERED = 4  # times that fsdp's kernels pass the links: twice gathered, gradients summed (3 on few chips)
 
 
 _params = functools.cache(count_params)  # traces the network
