@@ -1,0 +1,124 @@
+"""Damaged checkpoints and full disks: what was sound before them stays, and is used."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import ROOT, assert_bitwise_equal
+
+import train
+from igpt import checkpoint, metrics
+from igpt.errors import UserError
+
+
+def damaged(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damaged,
+        *(pytest.param(harm, marks=pytest.mark.slow) for harm in (Path.unlink, lambda path: os.truncate(path, 10))),
+    ],
+    ids=["bit", "lost", "cut"],
+)
+def test_of_a_damaged_newest_checkpoint_the_one_before_is_used(tiny_config, tmp_path, capsys, harm):
+    tiny_config.train.update(num_samples=0, eval_every=6)
+    train.run(tiny_config, tmp_path / "run")
+    whole = checkpoint.read_arrays(tmp_path / "run", 6)
+    harm(largest(tmp_path / "run" / "checkpoints" / "6" / "optimizer"))
+    capsys.readouterr()
+    train.run(tiny_config, tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "checkpoint of step 6 is damaged (optimizer/" in output and "resumed after step 3" in output
+    assert (tmp_path / "run" / "damaged-6-1" / "optimizer").is_dir()
+    assert_bitwise_equal(whole, checkpoint.read_arrays(tmp_path / "run", 6))
+
+
+def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path):
+    tiny_config.train.update(num_samples=0, eval_every=6)
+    train.run(tiny_config, tmp_path / "run")
+    for step in ("3", "6"):
+        damaged(largest(tmp_path / "run" / "checkpoints" / step / "params"))
+    with pytest.raises(UserError, match=r"checkpoint of step 6 of .* is damaged \(params/.*there are \[3, 6\]"):
+        checkpoint.restore_params(tmp_path / "run", None)
+    with pytest.raises(UserError, match="every checkpoint of .* is damaged.*--start_over"):
+        train.run(tiny_config, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").glob("damaged-*")} == {"damaged-3-1", "damaged-6-1"}
+
+
+def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_config, tmp_path):
+    tiny_config.train.num_samples = 0
+    train.run(tiny_config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    unfinished = folder / "6.orbax-checkpoint-tmp"
+    (folder / "6").rename(unfinished)
+    assert checkpoint.finished_steps(tmp_path / "run") == [3]
+    train.run(tiny_config, tmp_path / "run")
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+def test_a_checkpoint_of_another_network_is_no_damage_and_is_not_moved(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["width"] = tiny_config.model.width = 24
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="step 6 of .* cannot be read as this network's"):
+        train.run(tiny_config, tmp_path / "run")
+    assert checkpoint.finished_steps(tmp_path / "run") == [3, 6]
+
+
+def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_path, monkeypatch):
+    real = metrics.Writer.write
+
+    def full(writer, step, values):
+        if step > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(writer, step, values)
+
+    monkeypatch.setattr(metrics.Writer, "write", full)
+    tiny_config.train.num_samples = 0
+    with pytest.raises(checkpoint.StorageError, match=r"run: No space left on device. Finished checkpoints are"):
+        train.run(tiny_config, tmp_path / "run")
+    assert checkpoint.finished_steps(tmp_path / "run") == [3] and not checkpoint.damage(tmp_path / "run", 3)
+    monkeypatch.undo()
+    train.run(tiny_config, tmp_path / "run")
+
+
+def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):
+    """From the second save on the process may write no file of more than 2,000 bytes."""
+    limit = tmp_path / "limit.py"
+    limit.write_text(
+        "import resource, runpy, sys\n"
+        "from igpt import checkpoint\n"
+        "real = checkpoint.Checkpoints.save\n"
+        "def save(self, state, step):\n"
+        "    if step > 4: self.newest(); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "    real(self, state, step)\n"
+        "checkpoint.Checkpoints.save = save\n"
+        "sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    command = [
+        sys.executable, str(limit), "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps=12", "--config.train.num_samples=0", "--config.train.checkpoint_every=4",
+        "--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2",
+        "--config.train.batch_size=8", "--config.train.log_every=1000",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr  # which has more, of TensorStore's own threads
+    assert "error: the checkpoint of step 8 could not be written" in done.stderr
+    assert "That of step 4 is untouched; make room" in done.stderr
+    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
