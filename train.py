@@ -132,7 +132,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
         if starting_params is not None:
             state = dataclasses.replace(state, params=finetune.merge_params(state.params, starting_params))
     if writes:
-        describe(workdir, origin, model_config, state, mesh, source, palette)
+        describe(workdir, origin, config, model_config, state, mesh, source, palette)
 
     writer = Writer(workdir, first_step, unfinished)
     speed = Speed(model_config, train.batch_size)

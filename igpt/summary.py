@@ -13,7 +13,9 @@ from igpt.model import ModelConfig
 from igpt.palette import Palette
 
 
-def describe(workdir, origin, model: ModelConfig, state, mesh, source: Source, palette: Palette) -> None:
+def describe(
+    workdir, origin, config: ConfigDict, model: ModelConfig, state, mesh, source: Source, palette: Palette
+) -> None:
     """Says what is about to run: nothing that was chosen automatically stays unsaid."""
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     in_files = isinstance(source.train.images, EncodedImages)
@@ -28,10 +30,19 @@ def describe(workdir, origin, model: ModelConfig, state, mesh, source: Source, p
         f"{marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size):.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
         f"{count:,} parameters\n"
+        f"learns   {_learns(config.objective, model)}: {config.train.steps:,} steps of {config.train.batch_size} "
+        "images\n"
         f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
         flush=True,
     )
+
+
+def _learns(objective: ConfigDict, model: ModelConfig) -> str:
+    """What the loss is made of."""
+    pixels = "the next pixel" if model.causal else f"{objective.drop_rate:.0%} of the pixels, dropped (BERT)"
+    parts = ((objective.generative, pixels), (objective.classification, f"{model.num_classes} classes"))
+    return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
 def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, first_step: int, step: int) -> None:

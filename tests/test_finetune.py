@@ -101,7 +101,7 @@ def first_params(config, workdir, monkeypatch):
     class Described(Exception):
         pass
 
-    def describe(workdir, origin, model, state, *_):
+    def describe(workdir, origin, config, model, state, *_):
         raise Described(origin, state.params)
 
     with monkeypatch.context() as patched, pytest.raises(Described) as caught:
