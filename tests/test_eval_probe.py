@@ -257,6 +257,20 @@ def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys)
     assert results["few_labels"]["features"][0]["accuracies"][1] == accuracy
 
 
+def test_images_are_those_of_the_models_run_unless_the_probe_says_otherwise(trained, tmp_path, monkeypatch):
+    def opened(settings):
+        seen.append(settings.to_dict())
+        raise UserError("seen")
+
+    seen, others = [], dict(source="folder:x", preprocess="shrink", validation_fraction=0.0, data_dir="y")
+    monkeypatch.setattr(eval_probe, "open_source", opened)
+    for given in ({}, others):
+        with pytest.raises(UserError, match="seen"):
+            eval_probe.run(probing(**given), trained, tmp_path / "probe")
+    assert seen[0] == json.loads((trained / "config.json").read_text())["data"]
+    assert seen[1] == seen[0] | others
+
+
 def home_of(name: str):
     """The module that calls the function of this name."""
     return eval_probe if hasattr(eval_probe, name) else probe_module
