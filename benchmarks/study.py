@@ -78,13 +78,15 @@ def run_digits(study: Study) -> None:
     few = {"train.steps": 500, "train.batch_size": 20, "optim.learning_rate": 1e-3}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **often)
-        study.train(f"bert_{seed}", config, seed=seed, **often, **{"model.causal": False})
         study.probe(
             f"autoregressive_{seed}", seed=seed + 100, steps="all", labels_per_class=(4, 25, 100), concatenate=3
         )
-        study.probe(f"bert_{seed}", seed=seed + 100, baselines=False)
         pretrained = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
         study.train(f"joint_{seed}", finetune, **pretrained)
+        if seed >= 3:  # three left it open whether fine-tuning beats the probe: the others are for that alone
+            continue
+        study.train(f"bert_{seed}", config, seed=seed, **often, **{"model.causal": False})
+        study.probe(f"bert_{seed}", seed=seed + 100, baselines=False)
         study.train(f"classes_{seed}", finetune, **pretrained, **{"objective.generative": 0.0})
         study.train(f"scratch_{seed}", finetune, seed=seed)
         bert = {"seed": seed, "init_from": study.path(f"bert_{seed}"), "model.causal": False}
@@ -255,13 +257,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the folder for study_DATA.json and its picture")
     parser.add_argument("--data", choices=("digits", "fashion_mnist"), default="digits")
     parser.add_argument("--idx", help="the folder of Fashion-MNIST's IDX files")
-    parser.add_argument("--seeds", type=int, help="runs of everything; default: 3 of the digits, 1 of Fashion-MNIST")
+    parser.add_argument("--seeds", type=int, help="default: 5 of the digits (all runs for 3), 1 of Fashion-MNIST")
     parser.add_argument("--summarize", action="store_true", help="run nothing, read what is there")
     args = parser.parse_args()
 
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    study = Study(args.data, workdir, args.seeds or {"digits": 3, "fashion_mnist": 1}[args.data])
+    study = Study(args.data, workdir, args.seeds or {"digits": 5, "fashion_mnist": 1}[args.data])
     small = workdir / "fashion_mnist_14.npz"
     if args.data == "fashion_mnist" and not small.exists():
         if not args.idx:
