@@ -46,11 +46,11 @@ class Study:
         fields = fields | {"train.num_samples": 16 if run.startswith("autoregressive") else 0}
         self._once(run, f"train.py --config={config} --workdir={self.path(run)}", fields, self.path(run) / "finished")
 
-    def probe(self, run: str, **fields) -> None:
-        model, place = self.path(run), self.path(run) / "probe"
+    def probe(self, run: str, folder: str = "probe", **fields) -> None:
+        model, place = self.path(run), self.path(run) / folder
         command = f"eval_probe.py --config=configs/probe_digits.py --model={model} --workdir={place}"
-        fields = {"inverse_penalties": (0.01, 0.1, 1.0, 10.0, 100.0), "max_iter": 300} | fields
-        self._once(f"{run}/probe", command, fields, place / "finished")
+        fields = {"inverse_penalties": (0.01, 0.1, 1.0, 10.0, 100.0)} | fields
+        self._once(f"{run}/{folder}", command, fields, place / "finished")
 
     def _once(self, what: str, command: str, fields: dict, finished: Path) -> None:
         if finished.exists():
@@ -78,13 +78,13 @@ def run_digits(study: Study) -> None:
     few = {"train.steps": 500, "train.batch_size": 20, "optim.learning_rate": 1e-3}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **often)
-        study.probe(
-            f"autoregressive_{seed}", seed=seed + 100, steps="all", labels_per_class=(4, 25, 100), concatenate=3
-        )
+        study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), concatenate=3)
         pretrained = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
         study.train(f"joint_{seed}", finetune, **pretrained)
         if seed >= 3:  # three left it open whether fine-tuning beats the probe: the others are for that alone
             continue
+        upper = {"layers": (2, 3, 4), "baselines": False}
+        study.probe(f"autoregressive_{seed}", "checkpoints", seed=seed + 100, steps="all", **upper)
         study.train(f"bert_{seed}", config, seed=seed, **often, **{"model.causal": False})
         study.probe(f"bert_{seed}", seed=seed + 100, baselines=False)
         study.train(f"classes_{seed}", finetune, **pretrained, **{"objective.generative": 0.0})
@@ -112,7 +112,7 @@ def run_fashion_mnist(study: Study) -> None:
     tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
     tuned |= {"optim.learning_rate": 5e-4, "train.steps": 1000, "train.eval_every": 250, "train.checkpoint_every": 250}
     few = tuned | {"train.steps": 300, "train.eval_every": 100, "optim.learning_rate": 1e-3}
-    probe = {"train_images": 10_000, "batch_size": 100}
+    probe = {"train_images": 10_000, "batch_size": 100, "max_iter": 300}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **long)
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 400), concatenate=3, **probe)
@@ -183,6 +183,10 @@ def findings(study: Study) -> dict:
             "paper": "the best features lie in the middle; far above random initialisation and raw pixels",
             "layers": layers,
             **curves,
+            "converged": {  # of the chosen fits, by layer, in how many runs
+                key: [sum(probe[key]["layers"][i]["converged"] for probe in probes) for i in range(len(layers))]
+                for key in curves
+            },
             "best_layers": [layer["layer"] for layer in best],
             "test_intervals_of_the_best": [layer["interval"] for layer in best],
             "raw_pixels": over_runs(probe["raw_pixels"]["test_accuracy"] for probe in probes),
@@ -191,7 +195,7 @@ def findings(study: Study) -> dict:
             "beats_random_init": beats(best, [best_layer(probe, "random_init") for probe in probes]),
             "concatenated": over_runs(probe["concatenated"]["test_accuracy"] for probe in probes),
         }
-    with_checkpoints = [probe for probe in probes if "checkpoints" in probe]
+    with_checkpoints = study.read("autoregressive", "checkpoints/probe.json")
     if with_checkpoints:
         points = [
             [(c["step"], c["validation_loss"], c["test_accuracy"]) for c in probe["checkpoints"]]

@@ -74,10 +74,10 @@ def study_picture(findings: dict, path) -> None:
     def line(panel, x, entries, label, **style):
         """Means in percent with their intervals, where there are any."""
         means = 100 * np.array([entry["mean"] for entry in entries])
-        panel.plot(x, means, "o-", label=label, **style)
+        (drawn,) = panel.plot(x, means, "o-", label=label, **style)
         if all(entry["interval"] for entry in entries):
             low, high = 100 * np.array([entry["interval"] for entry in entries]).T
-            panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=style.get("color"))
+            panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=drawn.get_color())
 
     if by_layer := findings.get("1 accuracy by layer"):
         line(layers, by_layer["layers"], by_layer["pretrained"], "next pixels", color="tab:blue")
