@@ -5,7 +5,7 @@
 Classification only: --config.objective.generative=0. From scratch: leave init_from out. Of a run with BERT's objective:
 --config.model.causal=False.
 
-Cost: five minutes on one CPU core, after the five to six of pretraining (docs/results/study_digits.json).
+Cost: five to seven minutes on one CPU core, like pretraining (docs/results/study_digits.json).
 """
 
 from ml_collections import ConfigDict

@@ -168,7 +168,7 @@ class Split:
 def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
     """Raises UserError unless every split has labels and training covers two classes, all of them below num_classes.
 
-    num_classes 0: any integers will do.
+    num_classes 0: any integers will do. A data set that declares its classes is taken at its word.
     """
     if any(split.labels is None for split in (train, *others)):
         raise UserError(
