@@ -189,10 +189,11 @@ def _write_in_processes(shards: Sequence[tuple], workers: int, arguments: tuple,
             multiprocessing.connection.wait([process.sentinel for process, _ in running], 0.2)
             tell(sum(written) - told)
             told = sum(written)
-            for process, heard in running:
-                if process.exitcode:
+            codes = [process.exitcode for process, _ in running]  # once: what dies meanwhile is seen the next time
+            for code, (_, heard) in zip(codes, running, strict=True):
+                if code:
                     raise UserError(_last_words(heard))
-            running = [(process, heard) for process, heard in running if process.exitcode is None]
+            running = [pair for code, pair in zip(codes, running, strict=True) if code is None]
     finally:
         for process, _ in running:
             process.kill()

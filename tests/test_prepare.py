@@ -5,9 +5,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -161,18 +160,22 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
     assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
 
 
-def test_a_worker_process_that_dies_ends_the_command_with_a_message(pictures, palette, prepared_folder, tmp_path):
-    def kill_one():
-        while not (workers := active_children()):
-            time.sleep(0.01)
-        os.kill(workers[0].pid, signal.SIGKILL)
+def test_a_worker_process_that_dies_ends_the_command_with_a_message(
+    pictures, palette, prepared_folder, tmp_path, monkeypatch
+):
+    exit_code = BaseProcess.exitcode.fget
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+    def dies_just_after_the_look(process):
+        code = exit_code(process)
+        if code is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        return code
+
+    monkeypatch.setattr(BaseProcess, "exitcode", property(dies_just_after_the_look))
     arguments = settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"), 11
     with pytest.raises(UserError, match=r"ended from outside.*want of memory.*fewer --workers"):
         prepare.prepare(*arguments, workers=2)
-    killer.join()
     prepare.prepare(*arguments, workers=1)
     assert contents(tmp_path / "out") == contents(prepared_folder)
 
