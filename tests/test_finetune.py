@@ -127,7 +127,7 @@ def test_a_run_starts_from_all_weights_of_the_model_with_a_new_classifier(images
     np.testing.assert_array_equal(Palette.load(tmp_path / "run" / "palette.npy").centers, CLUSTERS.astype(np.float32))
 
 
-def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, write_openai):  # noqa: F811
+def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, write_openai):
     prefix = write_openai()  # 5 x 5 tokens of 17 colours, with labels, and the clusters beside them
     clusters = tmp_path / "kmeans_centers.npy"
     begin = openai.import_(write_checkpoint(tmp_path / "model.ckpt-7", released()), clusters, tmp_path / "start")

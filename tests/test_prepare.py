@@ -1,4 +1,3 @@
-import json
 import os
 import resource
 import shlex
@@ -17,7 +16,7 @@ from PIL import Image
 
 import train
 from igpt import config as configuration
-from igpt import prepare, prepared, sources
+from igpt import prepare, sources
 from igpt.data import Augmentation, TrainBatches, eval_batches, main
 from igpt.errors import UserError
 from igpt.examples import EncodedImages
@@ -265,81 +264,6 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
     np.testing.assert_array_equal(opened.train.images.grids(slice(None)), expected)
 
 
-DAMAGES = {
-    "cut short": ("train-00001.tokens.npy", lambda path: path.write_bytes(path.read_bytes()[:-3]), "cannot be read"),
-    "empty": ("train-00001.tokens.npy", lambda path: path.write_bytes(b""), "cannot be read"),
-    "labels cut": ("test-00000.labels.npy", lambda path: path.write_bytes(path.read_bytes()[:-3]), "cannot be read"),
-    "no labels": ("test-00000.labels.npy", Path.unlink, "no file .*labels"),
-    "other labels": (
-        "test-00000.labels.npy",
-        lambda path: np.save(path, np.zeros(12, np.int32)),
-        r"int32 \[12\].*\[11\]",
-    ),
-    "other dtype": ("train-00001.tokens.npy", lambda path: np.save(path, np.zeros((11, 35), int)), r"int64 \[11, 35\]"),
-    "other width": (
-        "train-00001.tokens.npy",
-        lambda path: np.save(path, np.zeros((11, 36), np.uint16)),
-        r"\[11, 35\] is",
-    ),
-    "fewer rows": (
-        "train-00001.tokens.npy",
-        lambda path: np.save(path, np.zeros((10, 35), np.uint16)),
-        r"\[11, 35\] is",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_shards_are_named_and_made_anew_by_the_same_command(pictures, palette, prepared_folder, name):
-    file, damage, message = DAMAGES[name]
-    before = contents(prepared_folder)
-    damage(prepared_folder / file)
-    with pytest.raises(UserError, match=rf"{message}[\s\S]*run the command that prepared it again") as error:
-        open_source(f"tokens:{prepared_folder}")
-    assert file in str(error.value)
-    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(prepared_folder), shard_images=11)
-    assert contents(prepared_folder) == before
-
-
-PLANS = {
-    "no JSON": "{",
-    "a list": "[]",
-    "nothing": "{}",
-    "later format": {"format": 2},
-    "text for a number": {"shard_images": "11"},
-    "no images": {"images": {"train": 43}},
-    "a negative size": {"data": {"image_size": [-7, -5], "channels": 3}},
-    "other channels": {"data": {"image_size": [7, 5], "channels": 4}},
-    "too many images": {"images": {"train": 10**18, "validation": 1, "test": 1}},
-}
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_a_damaged_plan_is_named(prepared_folder, name):
-    path, change = prepared_folder / "prepared.json", PLANS[name]
-    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=r"prepared\.json|is unfinished"):
-        open_source(f"tokens:{prepared_folder}")
-
-
-def test_unfinished_directories_other_palettes_and_other_tokens_are_named(prepared_folder, palette, tmp_path):
-    with pytest.raises(UserError, match=r"no prepared directory: it has no prepared\.json"):
-        open_source(f"tokens:{tmp_path}")
-    tokens = np.load(prepared_folder / "train-00002.tokens.npy")
-    tokens[3, 4] = 37
-    np.save(prepared_folder / "train-00002.tokens.npy", tokens)
-    images = open_source(f"tokens:{prepared_folder}").train.images
-    images[:22]
-    with pytest.raises(UserError, match=r"done: tokens run from 0 to 37; its palette has 0\.\.36"):
-        images[20:30]
-    (prepared_folder / "train-00002.tokens.npy").unlink()
-    with pytest.raises(UserError, match=r"unfinished: shard 3 of 4 of train is missing; run the command"):
-        open_source(f"tokens:{prepared_folder}")
-    Palette(np.zeros((37, 3), np.float32)).save(prepared_folder / "palette.npy")
-    with pytest.raises(UserError, match=r"palette\.npy is not the palette that the tokens were made with"):
-        open_source(f"tokens:{prepared_folder}")
-
-
 def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_command(palette, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(
@@ -368,27 +292,6 @@ def test_few_images_are_in_memory_at_a_time_and_opening_reads_none(pictures, pal
     for split in ("train", "validation", "test"):
         shards = getattr(open_source(f"tokens:{tmp_path}/out"), split).images.tokens
         assert all(isinstance(part.base, np.memmap) and not part.flags.writeable for part in shards.parts)
-
-
-def test_rows_of_several_arrays_are_those_of_one():
-    whole = np.random.default_rng(3).integers(0, 99, (29, 3)).astype(np.uint16)
-    shards = prepared.Shards([whole[:11], whole[11:11], whole[11:13], whole[13:]])
-    assert len(shards) == 29 and shards.shape == (29, 3)
-    for index in (
-        0,
-        -1,
-        11,
-        np.int64(12),
-        slice(9, 15),
-        slice(None, None, -3),
-        [28, 0, 11, 11],
-        np.array([-1, -29]),
-        [],
-    ):
-        np.testing.assert_array_equal(shards[index], whole[np.array(index, int) if isinstance(index, list) else index])
-    for index in (29, -30, [3, 29]):
-        with pytest.raises(IndexError, match="out of bounds"):
-            shards[index]
 
 
 def test_the_hint_runs_as_it_stands(pictures, palette, tmp_path, monkeypatch, capsys):
