@@ -32,7 +32,7 @@ CLUSTERS = np.linspace(-1, 1, 51).reshape(17, 3).tolist()
 def loads_or_is_refused(load) -> bool:
     """Whether `load` did it; an exception other than UserError, 64 MB or five seconds are too much."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         load()
         return True
@@ -42,7 +42,7 @@ def loads_or_is_refused(load) -> bool:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 64 << 20, f"{peak:,} bytes"
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 def test_defaults_and_their_file_are_those_of_transformers(tmp_path):

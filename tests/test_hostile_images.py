@@ -72,14 +72,14 @@ def headers_of(width, height):
 @pytest.mark.parametrize("kind", ["png", "bmp", "gif", "jpeg", "webp"])
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (11_000, 10_000), (8192, 8193)])
 def test_an_image_too_large_is_refused_by_its_header(kind, width, height):
-    started = time.perf_counter()
+    started = time.process_time()
     reason = "at most 67,108,864( pixels)? are opened"
     if kind == "webp":  # whose headers are checked more closely
         reason += "|cannot be read"
     with pytest.raises(UnreadableImage, match=f"photo .*({reason})"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decode(headers_of(width, height)[kind], "photo")
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path, monkeypatch):
@@ -180,14 +180,14 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else():
     originals += [encoded(Image.fromarray(SMOOTH), "WEBP")]
     for content in originals:
         for mutated in mutations(content, rng, 25):
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 decode(mutated, "it", channels=int(rng.choice([1, 3])))
                 outcomes["decoded"] += 1
             except UnreadableImage as error:
                 assert "it " in str(error) and "0x" not in str(error)
                 outcomes["refused"] += 1
-            assert time.perf_counter() - started < 5.0
+            assert time.process_time() - started < 5.0
     assert min(outcomes.values()) > 50
 
 
