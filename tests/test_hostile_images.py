@@ -198,7 +198,6 @@ def test_a_bomb_among_the_notes_is_refused():
 
 
 def test_threads_decode_without_touching_what_they_share(monkeypatch):
-    monkeypatch.setattr(warnings, "catch_warnings", None)  # it swaps the filters of all threads
     good, large, bad = encoded(Image.fromarray(COLORS)), headers_of(8192, 8193)["png"], b"hello"
 
     def attempt(content):
@@ -207,12 +206,14 @@ def test_threads_decode_without_touching_what_they_share(monkeypatch):
         except UnreadableImage as error:
             return str(error)
 
-    with ThreadPoolExecutor(8) as threads:
-        for content, result in zip([good, large, bad] * 50, threads.map(attempt, [good, large, bad] * 50), strict=True):
-            if content is good:
-                np.testing.assert_array_equal(result, COLORS)
-            else:
-                assert ("8192 x 8193" if content is large else "cannot be read") in result
+    with monkeypatch.context() as patched, ThreadPoolExecutor(8) as threads:
+        patched.setattr(warnings, "catch_warnings", None)  # it swaps the filters of all threads
+        results = list(threads.map(attempt, [good, large, bad] * 50))
+    for content, result in zip([good, large, bad] * 50, results, strict=True):
+        if content is good:
+            np.testing.assert_array_equal(result, COLORS)
+        else:
+            assert ("8192 x 8193" if content is large else "cannot be read") in result
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_bad_file(monkeypatch):
