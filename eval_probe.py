@@ -29,7 +29,7 @@ from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.examples import Source, check_labels, few_labels
 from igpt.features import write_features
-from igpt.files import write_text
+from igpt.files import check_workdir, write_text
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
 from igpt.pretrained import Pretrained, check_same_palette, is_huggingface, load, outline, resolve
@@ -41,10 +41,10 @@ from igpt.sources import open_source
 def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
     """Probes layers of the model `ref` and returns the results that are written to workdir/probe.json.
 
-    Raises UserError before anything is computed.
+    Raises UserError: for mistakes before anything is computed, for unreadable images and full disks when they are met.
     """
     check(config)
-    workdir, first = Path(workdir), jax.process_index() == 0
+    workdir, first = check_workdir(workdir), jax.process_index() == 0
     check_features_out(config.features_out, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batch_size("batch_size", config.batch_size, 1, mesh)

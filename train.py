@@ -11,7 +11,6 @@ it saves and ends with code 75. On several hosts the same command runs on each: 
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from igpt import palette as palettes
 from igpt.attention import check_dropout
 from igpt.errors import NonFiniteError, UserError
 from igpt.examples import Source
+from igpt.files import check_workdir
 from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import Speed, Writer, progress_bar
 from igpt.optim import make_optimizer
@@ -42,8 +42,9 @@ MOST_SKIPPED = 20  # bad steps in a row: nothing good will come any more
 def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
     """Trains to config.train.steps and returns the last evaluation's metrics (none if it had already finished).
 
-    Raises UserError before anything is written, NonFiniteError when training diverges, PreemptedError when it was told
-    to stop and has saved, StorageError when it cannot save.
+    Raises UserError for mistakes before anything is written, and for an unreadable image when it is met;
+    NonFiniteError when training diverges, PreemptedError when it was told to stop and has saved, StorageError when it
+    cannot save.
     """
     workdir = check_workdir(workdir)
     configuration.check(config)
@@ -245,17 +246,6 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     if writes:
         farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
     return evaluation
-
-
-def check_workdir(workdir: str | Path) -> Path:
-    """The workdir as a path that this run can write to, or UserError."""
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
-    workdir = Path(workdir)
-    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
-    return workdir
 
 
 def set_aside(workdir: Path) -> None:

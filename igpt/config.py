@@ -112,7 +112,10 @@ def _parse(config_flag) -> ConfigDict:
         raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
-        raise UserError(f"{message} (every field and its default: configs/base.py; the flags: --help)") from None
+        raise UserError(
+            f"{message} (every field and its default: configs/base.py, a probe's: configs/probe_digits.py; the flags: "
+            "--help)"
+        ) from None
     if stray:
         raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
     return config

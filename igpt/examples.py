@@ -29,7 +29,7 @@ class EncodedImages:
     """Images uint8 [N, H, W, 3] that are decoded and brought to size when they are asked for.
 
     `files[i]` is (bytes, a path, or an array [h, w, 3]; a name for messages). What cannot be read raises
-    UnreadableImage, or with `skip` is replaced by the next image that can be, and counted in `unreadable`.
+    UserError, or with `skip` is replaced by the next image that can be, and counted in `unreadable`.
     """
 
     dtype = np.dtype(np.uint8)

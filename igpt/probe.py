@@ -26,7 +26,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How a probe is fitted: "lbfgs", a value of C at a time, or "sgd", a learning rate at a time."""
+    """How a probe is fitted: "lbfgs", for all values of C at once, or "sgd", for all learning rates at once."""
 
     kind: str
     inverse_penalties: tuple[float, ...] = (1.0,)

@@ -117,8 +117,9 @@ def test_a_training_configuration_probes_nothing(no_compute, trained, tmp_path):
 
 def test_a_workdir_that_cannot_be_made_is_refused(no_compute, trained, tmp_path):
     (tmp_path / "file").write_text("kept")
-    for workdir in ("file", "file/probe"):
-        refused(probing(), trained, tmp_path / workdir, "--workdir=.* cannot be made")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "probe"):
+        refused(probing(), trained, workdir, "--workdir=.* cannot be written: .* is no writable folder")
+    refused(probing(), trained, "gs://bucket/probe", "is a bucket; mount it")
     assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
 
 
