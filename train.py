@@ -10,6 +10,7 @@ Run it again with the same --workdir and it goes on where it stopped. configs/ba
 it saves and ends with code 75. On several hosts the same command runs on each: docs/pods.md.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -117,17 +118,19 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
 
     # From here on the run writes.
     launch.meet()  # nobody is still looking at what is there
-    if start_over:
-        set_aside(workdir)
     writes = jax.process_index() == 0
-    if writes:
-        workdir.mkdir(parents=True, exist_ok=True)
-        configuration.save(config, workdir)
-        palette.save(workdir / "palette.npy")
-        if stop > first_step or unfinished:
-            (workdir / "finetune.json").unlink(missing_ok=True)  # of an earlier end
-    launch.meet()
-    checkpoints = checkpoint.Checkpoints(workdir, train.max_to_keep, progress)
+    with told_of_storage(workdir):
+        if writes:
+            if start_over:
+                set_aside(workdir)
+            workdir.mkdir(parents=True, exist_ok=True)
+            configuration.save(config, workdir)
+            palette.save(workdir / "palette.npy")
+            if stop > first_step or unfinished:
+                (workdir / "finetune.json").unlink(missing_ok=True)  # of an earlier end
+        launch.meet()
+        checkpoints = checkpoint.Checkpoints(workdir, train.max_to_keep, progress)
+        writer = Writer(workdir, first_step, unfinished)
     if not first_step:
         state = create_state(model_config, optimizer, mesh, config.seed)
         if starting_params is not None:
@@ -135,7 +138,6 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     if writes:
         describe(workdir, origin, config, model_config, state, mesh, source, palette)
 
-    writer = Writer(workdir, first_step, unfinished)
     speed = Speed(model_config, train.batch_size)
     bar = progress_bar(first_step, train.steps)
     tell = bar.write if writes else lambda text: None
@@ -186,25 +188,32 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
             if config.objective.classification:
                 improved = progress.note(step, evaluation["eval/accuracy"])
             tell(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
+            if ended_early():
+                tell(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
         if draws and due(step, train.sample_every) and not signal.requested():
             with_palette = pretrained.Pretrained(config, nnx.merge(graph, state.params), palette)
             images = sample.sample_images(with_palette, train.num_samples, config.seed)
             writer.write_samples(step, image_grid(images))
         return improved or ended_early()
 
-    try:
-        with jax.set_mesh(mesh), StopSignal() as signal:
+    with jax.set_mesh(mesh), StopSignal() as signal, told_of_storage(workdir):
+        profiling = False
+        try:
             if unfinished:
                 look(first_step, signal)
                 if progress.evaluated_step == first_step:
                     checkpoints.save(state, first_step)  # again, with what the evaluation found
+                if signal.requested() or ended_early():
+                    stop = first_step
             for step, batch in enumerate(batches.iterate(first_step, stop, config.data.threads), first_step + 1):
                 if step == train.profile_at:
                     jax.profiler.start_trace(workdir / "profile")
+                    profiling = True
                 state, metrics = train_step(state, to_devices(batch, train.batch_size, mesh))
-                if train.profile_at and step == min(train.profile_at + PROFILED - 1, stop):
+                if profiling and step == min(train.profile_at + PROFILED - 1, stop):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
+                    profiling = False
                 if waiting is not None:
                     report(*waiting)
                 waiting = step, metrics
@@ -221,18 +230,14 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
                     break
                 speed.restart(step)
                 if ended_early():
-                    tell(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
                     break
             interrupted = signal.requested()
-    except OSError as error:  # of metrics and pictures; a checkpoint tells for itself
-        raise checkpoint.StorageError(
-            f"{error.filename or workdir}: {error.strerror}. Finished checkpoints are as they were; make room, or mend "
-            "the place, and run the same command again."
-        ) from error
-    finally:
-        bar.close()
-        writer.close()
-        checkpoints.close()  # waits for the checkpoint that is being written
+        finally:
+            if profiling:
+                jax.profiler.stop_trace()
+            bar.close()
+            writer.close()
+            checkpoints.close()  # waits for the checkpoint that is being written
     if interrupted and not (step == train.steps == progress.evaluated_step or ended_early()):
         raise PreemptedError(
             f"SIGTERM came; the run is saved after step {step}, and the same command goes on from there"
@@ -242,10 +247,23 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
     unreported = step > first_step or unfinished or not (workdir / "finetune.json").exists()
     if config.objective.classification and unreported and source.test.labels is not None:
-        evaluation |= test_classifier(config, workdir, graph, abstract.params, source, palette, eval_drops, mesh)
+        with told_of_storage(workdir):
+            evaluation |= test_classifier(config, workdir, graph, abstract.params, source, palette, eval_drops, mesh)
     if writes:
         farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
     return evaluation
+
+
+@contextlib.contextmanager
+def told_of_storage(workdir: Path):
+    """What the file system says of metrics, pictures and settings as a StorageError; a checkpoint tells for itself."""
+    try:
+        yield
+    except OSError as error:
+        raise checkpoint.StorageError(
+            f"{error.filename or workdir}: {error.strerror}. Finished checkpoints are as they were; make room, or mend "
+            "the place, and run the same command again."
+        ) from error
 
 
 def set_aside(workdir: Path) -> None:
@@ -256,9 +274,8 @@ def set_aside(workdir: Path) -> None:
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1
-    if jax.process_index() == 0:
-        workdir.rename(aside)
-        print(f"set the earlier run aside as {aside}")
+    workdir.rename(aside)
+    print(f"set the earlier run aside as {aside}")
 
 
 def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Palette:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,12 +20,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from igpt.errors import UserError
-from igpt.launch import everywhere, meet
+from igpt.launch import agreed, everywhere, meet
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
 DIGESTS = "sha256.json"
+REPLACED = "replaced-"
 FILE_BYTES = 64 << 20  # Orbax holds a data file in memory until it is written: its own 2 GiB would weigh as much as L
 
 
@@ -90,13 +92,17 @@ class Checkpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Starts writing the state after `step` updates; returns once it is copied off the devices.
 
-        A checkpoint of that step, whose progress is then an older one, is replaced.
+        A checkpoint of that step, whose progress is then an older one, is replaced: it is kept beside the others until
+        the new one is finished.
         """
         with self._told():
-            self._manager.wait_until_finished()
-            if step in self._manager.all_steps():
-                self._manager.delete(step)
+            self._finish()
             self._saving = step
+            if step in self._manager.all_steps():
+                if jax.process_index() == 0:
+                    (self.workdir / FOLDER / str(step)).rename(self.workdir / f"{REPLACED}{step}")
+                meet()
+                self._manager.reload()
             items = dict(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -107,12 +113,18 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The step of the newest that is finished; waits for one that is being written."""
         with self._told():
-            self._manager.wait_until_finished()
+            self._finish()
         return max(finished_steps(self.workdir), default=None)
 
     def close(self) -> None:
         with self._told():
+            self._finish()
             self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the save that is under way."""
+        self._manager.wait_until_finished()
+        _settle_replaced(self.workdir)
 
     def __enter__(self):
         return self
@@ -140,6 +152,18 @@ class Checkpoints:
             ) from error
 
 
+def _settle_replaced(workdir: Path) -> None:
+    """Of a checkpoint that is being replaced one stays: the new one where it is finished, else the old."""
+    if jax.process_index() > 0:
+        return
+    for old in workdir.glob(f"{REPLACED}*"):
+        new = workdir / FOLDER / old.name.removeprefix(REPLACED)
+        if new.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(new)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -157,7 +181,8 @@ def _digest(path: Path) -> str:
 def damage(workdir: Path, step: int, item: str = "") -> str:
     """What is wrong with the files of a checkpoint, or of one item of it; "" where nothing is.
 
-    Of several processes each reads its share of the files; all have to ask. Checkpoints without digests pass.
+    Of several processes each reads its share of the files; all have to ask. Weights alone (`save_params`) have no
+    digests; of a training state they are missing only where it was being removed.
     """
     folder, found = workdir / FOLDER / str(step), ""
     try:
@@ -169,7 +194,8 @@ def damage(workdir: Path, step: int, item: str = "") -> str:
             elif _digest(folder / name) != digests[name]:
                 found = f"{name} is not what was written"
     except FileNotFoundError:
-        pass
+        if [path.name for path in folder.iterdir() if path.is_dir()] != ["params"] or not any(_files(folder)):
+            found = f"{DIGESTS} is missing"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         found = f"{DIGESTS}: {error}"
     return "" if everywhere(not found) else found or "another process found it damaged"
@@ -183,6 +209,13 @@ def finished_steps(workdir: Path) -> list[int]:
         return sorted(checkpoints.all_steps())
 
 
+def agreed_steps(workdir: Path) -> list[int]:
+    """The finished steps as process 0 sees them, of a run that may still be training; all processes have to ask."""
+    steps = np.array(finished_steps(workdir), np.int32)
+    count = int(agreed(np.array(len(steps))))
+    return agreed(np.resize(steps, count)).tolist() if count else []
+
+
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(create=False)
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=ITEMS)
@@ -193,6 +226,8 @@ def sound_step(workdir: Path) -> int:
 
     Raises UserError where all are damaged.
     """
+    _settle_replaced(workdir)
+    meet()
     steps = finished_steps(workdir)
     for step in reversed(steps):
         reason = damage(workdir, step)
@@ -256,7 +291,7 @@ def read_arrays(workdir: Path, step: int) -> dict:
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
     """The parameters alone, and the step they are of: `step`, or that of the best checkpoint of a fine-tuning run, or
     the newest of any other."""
-    steps = finished_steps(workdir)
+    steps = agreed_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} has no finished checkpoint yet: train first, or name another run directory")
     if step is None:

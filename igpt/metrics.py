@@ -3,6 +3,7 @@
 Names are `split/name`. Only process 0 of a multi-process run writes.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
 from igpt.model import ModelConfig
@@ -26,6 +29,9 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+
+FLUSH_SECONDS = 30  # that TensorBoard may be behind
 
 
 def train_flops_per_image(config: ModelConfig, convention: str = "causal") -> float:
@@ -84,7 +90,10 @@ class Writer:
         path = workdir / "metrics.jsonl"
         _forget_after(path, first_step, unfinished)
         self.lines = path.open("a")
-        self.events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+        # Written here and now: a thread, as of tensorboardX's SummaryWriter, ends when the disk is full, unnoticed.
+        self.events = EventsWriter(str(workdir / "events"))
+        self._tell_tensorboard(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides an earlier end
+        self.flush_at = 0.0
         self.samples = workdir / "samples"
 
     def write(self, step: int, values: dict) -> None:
@@ -95,7 +104,9 @@ class Writer:
         self.lines.write(json.dumps({"step": step} | values) + "\n")
         self.lines.flush()
         for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+            self._tell_tensorboard(step, summary=scalar(name, value))
+        if time.monotonic() > self.flush_at:
+            self._flush()
 
     def write_samples(self, step: int, picture) -> None:
         """A grid, uint8 [H, W, 3], as samples/STEP.png and in TensorBoard."""
@@ -103,12 +114,21 @@ class Writer:
             return
         self.samples.mkdir(exist_ok=True)
         save_png(picture, self.samples / f"{step:07d}.png")
-        self.events.add_image("samples", picture, step, dataformats="HWC")
+        self._tell_tensorboard(step, summary=image("samples", picture, dataformats="HWC"))
+        self._flush()
 
     def close(self) -> None:
         if self.active:
-            self.lines.close()
-            self.events.close()
+            for file in (self.lines, self.events):
+                with contextlib.suppress(OSError):  # of what could not be written before, and was told then
+                    file.close()
+
+    def _tell_tensorboard(self, step: int, **content) -> None:
+        self.events.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    def _flush(self) -> None:
+        self.events.flush()  # to the disk itself, which takes its time
+        self.flush_at = time.monotonic() + FLUSH_SECONDS
 
 
 def _forget_after(path: Path, step: int, unfinished: bool) -> None:
@@ -117,11 +137,11 @@ def _forget_after(path: Path, step: int, unfinished: bool) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
             if record["step"] < step + 1 - (unfinished and "eval/loss" in record):
-                kept.append(line)
+                kept.append(line + "\n")
         except (ValueError, KeyError):  # the line that was being written when the run was killed
             continue
     partial = path.with_suffix(".partial")

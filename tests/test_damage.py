@@ -1,18 +1,21 @@
 """Damaged checkpoints and full disks: what was sound before them stays, and is used."""
 
-import errno
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from test_train import ROOT, assert_bitwise_equal
 
 import train
 from igpt import checkpoint, metrics
 from igpt.errors import UserError
+from igpt.state import TrainState
 
 
 def damaged(path):
@@ -80,20 +83,50 @@ def test_a_checkpoint_of_another_network_is_no_damage_and_is_not_moved(tiny_conf
 
 
 def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_path, monkeypatch):
-    real = metrics.Writer.write
+    real, before = metrics.Writer.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(writer, step, values):
-        if step > 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if step == 5:
+            while not (tmp_path / "run" / "checkpoints" / "3").is_dir():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (writer.lines.tell() + 1, before[1]))
         real(writer, step, values)
 
     monkeypatch.setattr(metrics.Writer, "write", full)
     tiny_config.train.num_samples = 0
-    with pytest.raises(checkpoint.StorageError, match=r"run: No space left on device. Finished checkpoints are"):
-        train.run(tiny_config, tmp_path / "run")
+    try:
+        with pytest.raises(checkpoint.StorageError, match=r"run: File too large. Finished checkpoints are"):
+            train.run(tiny_config, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoint.finished_steps(tmp_path / "run") == [3] and not checkpoint.damage(tmp_path / "run", 3)
     monkeypatch.undo()
     train.run(tiny_config, tmp_path / "run")
+
+
+def test_a_checkpoint_that_was_being_removed_is_not_taken_for_whole(tiny_config, tmp_path, capsys):
+    tiny_config.train.num_samples = 0
+    train.run(tiny_config, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "6" / "sha256.json").unlink()
+    train.run(tiny_config, tmp_path / "run")
+    assert "step 6 is damaged (sha256.json is missing)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.num_samples = 0
+    train.run(tiny_config, tmp_path / "run")
+    whole, held = checkpoint.read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
+    progress = checkpoint.progress_at(tmp_path / "run", 6)
+    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # all is written but its name
+    with pytest.raises(checkpoint.StorageError), checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
+    assert held.is_dir() and checkpoint.finished_steps(tmp_path / "run") == [3]
+    monkeypatch.undo()
+    assert checkpoint.sound_step(tmp_path / "run") == 6 and not held.exists()
+    with checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
+        assert held.is_dir()
+    assert checkpoint.finished_steps(tmp_path / "run") == [3, 6] and not held.exists()
 
 
 def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):

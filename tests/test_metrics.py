@@ -1,8 +1,11 @@
 import json
+import resource
+import struct
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from igpt.metrics import PEAK_FLOPS, Speed, Writer, train_flops_per_image, wilson_interval
 from igpt.model import PRESETS, ModelConfig
@@ -23,7 +26,52 @@ def test_records_are_json_lines_that_survive_a_restart_without_repeats(tmp_path)
     writer.write(4, {"train/loss": 40.0})
     writer.close()
     assert [(record["step"], record["train/loss"]) for record in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
-    assert list(tmp_path.glob("events.*"))
+
+
+def test_a_record_whose_line_has_no_end_yet_gets_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}')
+    writer = Writer(tmp_path, first_step=1)
+    writer.write(2, {"train/loss": 2.0})
+    writer.close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+
+
+def events(path):
+    """What TensorBoard would read: records of a length, its checksum, an event, its checksum."""
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_every_number_and_picture_and_where_a_run_went_on(tmp_path):
+    writer = Writer(tmp_path, first_step=3)
+    writer.write(4, {"train/loss": 2.5, "perf/images_per_sec": 7.0})
+    writer.write_samples(4, np.zeros((4, 6, 3), np.uint8))
+    writer.close()
+    version, start, *rest = events(next(tmp_path.glob("events.*")))
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 4 and start.session_log.status == SessionLog.START
+    values = {value.tag: value for event in rest for value in event.summary.value if event.step == 4}
+    assert values["train/loss"].simple_value == 2.5 and values["perf/images_per_sec"].simple_value == 7.0
+    assert (values["samples"].image.height, values["samples"].image.width) == (4, 6) and len(values) == 3
+
+
+def test_a_disk_that_fills_up_under_tensorboard_is_told_at_once_and_closing_is_quiet(tmp_path, monkeypatch):
+    monkeypatch.setattr("igpt.metrics.FLUSH_SECONDS", 0)
+    writer = Writer(tmp_path, first_step=0)
+    writer.write(1, {"train/loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (next(tmp_path.glob("events.*")).stat().st_size, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writer.write(2, {"train/loss": 1.0})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
 
 
 def test_grids_are_written_as_pictures(tmp_path):

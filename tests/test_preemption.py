@@ -14,6 +14,17 @@ from igpt import checkpoint
 from igpt.preemption import PreemptedError, StopSignal
 
 
+def small_finetuning(**train):
+    from configs import finetune_digits
+
+    config = finetune_digits.get_config()
+    config.model.update(width=20, depth=1, num_heads=2, mlp_width=28, residual_dropout=0.1, remat="none")
+    config.mesh.cpu_devices = 0
+    config.train.update(steps=4, batch_size=8, log_every=1, eval_every=2, eval_batch_size=80, checkpoint_every=4)
+    config.train.update(patience=0, **train)
+    return config
+
+
 @pytest.fixture
 def told_to_stop(monkeypatch):
     """told_to_stop(check): SIGTERM comes just before the run looks for it the check-th time."""
@@ -39,13 +50,7 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
     tmp_path, monkeypatch, told_to_stop, checks
 ):
     """Fine-tuning, where an evaluation decides what is kept; looks in steps and in evaluations."""
-    from configs import finetune_digits
-
-    config = finetune_digits.get_config()
-    config.model.update(width=20, depth=1, num_heads=2, mlp_width=28, residual_dropout=0.1, remat="none")
-    config.mesh.cpu_devices = 0
-    config.train.update(steps=4, batch_size=8, log_every=1, eval_every=2, eval_batch_size=80, checkpoint_every=4)
-    config.train.patience = 0
+    config = small_finetuning()
     train.run(config, tmp_path / "whole")
     whole, stopped = checkpoint.read_arrays(tmp_path / "whole", 4), 0
     for check in checks:
@@ -66,6 +71,38 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
         assert checkpoint.progress_at(workdir, 4) == checkpoint.progress_at(tmp_path / "whole", 4)
         assert (workdir / "finetune.json").read_bytes() == (tmp_path / "whole" / "finetune.json").read_bytes()
     assert stopped >= min(len(checks), 10)
+
+
+def test_an_evaluation_that_is_interrupted_twice_is_made_the_third_time(tmp_path, monkeypatch, told_to_stop):
+    config = small_finetuning(profile_at=2)  # of a step that is not made again
+    train.run(config, tmp_path / "whole")
+    for check in (3, 1):  # the first look within the evaluation of step 2, then the first of all, in the same
+        told_to_stop(check)
+        with pytest.raises(PreemptedError, match="saved after step 2"):
+            train.run(config, tmp_path / "run")
+        monkeypatch.undo()
+    train.run(config, tmp_path / "run")
+    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "whole", 4), checkpoint.read_arrays(tmp_path / "run", 4))
+    assert [record["step"] for record in records(tmp_path / "run") if "eval/loss" in record] == [2, 4]
+    assert checkpoint.progress_at(tmp_path / "run", 4) == checkpoint.progress_at(tmp_path / "whole", 4)
+
+
+def test_patience_that_ends_in_a_resumed_evaluation_ends_the_run_there(tmp_path, monkeypatch, told_to_stop):
+    config = small_finetuning(steps=8)
+    config.train.patience, real = 1, train.evaluate
+
+    def never_better(*inputs):
+        found = real(*inputs)
+        return found and found | {"eval/accuracy": 0.5}
+
+    monkeypatch.setattr(train, "evaluate", never_better)
+    told_to_stop(8)
+    with pytest.raises(PreemptedError, match="saved after step 4"):
+        train.run(config, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "evaluate", never_better)
+    train.run(config, tmp_path / "run")
+    assert max(losses(tmp_path / "run")) == 4 and (tmp_path / "run" / "finetune.json").exists()
 
 
 def test_sigterm_to_a_real_process_saves_and_ends_with_code_75(tmp_path):

@@ -217,3 +217,6 @@ def test_steps_of_the_users_choice_are_profiled(tiny_config, tmp_path):
     tiny_config.train.update(steps=3, profile_at=2, eval_every=3, num_samples=0)
     train.run(tiny_config, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    tiny_config.train.profile_at = 9  # never
+    train.run(tiny_config, tmp_path / "none")
+    assert not (tmp_path / "none" / "profile").exists()
