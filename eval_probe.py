@@ -11,6 +11,7 @@ the same shape. Writes probe.json and probe.png to --workdir. Where several proc
 command, and each keeps all features in a folder of its own while it runs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -70,7 +71,8 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
         few_labels(source.train.labels, count, seed=0)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix="features.", dir=workdir)
+        # NFS keeps what is removed while it is mapped until this process ends.
+        scratch = tempfile.TemporaryDirectory(prefix="features.", dir=workdir, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
 
@@ -108,8 +110,12 @@ def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:
             f"probe/accuracy_layer_{layer['layer']:02d}": layer["test_accuracy"] for layer in fitted["layers"]
         }
         if first:
-            write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
-            probe_curve(results, workdir / "probe.png")
+            try:
+                write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
+                probe_curve(results, workdir / "probe.png")
+            except OSError as error:
+                what = f"--workdir={workdir} cannot be written any more: {error.strerror}"
+                raise UserError(f"{what}. What was found:\n{table(results)}") from None
         if config.features_out and first:  # last: a full disk then costs nothing else
             write_features(dict(zip(SPLITS, features, strict=True)), Path(config.features_out))
     return results
@@ -139,7 +145,7 @@ def few_images(source: Source, count: int) -> Source:
 
 def chosen_steps(steps: str, directory: Path) -> list[int | None]:
     """ "" is the newest checkpoint (None), "all" every one, "100,200" those; UserError for one that is not there."""
-    there = checkpoint.finished_steps(directory)
+    there = checkpoint.agreed_steps(directory)
     if not there and (steps or not is_huggingface(directory)):
         raise UserError(
             f"{directory} has no finished checkpoint; "
@@ -171,11 +177,14 @@ def validation_loss(directory: Path, step: int) -> dict:
     """What the run itself measured at this step, where it did."""
     try:
         lines = (directory / "metrics.jsonl").read_text().splitlines()
-        found = [
-            record["eval/loss"] for record in map(json.loads, lines) if record["step"] == step and "eval/loss" in record
-        ]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return {}
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # such as a last line that a kill cut short
+            record = json.loads(line)
+            if record["step"] == step:
+                found.append(record["eval/loss"])
     return {"validation_loss": found[-1]} if found else {}
 
 

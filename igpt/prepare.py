@@ -187,9 +187,10 @@ def _write_in_processes(shards: Sequence[tuple], workers: int, arguments: tuple,
                 running.append((process, heard))
         while running:
             multiprocessing.connection.wait([process.sentinel for process, _ in running], 0.2)
-            tell(sum(written) - told)
-            told = sum(written)
             codes = [process.exitcode for process, _ in running]  # once: what dies meanwhile is seen the next time
+            done = sum(written)
+            tell(done - told)
+            told = done
             for code, (_, heard) in zip(codes, running, strict=True):
                 if code:
                     raise UserError(_last_words(heard))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,6 +84,7 @@ class Probe:
 
     def __init__(self, config: ConfigDict, source: Source, layers: list[int], mesh: Mesh, folder: Path):
         self.config, self.source, self.layers, self.mesh, self.folder = config, source, layers, mesh, folder
+        self._folders = {}
         shared = dict(inverse_penalties=tuple(config.inverse_penalties), max_iter=config.max_iter, seed=config.seed)
         self.solver = Solver(config.solver, **shared, **config.sgd.to_dict())
 
@@ -109,10 +111,11 @@ class Probe:
         return self._kept("features", streams, self.layers)
 
     def _kept(self, kind: str, streams, layers: list[int]) -> list[Features]:
-        shutil.rmtree(self.folder / kind, ignore_errors=True)
-        (self.folder / kind).mkdir()
+        if kind in self._folders:
+            shutil.rmtree(self._folders[kind], ignore_errors=True)  # NFS keeps what is mapped: hence a new name
+        self._folders[kind] = Path(tempfile.mkdtemp(prefix=f"{kind}.", dir=self.folder))
         return [
-            keep_features(stream, layers, self.folder / kind / name)
+            keep_features(stream, layers, self._folders[kind] / name)
             for name, stream in zip(SPLITS, streams, strict=True)
         ]
 

@@ -167,6 +167,7 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(f"tfds:{name} cannot be opened: {_first_line(error)}") from None
     if not builder.is_prepared():
         _prepare(name, builder)
+        builder = tfds.builder(name, data_dir=data_dir or None)  # which knows what is there now, whoever prepared it
     found = {file_format.value for file_format in builder.info.available_file_formats()}
     if ARRAY_RECORD.value not in found:
         raise UserError(
@@ -190,6 +191,8 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(file_format=ARRAY_RECORD, download_config=config)
     except Exception as error:  # no network, no disk, files to be fetched by hand, anybody's code
+        if builder.is_prepared():
+            return  # another process was faster
         raise UserError(
             f"tfds:{name} could not be prepared in {builder.data_dir}: {type(error).__name__}: {error}\n"
             "Mend that and run this again, or set data.data_dir to where the data set is prepared as "

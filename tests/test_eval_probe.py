@@ -50,7 +50,8 @@ def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
     with checkpoint.Checkpoints(path, max_to_keep=9) as checkpoints:
         for step in steps:
             checkpoints.save(create_state(network, optimizer, mesh, seed=step), step)
-    (path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "eval/loss": 2.5}\n')
+    lines = ['{"step": 1, "train/loss": 3.0}', '{"step": 2, "eval/loss": 2.5}', '{"step": 3, "tr']  # cut short
+    (path / "metrics.jsonl").write_text("\n".join(lines))
     return path
 
 
@@ -175,6 +176,14 @@ def test_the_checkpoints_are_probed_one_by_one(everything, trained, tmp_path):
     assert newest["step"] == 4
     assert newest["pretrained"]["layers"] == [results["pretrained"]["layers"][layer] for layer in (0, 2)]
     assert newest["random_init"]["layers"] == [results["random_init"]["layers"][layer] for layer in (0, 2)]
+
+
+def test_features_that_cannot_be_removed_yet_are_in_nobodys_way(everything, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as where NFS holds what is mapped
+    both = eval_probe.run(probing(steps="2,4", layers=(1,), baselines=False), trained, tmp_path / "probe")
+    assert [entry["layers"] for entry in both["checkpoints"]] == [
+        [e["layers"][1]] for e in everything[0]["checkpoints"]
+    ]
 
 
 def test_the_baselines_can_be_left_out(everything, trained, tmp_path):

@@ -72,7 +72,7 @@ def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch
     sample.main([f"--model={run}", "--num=3", f"--out={alone}/samples.png"])
     evaluate.main([f"--model={run}", f"--json={alone}/figures.json"])
 
-    said = [process.communicate(timeout=150)[0] for process in started]
+    said = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     for told in ("labels a class", "samples.png", "bits_per_dim"):
         assert told in said[0] and told not in said[1]

@@ -1,6 +1,8 @@
 """Data sets of tensorflow_datasets: prepared once with TensorFlow, read without it."""
 
 import concurrent.futures
+import contextlib
+import errno
 import io
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from igpt.examples import check_labels
 from igpt.images import Preprocess
 from igpt.palette import Palette
 from igpt.sources import of_arrays
-from igpt.tfds import UNREAD, Labels, open_tfds
+from igpt.tfds import UNREAD, Labels, _prepare, open_tfds
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST = 31, 5
@@ -235,6 +238,18 @@ def test_what_is_not_prepared_needs_tensorflow_and_says_so(monkeypatch, tmp_path
     with pytest.raises(UserError, match=r'(?s)cifar10 is not prepared in .*pip install "igpt\[tfds\]"'):
         opened("cifar10", str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("prepared_meanwhile", [True, False])
+def test_of_several_processes_that_prepare_a_data_set_the_slower_go_on(monkeypatch, tmp_path, prepared_meanwhile):
+    def fail(**_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
+    builder = SimpleNamespace(data_dir=tmp_path, download_and_prepare=fail, is_prepared=lambda: prepared_meanwhile)
+    told = contextlib.nullcontext() if prepared_meanwhile else pytest.raises(UserError, match="Directory not empty")
+    with told:
+        _prepare("mnist", builder)
 
 
 @pytest.mark.parametrize(
