@@ -159,7 +159,7 @@ def _settle_replaced(workdir: Path) -> None:
     for old in workdir.glob(f"{REPLACED}*"):
         new = workdir / FOLDER / old.name.removeprefix(REPLACED)
         if new.exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes the next time
         else:
             old.rename(new)
 
@@ -194,7 +194,7 @@ def damage(workdir: Path, step: int, item: str = "") -> str:
             elif _digest(folder / name) != digests[name]:
                 found = f"{name} is not what was written"
     except FileNotFoundError:
-        if [path.name for path in folder.iterdir() if path.is_dir()] != ["params"] or not any(_files(folder)):
+        if [path.name for path in folder.glob("*") if path.is_dir()] != ["params"] or not any(_files(folder)):
             found = f"{DIGESTS} is missing"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         found = f"{DIGESTS}: {error}"
