@@ -29,10 +29,11 @@ from report import write
 from igpt import checkpoint
 
 ROOT = Path(__file__).parents[1]
+EVAL_EVERY = 5  # often, so that kills find evaluations
 FIELDS = [
     "--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=2", "--config.model.num_heads=4",
     "--config.model.residual_dropout=0.1", "--config.train.batch_size=32", "--config.train.num_samples=0",
-    "--config.train.log_every=1", "--config.train.eval_every=20", "--config.train.checkpoint_every=7",
+    "--config.train.log_every=1", f"--config.train.eval_every={EVAL_EVERY}", "--config.train.checkpoint_every=7",
     "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
 ]  # fmt: skip
 
@@ -87,7 +88,7 @@ def phase(workdir: Path) -> str:
         return "before the first step"
     if any(not path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
         return "during a save"
-    return "during an evaluation" if found[-1]["step"] % 20 == 0 and "eval/loss" not in found[-1] else "between"
+    return "during an evaluation" if found[-1]["step"] % EVAL_EVERY == 0 and "eval/loss" not in found[-1] else "between"
 
 
 def killed(folder: Path, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random) -> dict:
