@@ -10,12 +10,12 @@ Run it again with the same --workdir and it goes on where it stopped. configs/ba
 it saves and ends with code 75. On several hosts the same command runs on each: docs/pods.md.
 """
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -25,7 +25,7 @@ from igpt import palette as palettes
 from igpt.attention import check_dropout
 from igpt.errors import NonFiniteError, UserError
 from igpt.examples import Source
-from igpt.files import check_workdir
+from igpt.files import check_workdir, told_of_storage
 from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import Speed, Writer, progress_bar
 from igpt.optim import make_optimizer
@@ -49,10 +49,11 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
     """
     workdir = check_workdir(workdir)
     configuration.check(config)
-    resuming = (workdir / "config.json").exists() and not start_over
+    resuming = not start_over and bool(launch.agreed(np.array((workdir / "config.json").exists())))
     if resuming:
+        launch.check_seen(workdir / "config.json")
         configuration.check_resumable(config, workdir)
-    elif not start_over and checkpoint.finished_steps(workdir):
+    elif not start_over and checkpoint.agreed_steps(workdir):
         raise UserError(f"{workdir} has checkpoints but no config.json; --start_over sets them aside and begins anew")
     train = config.train
 
@@ -124,6 +125,8 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
             if start_over:
                 set_aside(workdir)
             workdir.mkdir(parents=True, exist_ok=True)
+        launch.check_shared(workdir)
+        if writes:
             configuration.save(config, workdir)
             palette.save(workdir / "palette.npy")
             if stop > first_step or unfinished:
@@ -245,25 +248,13 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> di
 
     if source.unreadable and writes:
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
-    unreported = step > first_step or unfinished or not (workdir / "finetune.json").exists()
+    unreported = step > first_step or unfinished or not launch.agreed(np.array((workdir / "finetune.json").exists()))
     if config.objective.classification and unreported and source.test.labels is not None:
         with told_of_storage(workdir):
             evaluation |= test_classifier(config, workdir, graph, abstract.params, source, palette, eval_drops, mesh)
     if writes:
         farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
     return evaluation
-
-
-@contextlib.contextmanager
-def told_of_storage(workdir: Path):
-    """What the file system says of metrics, pictures and settings as a StorageError; a checkpoint tells for itself."""
-    try:
-        yield
-    except OSError as error:
-        raise checkpoint.StorageError(
-            f"{error.filename or workdir}: {error.strerror}. Finished checkpoints are as they were; make room, or mend "
-            "the place, and run the same command again."
-        ) from error
 
 
 def set_aside(workdir: Path) -> None:
@@ -346,6 +337,7 @@ if __name__ == "__main__":
     configuration.run_app(
         main,
         distributed=True,
+        saves_at_sigterm=True,
         required={"workdir": "Where the run lives: config, palette, checkpoints, metrics, samples."},
         switches={"start_over": "Set an earlier run in --workdir aside (renamed, not deleted) and begin anew."},
     )

@@ -12,6 +12,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from igpt.errors import UserError
+from igpt.errors import StorageError, UserError, reported
 from igpt.launch import agreed, everywhere, meet
 from igpt.state import TrainState
 
@@ -63,12 +67,6 @@ class _Manager(ocp.CheckpointManager):
         return False  # igpt.preemption asks the runtime, which expects one caller that counts
 
 
-class StorageError(UserError):
-    """The disk is full, or cannot be written any more."""
-
-    exit_code = 1
-
-
 class Checkpoints:
     """Those that a run writes; close them (or use `with`) so that the last save finishes.
 
@@ -82,7 +80,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, barrier_sync_fn=self._meet),
             cleanup_tmp_directories=True,  # of saves that a kill cut short
             create=True,
         )
@@ -103,6 +101,9 @@ class Checkpoints:
                     (self.workdir / FOLDER / str(step)).rename(self.workdir / f"{REPLACED}{step}")
                 meet()
                 self._manager.reload()
+                while not everywhere(step not in self._manager.all_steps()):
+                    time.sleep(1)  # a network file system may show what was there
+                    self._manager.reload()
             items = dict(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -135,13 +136,30 @@ class Checkpoints:
     def _seal(self) -> None:
         """Adds the digests; called in the background when all is written and only the directory's name is missing."""
         for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
-            digests = {str(path.relative_to(unnamed)): _digest(path) for path in _files(unnamed)}
+            files = _files(unnamed)
+            with ThreadPoolExecutor() as threads:  # hashlib leaves the interpreter to others
+                found = threads.map(_digest, files)
+                digests = {str(path.relative_to(unnamed)): digest for path, digest in zip(files, found, strict=True)}
             (unnamed / DIGESTS).write_text(json.dumps(digests, indent=0))
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's meeting point of the processes within a save.
+
+        One whose save has failed comes here from the background with the error in flight, to wait for others that
+        wait for it elsewhere, all of them 20 minutes: it tells the error and leaves instead, at which they end.
+        """
+        failed = sys.exception() if threading.current_thread() is not threading.main_thread() else None
+        if failed and jax.process_count() > 1:
+            with reported(), self._told():
+                raise failed
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     @contextlib.contextmanager
     def _told(self):
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of a device, or the others: not of storage
+            raise
         except Exception as error:  # of Orbax, TensorStore and the file system, each in its own words
             kept = sorted(int(path.name) for path in (self.workdir / FOLDER).glob("*") if path.name.isdigit())
             raise StorageError(
@@ -182,23 +200,42 @@ def damage(workdir: Path, step: int, item: str = "") -> str:
     """What is wrong with the files of a checkpoint, or of one item of it; "" where nothing is.
 
     Of several processes each reads its share of the files; all have to ask. Weights alone (`save_params`) have no
-    digests; of a training state they are missing only where it was being removed.
+    digests; of a training state they are missing only where it was being removed. Raises StorageError where a sound
+    file cannot be read, or not by all.
     """
-    folder, found = workdir / FOLDER / str(step), ""
+    folder = workdir / FOLDER / str(step)
+    found = _flaw(folder, item, jax.process_index(), jax.process_count())
+    if everywhere(not found):
+        return ""
+    if jax.process_count() > 1:  # what only another host does not see is that host's trouble
+        whole = _flaw(folder, item) if jax.process_index() == 0 else ""
+        if not agreed(np.array(bool(whole))):
+            raise StorageError(
+                f"{folder} is whole as process 0 sees it, but not as another does ({found or 'nothing here'}); see "
+                "whether all hosts see the same directory, and start again"
+            )
+        found = whole or found or "as process 0 found"
+    return found
+
+
+def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
     try:
         digests = json.loads((folder / DIGESTS).read_text())
-        ours = [name for name in sorted(digests) if name.startswith(item)][jax.process_index() :: jax.process_count()]
-        for name in ours:
+        for name in sorted(name for name in digests if name.startswith(item))[first::every]:
             if not (folder / name).is_file():
-                found = f"{name} is missing"
-            elif _digest(folder / name) != digests[name]:
-                found = f"{name} is not what was written"
+                return f"{name} is missing"
+            if _digest(folder / name) != digests[name]:
+                return f"{name} is not what was written"
     except FileNotFoundError:
         if [path.name for path in folder.glob("*") if path.is_dir()] != ["params"] or not any(_files(folder)):
-            found = f"{DIGESTS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        found = f"{DIGESTS}: {error}"
-    return "" if everywhere(not found) else found or "another process found it damaged"
+            return f"{DIGESTS} is missing"
+    except OSError as error:
+        raise StorageError(
+            f"the checkpoint {folder} cannot be read ({error}). If it is lost, move it away, and the one before is used"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"{DIGESTS}: {error}"
+    return ""
 
 
 def finished_steps(workdir: Path) -> list[int]:
@@ -228,7 +265,7 @@ def sound_step(workdir: Path) -> int:
     """
     _settle_replaced(workdir)
     meet()
-    steps = finished_steps(workdir)
+    steps = agreed_steps(workdir)
     for step in reversed(steps):
         reason = damage(workdir, step)
         if not reason:
@@ -240,7 +277,7 @@ def sound_step(workdir: Path) -> int:
             (workdir / FOLDER / str(step)).rename(aside)
             print(f"the checkpoint of step {step} is damaged ({reason}): moved to {aside}, going on from an older one")
         meet()
-    if steps:
+    if steps or agreed(np.array(any(workdir.glob("damaged-*")))):  # now, or when the run was last started
         raise UserError(
             f"every checkpoint of {workdir} is damaged, and so they were moved to {workdir}/damaged-STEP; restore one "
             "from a copy, or run with --start_over to begin anew"
@@ -261,7 +298,7 @@ def save_params(workdir: Path, params: dict, step: int) -> None:
 
 def progress_at(workdir: Path, step: int) -> Progress | None:
     """What a checkpoint says of its run's progress; None of one that has only weights, or is older than that."""
-    if not (workdir / FOLDER / str(step) / "progress").is_dir():
+    if not agreed(np.array((workdir / FOLDER / str(step) / "progress").is_dir())):
         return None
     with _reader(workdir) as checkpoints:
         return Progress(**checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)

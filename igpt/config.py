@@ -70,11 +70,13 @@ def run_app(
     switches: dict[str, str] | None = None,
     optional: dict[str, str] | None = None,
     distributed: bool = False,
+    saves_at_sigterm: bool = False,
 ) -> None:
     """Runs a script: parses its flags and calls `main(config, **flags)`.
 
     `required`, `optional` and `switches` are the script's own string and boolean flags with their help; --config, a
-    Python file with get_config(), comes on top, and for scripts that run on several hosts those of igpt/launch.py.
+    Python file with get_config(), comes on top, and for scripts that run on several hosts (`distributed`,
+    `saves_at_sigterm`) those of igpt/launch.py.
     A user's mistake ends in one message and exit code 2.
     """
     switches, optional = switches or {}, optional or {}
@@ -97,7 +99,7 @@ def run_app(
             if not flags.FLAGS[name].value:
                 raise UserError(f"--{name} is missing; see --help for an example")
         if distributed:
-            launch.join(*(flags.FLAGS[name].value for name in places))
+            launch.join(*(flags.FLAGS[name].value for name in places), saves_at_sigterm=saves_at_sigterm)
         main(config, **values)
 
 

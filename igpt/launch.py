@@ -10,8 +10,10 @@ roll call, since the runtime aborts without a word that counts when a host is mi
 import contextlib
 import os
 import re
+import secrets
 import socket
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -25,11 +27,12 @@ FLAGS = {
     "process": "Which of them this is, from 0.",
     "join_timeout": "Seconds to wait for all of them (default 300).",
 }
+GRACE = 10.0  # seconds more for the verdict: process 0 may have started a little later
 LONGEST = 1 << 16  # bytes of a message in the roll call
 
 
 class MissingProcessError(UserError):
-    """Not all processes came in time."""
+    """Not all processes came together."""
 
     exit_code = 1
 
@@ -43,10 +46,11 @@ class Place(NamedTuple):
     local_devices: list[int] | None = None
 
 
-def join(coordinator=None, processes=None, process=None, join_timeout=None) -> None:
+def join(coordinator=None, processes=None, process=None, join_timeout=None, saves_at_sigterm: bool = False) -> None:
     """Connects this process with the others; does nothing where there are none. Call it before anything of JAX.
 
-    All may be strings, of the command line. Raises UserError for what cannot be meant, MissingProcessError with counts.
+    All but the last may be strings, of the command line. `saves_at_sigterm`: the command asks a StopSignal; of any
+    other SIGTERM ends the process as ever. Raises UserError for what cannot be meant, MissingProcessError with counts.
     """
     timeout = _number("join_timeout", join_timeout, 1, 86400) if join_timeout else 300
     place = named(coordinator, processes, process) if coordinator or processes or process else detected(timeout)
@@ -54,6 +58,7 @@ def join(coordinator=None, processes=None, process=None, join_timeout=None) -> N
         return
     roll_call(place, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", saves_at_sigterm)  # it would keep SIGTERM to itself
     jax.distributed.initialize(
         place.coordinator,
         place.processes,
@@ -104,17 +109,52 @@ def detected(timeout: int) -> Place | None:
     # Private, but the only list of clusters that JAX knows; jax.distributed.initialize reads the same one.
     from jax._src.clusters import ClusterEnv
 
-    indexed = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & set(os.environ)
-    if "KUBERNETES_SERVICE_HOST" in os.environ and not indexed:
-        return None  # a pod alone
+    signs, slurm_tasks = _signs_of_others(), os.environ.get("SLURM_STEP_NUM_TASKS")
+    in_step = "SLURM_STEP_NODELIST" in os.environ and slurm_tasks != "1"
+    if not (signs or in_step) and (slurm_tasks or "KUBERNETES_SERVICE_HOST" in os.environ):
+        return None  # a shell in an allocation, or a pod alone, of which JAX thinks otherwise
+    devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            None,
+            None,
+            [int(device) for device in devices.split(",")] if devices else None,
+            None,
+            timeout,
+        )
     except Exception as error:  # of a scheduler's variables, metadata server or API: anything
         raise UserError(
             f"this environment looks like a cluster's, but does not say which process this is ({error}); give "
             "--coordinator, --processes and --process, or --processes=1"
         ) from None
-    return None if None in found[:3] else Place(*found)
+    if None not in found[:3]:
+        return Place(*found)
+    if signs:
+        raise UserError(
+            f"{', '.join(signs)}: this process was started as one of several, but JAX cannot tell as which; give "
+            "--coordinator, --processes and --process, or --processes=1 if it is alone. (Flags are not needed in "
+            "Kubernetes' indexed jobs after pip install kubernetes, nor under Open MPI before 5.)"
+        )
+    return None
+
+
+def _signs_of_others() -> list[str]:
+    """The variables that say that this process is one of several, whether or not JAX understands them."""
+    says = {
+        "OMPI_COMM_WORLD_SIZE": lambda count: count != "1",
+        "PMI_SIZE": lambda count: count != "1",
+        "MEGASCALE_NUM_SLICES": lambda count: count != "1",
+        "TPU_WORKER_HOSTNAMES": lambda names: "," in names,
+        "TPU_PROCESS_ADDRESSES": lambda names: "," in names,
+        "JOB_COMPLETION_INDEX": lambda index: True,
+        "JAX_COORDINATOR_ADDRESS": lambda address: True,
+    }
+    return [
+        f"{name}={os.environ[name]}"
+        for name, several in says.items()
+        if name in os.environ and several(os.environ[name])
+    ]
 
 
 def roll_call(place: Place, timeout: float) -> None:
@@ -134,10 +174,13 @@ def _call(place: Place, deadline: float, timeout: float) -> None:
         listener = socket.create_server(("", port), backlog=place.processes, **both)
     except OSError as error:
         reason = f"process 0 cannot listen at {place.coordinator}: {error.strerror}"
-        raise UserError(f"{reason}; choose another port") from None
+        raise MissingProcessError(
+            f"{reason}. If an earlier process is still ending, start it again; otherwise choose another port, by "
+            "--coordinator or, where the environment names it, JAX_COORDINATOR_PORT"
+        ) from None
     verdict = "all"
     with listener:
-        while verdict == "all" and len(present) < place.processes - 1:
+        while verdict == "all" and len(present := _still_there(present)) < place.processes - 1:
             listener.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 peer, _ = listener.accept()
@@ -155,8 +198,7 @@ def _call(place: Place, deadline: float, timeout: float) -> None:
                 peer.close()  # somebody else's knock
                 continue
             process, processes = int(claim[1]), int(claim[2])
-            if process in present and _gone(present[process]):
-                present.pop(process).close()  # it was started again
+            present = _still_there(present)  # without one that was started again
             if processes != place.processes or not 0 < process < processes or process in present:
                 verdict = (
                     f"a process says that it is number {process} of {processes}; process 0 was told that there are "
@@ -173,12 +215,13 @@ def _call(place: Place, deadline: float, timeout: float) -> None:
 def _answer(place: Place, deadline: float, timeout: float) -> None:
     """Any other process: knocks until process 0 is there, says who it is, and waits for the verdict."""
     host, _, port = place.coordinator.rpartition(":")
-    reason = "no answer"
+    reason = "no address"
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5.0) as peer:
+                reason = "it was reached, and waits for others"
                 _send(peer, f"igpt {place.process} {place.processes}")
-                verdict = _read(peer, deadline + 10.0 - time.monotonic())  # process 0 may have started later
+                verdict = _read(peer, deadline + GRACE - time.monotonic())
             if verdict == "all":
                 return
             if verdict:
@@ -187,9 +230,18 @@ def _answer(place: Place, deadline: float, timeout: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise MissingProcessError(
-        f"process {place.process} of {place.processes} did not reach process 0 at {place.coordinator} in "
-        f"{timeout:.0f} seconds ({reason}); see whether it was started, and whether the address is right"
+        f"process {place.process} of {place.processes} did not hear from process 0 at {place.coordinator} in "
+        f"{timeout:.0f} seconds ({reason}); see whether it was started, and when, and whether the address is right; "
+        "--join_timeout waits longer"
     )
+
+
+def _still_there(present: dict[int, socket.socket]) -> dict[int, socket.socket]:
+    """Those that have not given up waiting, or died."""
+    gone = [process for process, peer in present.items() if _gone(peer)]
+    for process in gone:
+        present[process].close()
+    return {process: peer for process, peer in present.items() if process not in gone}
 
 
 def _gone(peer: socket.socket) -> bool:
@@ -225,6 +277,31 @@ def _read(peer: socket.socket, seconds: float) -> str:
 def meet() -> None:
     """Returns once every process is here."""
     everywhere(True)
+
+
+def check_shared(workdir: Path) -> None:
+    """UserError unless every process sees what process 0 writes into the workdir; all have to ask."""
+    if jax.process_count() == 1:
+        return
+    first = jax.process_index() == 0
+    mark = workdir / f".seen-by-all-{int(agreed(np.array(secrets.randbits(31), np.int32)))}"
+    if first:
+        mark.touch()
+    meet()
+    try:
+        check_seen(mark)
+    finally:
+        if first:
+            mark.unlink(missing_ok=True)
+
+
+def check_seen(path: Path) -> None:
+    """UserError unless every process sees this file of the workdir; all have to ask."""
+    if not everywhere(path.exists()):
+        raise UserError(
+            f"not every process sees {path}, which process 0 sees; give a --workdir that all hosts share, on a network "
+            "file system or a mounted bucket"
+        )
 
 
 def agreed(values: np.ndarray) -> np.ndarray:

@@ -128,6 +128,7 @@ class Writer:
 
     def _flush(self) -> None:
         self.events.flush()  # to the disk itself, which takes its time
+        os.fsync(self.lines.fileno())  # a mounted bucket keeps what was synced or closed
         self.flush_at = time.monotonic() + FLUSH_SECONDS
 
 

@@ -6,13 +6,13 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-from igpt.errors import UserError
+from igpt.errors import PREEMPTED, UserError
 
 
 class PreemptedError(UserError):
     """A run was asked to stop; it has been saved and can be continued."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    exit_code = PREEMPTED
     label = "stopped"
 
 

@@ -1,5 +1,6 @@
 """Damaged checkpoints and full disks: what was sound before them stays, and is used."""
 
+import errno
 import json
 import os
 import resource
@@ -8,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from test_train import ROOT, assert_bitwise_equal
 
 import train
 from igpt import checkpoint, metrics
-from igpt.errors import UserError
+from igpt.errors import StorageError, UserError
 from igpt.state import TrainState
 
 
@@ -59,6 +61,39 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path
     with pytest.raises(UserError, match="every checkpoint of .* is damaged.*--start_over"):
         train.run(tiny_config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").glob("damaged-*")} == {"damaged-3-1", "damaged-6-1"}
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="every checkpoint of .* is damaged.*--start_over"):
+        train.run(tiny_config, tmp_path / "run")  # as often as it is tried
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+
+
+def checkpoint_of(directory):
+    with checkpoint.Checkpoints(directory, 1) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(1), {"w": jnp.ones(3)}, {"m": jnp.zeros(3)}), 1)
+    return directory
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damage_and_nothing_is_moved(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    workdir = checkpoint_of(tmp_path)
+    monkeypatch.setattr(checkpoint, "_digest", stale)
+    with pytest.raises(StorageError, match="cannot be read .*Stale file handle.*move it away"):
+        checkpoint.sound_step(workdir)
+    monkeypatch.undo()
+    assert checkpoint.sound_step(workdir) == 1
+
+
+def test_what_only_another_host_does_not_see_is_no_damage(tmp_path, monkeypatch):
+    workdir = checkpoint_of(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint, "agreed", lambda mine: mine)  # this is process 0
+    monkeypatch.setattr(checkpoint, "everywhere", lambda mine: False)
+    with pytest.raises(StorageError, match="whole as process 0 sees it.*the same directory"):
+        checkpoint.damage(workdir, 1)
+    largest(workdir / "checkpoints" / "1" / "params").unlink()
+    assert "is missing" in checkpoint.damage(workdir, 1)
 
 
 def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_config, tmp_path):
@@ -95,7 +130,7 @@ def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_pa
     monkeypatch.setattr(metrics.Writer, "write", full)
     tiny_config.train.num_samples = 0
     try:
-        with pytest.raises(checkpoint.StorageError, match=r"run: File too large. Finished checkpoints are"):
+        with pytest.raises(StorageError, match=r"run: File too large. Finished checkpoints are"):
             train.run(tiny_config, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -118,7 +153,7 @@ def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(tiny_config
     whole, held = checkpoint.read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
     progress = checkpoint.progress_at(tmp_path / "run", 6)
     monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # all is written but its name
-    with pytest.raises(checkpoint.StorageError), checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
+    with pytest.raises(StorageError), checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
     assert held.is_dir() and checkpoint.finished_steps(tmp_path / "run") == [3]
     monkeypatch.undo()

@@ -1,8 +1,11 @@
 """How processes find each other: the roll call over real sockets, in threads; flags; what environments say."""
 
 import socket
+import sys
 import threading
 import time
+import types
+import warnings
 
 import jax
 import pytest
@@ -56,7 +59,7 @@ def test_those_that_came_are_told_how_many_did_and_who_is_missing(address):
 
 def test_without_process_0_the_others_say_where_they_looked(address):
     [found] = called([Place(address, 3, 2)], timeout=1.0)
-    assert found.startswith(f"process 2 of 3 did not reach process 0 at {address} in 1 seconds (Connection refused)")
+    assert found.startswith(f"process 2 of 3 did not hear from process 0 at {address} in 1 seconds (Connection")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,30 @@ def test_a_process_that_died_while_it_waited_and_was_started_again_is_there_once
     thread = threading.Timer(0.2, died)
     thread.start()
     assert called([Place(address, 3, i) for i in range(3)], delays=(0.0, thread.join, 1.5)) == [None] * 3
+
+
+def test_those_that_gave_up_waiting_are_not_counted(address):
+    """Process 1 came long before process 0 and left; with process 2 all seem to have been there."""
+    found = [None] * 3
+
+    def answer(process, timeout, delay):
+        time.sleep(delay)
+        with pytest.raises(launch.MissingProcessError) as raised:
+            launch.roll_call(Place(address, 3, process), timeout)
+        found[process] = str(raised.value)
+
+    times = [(0, 4.0, 0.0), (1, 1.0, 0.0), (2, 10.0, 2.5)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "GRACE", 0.0)
+        threads = [threading.Thread(target=answer, args=time_) for time_ in times]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert (
+        "process 1 of 3 did not hear from process 0" in found[1] and "it was reached, and waits for others" in found[1]
+    )
+    assert found[0] == found[2] and found[0].startswith("2 of 3 processes came in 4 seconds; missing: 1.")
 
 
 def test_a_port_that_is_taken_is_told(address):
@@ -163,7 +190,43 @@ def test_slurm_and_open_mpi_say_who_a_process_is(monkeypatch):
 def test_a_kubernetes_pod_that_is_no_indexed_job_is_alone(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    monkeypatch.setitem(sys.modules, "kubernetes", types.ModuleType("kubernetes"))  # JAX would ask it, and fail
     assert launch.detected(5) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "sign"),
+    [
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "JOB_COMPLETION_INDEX=1"),
+        ({f"OMPI_COMM_WORLD_{name}": "4" for name in ("SIZE", "RANK", "LOCAL_RANK")}, "mpi4py|SIZE=4"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "PMI_SIZE": "2"}, "PMI_SIZE=2"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0:1"}, "JAX_COORDINATOR_ADDRESS=host0:1"),
+        ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, "TPU_WORKER_HOSTNAMES=host0,host1"),
+    ],
+    ids=["Kubernetes without its package", "Open MPI 5", "another MPI in a pod", "JAX's own", "TPUs without libtpu"],
+)
+def test_one_of_several_that_jax_does_not_understand_does_not_run_alone(monkeypatch, environment, sign):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "kubernetes", None)  # not installed
+    with warnings.catch_warnings(action="ignore"), pytest.raises(UserError, match=f"({sign}).*--processes=1"):
+        launch.detected(5)  # JAX warns of Kubernetes without its package
+
+
+def test_in_a_pod_slurm_and_open_mpi_are_heard_and_a_shell_in_an_allocation_is_alone(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert launch.detected(5) == Place("node07:61441", 3, 2, [0])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert launch.detected(5) is None
+
+
+def test_jax_own_variables_say_which_devices_and_where_process_0_is(monkeypatch):
+    own = {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3", "JAX_COORDINATOR_ADDRESS": "node07-ib:1234"}
+    for name, value in (SLURM | own).items():
+        monkeypatch.setenv(name, value)
+    assert launch.detected(5) == Place("node07-ib:1234", 3, 2, [0, 1, 2, 3])
 
 
 def test_an_environment_that_contradicts_itself_is_told(monkeypatch):

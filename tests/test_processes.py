@@ -13,9 +13,9 @@ from test_train import ROOT, assert_bitwise_equal, losses
 from igpt import checkpoint
 
 
-def command(workdir, devices, *fields):
+def options(workdir, devices, *fields):
     return [
-        sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}",
+        "--config=configs/digits.py", f"--workdir={workdir}",
         "--config.train.log_every=1", "--config.train.num_samples=0", "--config.train.batch_size=16",
         "--config.model.width=16", "--config.model.depth=2", "--config.model.num_heads=4",
         "--config.optim.warmup_steps=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
@@ -23,21 +23,32 @@ def command(workdir, devices, *fields):
     ]  # fmt: skip
 
 
-def start(workdir, processes, *fields):
-    """Eight devices in so many processes, each with its own output."""
+def free_address():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    started = []
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def python(*arguments):
+    """A Python process on CPU devices, with its own output."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def start(workdir, processes, *fields, program=("train.py",)):
+    """Eight devices in so many processes. `workdir` may be one of each process."""
+    address, started = free_address(), []
     for index in range(processes):
-        place = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={index}"]
-        arguments = [*command(workdir, 8 // processes, *fields), *(place if processes > 1 else [])]
-        started.append(
-            subprocess.Popen(
-                arguments, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        )
+        place = [f"--coordinator={address}", f"--processes={processes}", f"--process={index}"]
+        own = workdir[index] if isinstance(workdir, list) else workdir
+        arguments = [*options(own, 8 // processes, *fields), *(place if processes > 1 else [])]
+        started.append(python(*program, *arguments))
     return started
 
 
@@ -63,7 +74,8 @@ def test_two_processes_learn_what_one_does_and_only_the_first_speaks_and_writes(
     assert "2 process(es), mesh data 2 x fsdp 2 x tensor 2" in output and "finished step 6" in output
     assert "step" not in other_output and "step/s" not in other_errors  # only process 0 speaks
     assert close(losses(tmp_path / "one"), losses(tmp_path / "two"))
-    assert len(list((tmp_path / "two").glob("events*"))) == 1
+    written = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(written) == len(set(written)) == 7  # six steps and an evaluation, each once
 
 
 def test_sigterm_to_one_of_two_saves_and_stops_both_at_the_same_step(tmp_path):
@@ -83,6 +95,63 @@ def test_sigterm_to_one_of_two_saves_and_stops_both_at_the_same_step(tmp_path):
     assert [code for code, _, _ in outcomes] == [75, 75], outcomes
     [step] = checkpoint.finished_steps(tmp_path / "run")
     assert all(f"the run is saved after step {step}" in errors for _, _, errors in outcomes)
+
+
+FILLS_UP = """
+import resource, runpy, sys
+from igpt import checkpoint
+
+def save(self, state, step, real=checkpoint.Checkpoints.save):
+    if step > 4:
+        self.newest()
+        if "--process=1" in sys.argv:  # it may write no more than small files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    real(self, state, step)
+
+checkpoint.Checkpoints.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_full_disk_under_one_process_ends_it_with_a_message_and_does_not_wait_for_the_others(tmp_path):
+    fields = ("--config.train.steps=8", "--config.train.eval_every=8", "--config.train.checkpoint_every=4")
+    started = start(tmp_path / "run", 2, *fields, program=("-c", FILLS_UP, "train.py"))
+    error = started[1].communicate(timeout=90)[1]  # orbax would wait for 20 minutes
+    started[0].kill()  # it learns of it by the runtime's heartbeat, after 100 seconds
+    started[0].communicate()
+    assert started[1].returncode == 1
+    assert "error: the checkpoint of step 8 could not be written" in error and "That of step 4 is untouched" in error
+    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
+
+
+def test_hosts_with_workdirs_of_their_own_are_told_before_anything_is_trained(tmp_path):
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    outcomes = ended(start(folders, 2, "--config.train.steps=2"), timeout=120)
+    assert all(code in (2, -signal.SIGABRT) for code, _, _ in outcomes), outcomes  # aborted if the other was quicker
+    assert any("not every process sees" in error and "that all hosts share" in error for _, _, error in outcomes)
+    assert not any(path.is_file() for folder in folders for path in folder.rglob("*"))
+
+
+SLEEPS = """
+import sys, time
+from igpt import launch
+
+launch.join(sys.argv[1], "2", sys.argv[2])
+launch.meet()
+print("met", flush=True)
+time.sleep(300)
+"""
+
+
+def test_sigterm_ends_a_command_that_would_save_nothing():
+    address = free_address()
+    started = [python("-c", SLEEPS, address, index) for index in range(2)]
+    for process in started:
+        assert "met\n" in iter(process.stdout.readline, "")
+    for process in started:
+        process.terminate()
+    assert [code for code, _, _ in ended(started, timeout=60)] == [-signal.SIGTERM] * 2
 
 
 INTERLEAVED = """
@@ -107,21 +176,8 @@ with jax.set_mesh(mesh):
 
 def test_hosts_whose_rows_of_a_batch_do_not_lie_together_put_them_where_they_belong():
     """As on a pod, where a host is a block of the torus."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", INTERLEAVED, address, str(index)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for index in range(2)
-    ]
-    outcomes = ended(started)
+    address = free_address()
+    outcomes = ended([python("-c", INTERLEAVED, address, index) for index in range(2)])
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
 
 
