@@ -85,7 +85,7 @@ class ImageGPTPreTrainedModel:
         self.config = config
         head = "none" if self.head == "pixels" and config.tie_word_embeddings else self.head
         model = to_model_config(config, head, jnp.dtype(dtype).name)
-        backend = resolve_backend("auto", jax.devices()[0], model.dtype, model.head_size)
+        backend = resolve_backend("auto", jax.devices()[0], model.dtype, model.head_size, model.seq_len)
         self._network = dataclasses.replace(model, attention=backend)
         self._graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(self._network, nnx.Rngs(0))))
         self.params = _initial_params(self._network, config, seed, given=params or {})

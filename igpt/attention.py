@@ -26,12 +26,13 @@ KEPT = "attention"  # names what the backward pass needs of the forward: see REM
 SPLASH_BLOCKS = (512, 256, 128)  # queries and keys a block of the TPU's kernel: the largest that divides T
 
 
-def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int) -> str:
+def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int, seq_len: int) -> str:
     """The back end that `name` ("auto" or one of BACKENDS) means on `device`; an impossible one is an error."""
     capability = str(getattr(device, "compute_capability", ""))  # "9.0" with CUDA, "gfx90a" with ROCm, absent elsewhere
     ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
     cudnn_can = device.platform == "gpu" and ampere and dtype == "bfloat16" and head_size % 8 == 0 and head_size <= 128
-    splash_can = device.platform == "tpu" and head_size % 32 == 0 and head_size <= 256
+    whole_blocks = seq_len % SPLASH_BLOCKS[-1] == 0
+    splash_can = device.platform == "tpu" and head_size % 32 == 0 and head_size <= 256 and whole_blocks
     if name == "auto":
         return "cudnn" if cudnn_can else "splash" if splash_can else "chunked"
     if name not in BACKENDS:
@@ -43,10 +44,16 @@ def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int) -
         )
     if name == "splash" and not splash_can:
         raise UserError(
-            "model.attention='splash' needs a TPU and a head size that is a multiple of 32 up to 256; this is "
-            f"{device.device_kind} and {head_size}. Use 'auto'"
+            "model.attention='splash' needs a TPU, a head size that is a multiple of 32 up to 256 and a number of "
+            f"positions that is a multiple of {SPLASH_BLOCKS[-1]}; this is {device.device_kind}, {head_size} and "
+            f"{seq_len}. Use 'auto'"
         )
     return name
+
+
+def block_size(length: int) -> int:
+    """Queries and keys a block: of the TPU's kernel the largest that divides the length, or else of `chunked`."""
+    return next((size for size in SPLASH_BLOCKS if length % size == 0), CHUNK)
 
 
 def check_dropout(backend: str, dropout: float) -> None:
@@ -68,7 +75,10 @@ def attention(
     dropout: float = 0.0,
     key: Array | None = None,
 ) -> Float[Array, "B T N K"]:
-    """Softmax attention by the named back end. `dropout` on the attention weights needs `reference` and a key."""
+    """Softmax attention by the named back end. `dropout` on the attention weights needs `reference` and a key.
+
+    `splash` reads whole blocks: a shorter sequence than the model's, as in sampling, may go the way of `chunked`.
+    """
     if key is not None and dropout > 0.0:
         check_dropout(backend, dropout)
         return _attend(q, k, v, causal, dropout, key)
@@ -205,7 +215,7 @@ def _splash_local(q, k, v, causal, interpret):
 
     length, heads = q.shape[1:3]
     mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
-    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    block = block_size(length)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),

@@ -222,7 +222,7 @@ def model_config(config: ConfigDict, device: jax.Device | None = None) -> ModelC
     if fields["dtype"] == "auto":
         fields["dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
     model = ModelConfig(**fields)
-    attention = resolve_backend(config.model.attention, device, model.dtype, model.head_size)
+    attention = resolve_backend(config.model.attention, device, model.dtype, model.head_size, model.seq_len)
     return dataclasses.replace(model, attention=attention)
 
 

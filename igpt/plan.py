@@ -1,14 +1,15 @@
 """What a run would cost on machines that are not here: the real train step, compiled by the TPU compiler on this CPU.
 
     pip install -e ".[tpu]"
-    python -m igpt.plan --config=configs/imagenet.py:xl --topology=v5p:4x4x8 --json=plan.json
+    python -m igpt.plan --config=configs/imagenet.py:xl --config.train.batch_size=128 --topology=v5p:4x4x8
     python -m igpt.plan --config=configs/imagenet.py:l --topology=v5e:8x8 --search
-    python -m igpt.plan --config=configs/imagenet.py:s --topology=gpu:8
+    python -m igpt.plan --config=configs/imagenet.py:s --topology=gpu:8 --json=plan.json
 
 Memory, collectives and kernels are those of the compiled program. Step time and MFU are estimates: the compiler's own
 cycles, and what it has none for: the attention kernels, their FLOPs at an assumed share of the peak, and collectives,
-their bytes over the links of one dimension of the torus, as if nothing were computed meanwhile. For GPUs there is no
-compiler here: parameters, FLOPs and bytes of the state only.
+their bytes over the links of one dimension of a closed torus, as if nothing were computed meanwhile. Small slices are
+not closed, where collectives take up to twice as long, and what crosses from slice to slice is counted, but not
+estimated. For GPUs there is no compiler here: parameters, FLOPs and bytes of the state only.
 """
 
 import json
@@ -27,13 +28,12 @@ from igpt.planned import GIB, MOST, plan
 def table(results: dict) -> str:
     """A plan for the terminal."""
     flops, size = results["flops_per_step"], results["bytes_per_chip"]
+    slices = f" in {results['slices']} slices" if results["slices"] > 1 else ""
     rows = [
-        ("topology", f"{results['topology']}, {results['chips']} chips"),
+        ("topology", f"{results['topology']}, {results['chips']} chips{slices}"),
         ("mesh", " x ".join(f"{name} {size}" for name, size in results["mesh"].items())),
-        (
-            "batch",
-            f"{results['batch_size']} images in {results['accumulate']} micro-batch(es), remat {results['remat']}",
-        ),
+        ("batch", f"{results['batch_size']} images in {results['accumulate']} micro-batch(es)"),
+        ("compute", f"{results['dtype']}, attention {results['attention']}, remat {results['remat']}"),
         ("parameters", f"{results['parameters']:,}"),
         ("FLOPs a step", f"{flops['causal']:.4g} (attention by the causal convention), {flops['full']:.4g} (full)"),
         *((f"bytes a chip: {name.replace('_', ' ')}", f"{value / GIB:.2f} GiB") for name, value in size.items()),
@@ -45,8 +45,14 @@ def table(results: dict) -> str:
             rows.append(("largest buffer", results["largest_buffer"]))
     for kind, entry in results.get("collectives", {}).items():
         rows.append((kind, f"{entry['count']} a step, {entry['bytes'] / 1e6:,.1f} MB a chip"))
-    for name, count in results.get("kernels", {}).items():
-        rows.append(("kernel", f"{name}, {count} a step"))
+    for kind, entry in results.get("between_slices", {}).items():
+        text = f"{entry['count']} a step, {entry['bytes'] / 1e6:,.1f} MB a chip, NOT IN THE ESTIMATE"
+        rows.append((f"between slices: {kind}", text))
+    if "kernels" in results:
+        rows.append(("flash kernel", "yes" if results["kernels"] else "NO: plain products take its place"))
+        rows += [("kernel", f"{name}, {count} a step") for name, count in results["kernels"].items()]
+    if results.get("uncounted_loops"):
+        rows.append(("loops of unknown length", f"{results['uncounted_loops']}, counted as if they ran once"))
     if "libtpu_init_args" in results:
         rows.append(("compiled with LIBTPU_INIT_ARGS", results["libtpu_init_args"]))
     if "float32_products_in_blocks" in results:
@@ -72,11 +78,9 @@ def write(results: dict, path: str) -> None:
 def main(config: ConfigDict, topology: str, json: str | None, search: bool) -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU that happens to be here is not what is asked about
     if search:
-        found = search_plans(config, topology).found
-        if not found:
-            raise UserError(f"nothing that was tried fits {topology}: take more chips, or a smaller train.batch_size")
-        results = found[0]
-        print("\nthe best of them:")
+        tried = search_plans(config, topology)
+        results = tried.found[0] if tried.found else tried.nearest
+        print("\nthe best of them:" if tried.found else "\nnone fits: take more chips, or a smaller train.batch_size")
     else:
         results = plan(config, topology)
     print(table(results))

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from igpt import config as configuration
+from igpt.errors import UserError
 from igpt.metrics import attention_flops_per_image, train_flops_per_image
 from igpt.model import ModelConfig, count_params
-from igpt.planned import CHIPS, KERNEL_SHARE, MOST, Chip, plan, topology_devices
+from igpt.planned import CHIPS, KERNEL_SHARE, Chip, kernel_flops, plan, topology_devices
 
 COMPILED = 8  # programs at most
 ENOUGH = 4  # plans that fit
@@ -44,6 +45,7 @@ class Candidate(NamedTuple):
 
 class Search(NamedTuple):
     found: list[dict]  # plans that fit, the fastest estimate first
+    nearest: dict | None  # where none does, the one that needs least memory
     compiled: int
     too_large: int  # candidates left out because the prediction says so
     slower: int
@@ -60,15 +62,25 @@ def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> Sea
 
     Ends with `enough` plans that fit, or where predictions lie more than MARGIN above that of the best plan so far.
     Left out are what is predicted to need no less memory than a program that did not fit, and meshes that differ from
-    one that fits in nothing but fsdp.
+    one that fits in nothing but fsdp. Raises UserError where there is nothing to try.
     """
-    devices = topology_devices(topology, config.mesh.dcn_data)
-    model = configuration.model_config(config, devices[0])
-    chip = CHIPS[topology.partition(":")[0]]
-    everything = sorted(candidates(model, config.train.batch_size, len(devices), chip), key=lambda one: one.seconds)
+    kind, batch_size, slices = topology.partition(":")[0], config.train.batch_size, config.mesh.dcn_data
+    if kind == "gpu":
+        raise UserError(
+            f"--search with --topology={topology}: there is no search for GPUs, whose programs cannot be compiled "
+            "here; leave --search out, or name a TPU topology"
+        )
+    devices = topology_devices(topology, slices)
+    model, chip = configuration.model_config(config, devices[0]), CHIPS[kind]
+    everything = sorted(candidates(model, batch_size, len(devices), chip, slices), key=lambda one: one.seconds)
+    if not everything:
+        raise UserError(
+            f"train.batch_size {batch_size} divides over no mesh of {len(devices)} chips, whatever tensor is; use a "
+            f"multiple of {len(devices)}"
+        )
     # Where even the smallest is predicted to be too large, it is the compiler that is to say no.
-    room = max([chip.memory, *sorted(1.01 * one.memory for one in everything)[:1]])
-    found, fitting, compiled, limit = [], set(), set(), float("inf")
+    room = max(chip.memory, 1.01 * min(one.memory for one in everything))
+    found, failed, fitting, compiled, limit = [], [], set(), set(), float("inf")
     for candidate in everything:
         if len(compiled) == COMPILED or len(found) == enough or candidate.seconds > limit:
             break
@@ -87,10 +99,12 @@ def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> Sea
             if one is min(found, key=seconds):
                 limit = (1 + MARGIN) * candidate.seconds
         else:
+            failed.append(one)
             room = min(room, candidate.memory)
     too_large = sum(one.memory >= room for one in everything if one not in compiled)
     slower = len(everything) - len(compiled) - too_large
-    result = Search(sorted(found, key=seconds), len(compiled), too_large, slower)
+    nearest = None if found else min(failed, key=lambda one: one["peak_share"])
+    result = Search(sorted(found, key=seconds), nearest, len(compiled), too_large, slower)
     print(result, flush=True)
     return result
 
@@ -99,15 +113,13 @@ def seconds(one: dict) -> float:
     return one["estimate"]["step_seconds"]
 
 
-def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip) -> Iterator[Candidate]:
-    """Every mesh, micro-batch and remat policy over which heads, width and batch divide and whose state fits."""
+def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip, slices: int = 1) -> Iterator[Candidate]:
+    """Every mesh, micro-batch and remat policy over which heads, width and batch divide, only data between slices."""
     powers = [2**n for n in range(chips.bit_length()) if chips % 2**n == 0]
-    state = 16 * _params(model)  # parameters, two moments and a gradient
     for tensor, fsdp, accumulate, remat in itertools.product(powers, powers, MICRO_BATCHES, KEPT):
         if (
-            chips % (tensor * fsdp) == model.num_heads % tensor == model.width % fsdp == 0
+            chips % (tensor * fsdp * slices) == model.num_heads % tensor == model.width % fsdp == 0
             and batch_size % (chips // tensor * accumulate) == 0
-            and state / (tensor * fsdp) <= MOST * chip.memory
         ):
             split = (tensor, fsdp, accumulate, remat)
             yield Candidate(
@@ -127,12 +139,11 @@ def _memory(model: ModelConfig, batch_size: int, chips: int, tensor: int, fsdp: 
 def _seconds(
     model: ModelConfig, batch_size: int, chips: int, chip: Chip, tensor: int, fsdp: int, accumulate: int, remat: str
 ) -> float:
-    attention = attention_flops_per_image(model)
-    products = train_flops_per_image(model) - 3 * attention
+    products = train_flops_per_image(model) - 3 * attention_flops_per_image(model)
     images = batch_size / chips
     again = {"none": 0.0, "minimal": 0.0, "dots": 0.0, "full": products / 3}[remat]
-    forwards = 2 if remat in ("dots", "full") else 1
-    compute = images * ((products + again) / chip.peak + (forwards + 2.5) * attention / (KERNEL_SHARE * chip.peak))
+    attention = kernel_flops(model, (4 if remat in ("dots", "full") else 2) + 7)  # scores and mixing; KERNEL_PRODUCTS
+    compute = images * (products + again + attention / KERNEL_SHARE) / chip.peak
     traffic = _tokens_by_width(model, images) * TRAFFIC[remat] * (1 + WHOLE * (tensor - 1))
     traffic += UPDATED * _params(model) / (tensor * fsdp)
 

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -15,12 +16,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from igpt import config as configuration
+from igpt.attention import block_size
 from igpt.errors import UserError
 from igpt.hlo import Program
 from igpt.loss import make_loss
-from igpt.metrics import attention_flops_per_image, train_flops_per_image
+from igpt.metrics import train_flops_per_image
+from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
-from igpt.sharding import AXES, BATCH, check_batch_size, make_mesh, mesh_sizes
+from igpt.sharding import AXES, BATCH, check_batch_size, make_mesh, mesh_sizes, path_of
 from igpt.state import abstract_state, make_train_step
 
 GIB = 1 << 30
@@ -28,7 +31,8 @@ MOST = 0.9  # of a chip's memory that a plan may use: what the compiler does not
 # Of the TPU compiler. Left alone it splits the products with fsdp's kernels into a ring of small ones, each of which
 # reads and writes the sum: m on v5e:2x4 with fsdp 8 took three times as long by its own estimate.
 FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-KERNEL_SHARE = 0.4  # of the peak, assumed of the attention kernels
+KERNEL_SHARE = 0.4  # of the peak, assumed of the attention kernels in the blocks that they compute
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of queries and keys: both backward kernels compute the scores again
 
 
 class Chip(NamedTuple):
@@ -49,7 +53,7 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 2.77e12, 1.8e11, 1.75e9),
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, 1.8e11, 1.75e9),
 }
-# Times a collective's bytes pass the links of a ring.
+# Times a collective's bytes pass the links of a ring that is closed: one on a line takes up to twice as long.
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 0.25, "collective-permute": 2}
 
 
@@ -81,6 +85,7 @@ def plan(config: ConfigDict, topology: str) -> dict:
     """Everything that can be known of a run of `config` on `topology` without it. Raises UserError for what cannot run.
 
     A program that does not fit the memory is no error: `fits` is False, and `largest_buffer` says what is in the way.
+    Without a compiler, on GPUs, neither is known.
     """
     configuration.check(config)
     kind, _, count = topology.partition(":")
@@ -101,50 +106,71 @@ def plan(config: ConfigDict, topology: str) -> dict:
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         traced = step.trace(abstract, _abstract_batch(config, model, mesh))
-        results["float32_products_in_blocks"] = wide_products(traced.jaxpr.jaxpr, model.depth)
+        jaxpr = traced.jaxpr.jaxpr
+        results["float32_products_in_blocks"] = wide_products(jaxpr, model.depth)
+        results["libtpu_init_args"] = os.environ["LIBTPU_INIT_ARGS"]
+        held = results["bytes_per_chip"]
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            return results | _too_large(str(error), traced.jaxpr.jaxpr, mesh)
-    results["libtpu_init_args"] = os.environ["LIBTPU_INIT_ARGS"]
+            compiled, peak = None, _needed(str(error))
+        else:
+            memory = compiled.memory_analysis()
+            held["activations_and_workspace"] = max(memory.temp_size_in_bytes - held["gradients"], 0)
+            peak = (
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+                + memory.temp_size_in_bytes
+                + memory.generated_code_size_in_bytes
+            )
     results["compile_seconds"] = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    gradients = results["bytes_per_chip"]["gradients"]
-    results["bytes_per_chip"] |= {
-        "activations_and_workspace": max(memory.temp_size_in_bytes - gradients, 0),
-        "peak": peak,
-        "memory": chip.memory,
-    }
+    held |= {"peak": peak, "memory": chip.memory}
     results |= {"peak_share": peak / chip.memory, "fits": peak <= MOST * chip.memory}
+    if not results["fits"]:
+        results["largest_buffer"] = largest_buffer(abstract.params, jaxpr, model, mesh)
+    if compiled is None:
+        return results
     program = Program(compiled.as_text())
     results |= {"collectives": program.collectives(), "kernels": dict(program.kernels())}
-    return results | _estimate(results, program, model, chip)
+    results["uncounted_loops"] = len(program.uncounted)
+    results["estimate"] = estimate(results, program.cycles() / chip.clock, model, chip)
+    if config.mesh.dcn_data > 1:
+        results["between_slices"] = program.between_slices()
+        results["estimate"]["leaves_out"] = "between_slices"
+    return results
 
 
-def wide_products(jaxpr, depth: int, inside: bool = False) -> int:
+def wide_products(jaxpr, depth: int) -> int | None:
     """How many matrix products inside the loops over the layers, forward and backward, have float32 operands.
 
     Kernels are not looked into: there softmax is float32. Sums of x * y along one dimension are no matrix products.
+    None where there is no such loop, and nothing was looked at.
     """
-    found = 0
+    found = list(_products_of_layers(jaxpr, depth))
+    return sum(found) if found else None
+
+
+def _products_of_layers(jaxpr, depth: int, inside: bool = False) -> Iterator[bool]:
+    """Of each matrix product inside the loops over the layers, whether it has float32 operands."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if inside and name == "dot_general":
             summed, batch = equation.params["dimension_numbers"]
             operands = [operand.aval for operand in equation.invars]
-            is_matrix = all(x.ndim > len(s) + len(b) for x, s, b in zip(operands, summed, batch, strict=True))
-            found += is_matrix and any(x.dtype == jnp.float32 for x in operands)
+            if all(x.ndim > len(s) + len(b) for x, s, b in zip(operands, summed, batch, strict=True)):
+                yield any(x.dtype == jnp.float32 for x in operands)
         if name != "pallas_call":
-            layers = inside or (name == "scan" and equation.params["length"] == depth)
-            found += sum(wide_products(inner, depth, layers) for inner in jaxprs_in_params(equation.params))
-    return found
+            for inner in jaxprs_in_params(equation.params):
+                yield from _products_of_layers(inner, depth, inside or _is_over_layers(equation, depth))
+
+
+def _is_over_layers(equation, depth: int) -> bool:
+    """Whether a loop has as many rounds and reads parameters: one over micro-batches or blocks reads whole numbers."""
+    if equation.primitive.name != "scan" or equation.params["length"] != depth:
+        return False
+    read = equation.invars[equation.params["num_consts"] + equation.params["num_carry"] :]
+    return any(jnp.issubdtype(one.aval.dtype, jnp.floating) for one in read)
 
 
 def _known(config: ConfigDict, topology: str, model, abstract, chips: int, mesh: dict) -> dict:
@@ -160,6 +186,7 @@ def _known(config: ConfigDict, topology: str, model, abstract, chips: int, mesh:
     return {
         "topology": topology,
         "chips": chips,
+        "slices": config.mesh.dcn_data,
         "mesh": mesh,
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
@@ -184,46 +211,64 @@ def _abstract_batch(config: ConfigDict, model, mesh: Mesh) -> dict:
     return batch | ({"label": rows(jnp.int32)} if model.num_classes else {})
 
 
-def _estimate(results: dict, program: Program, model, chip: Chip) -> dict:
+def estimate(results: dict, compute_seconds: float, model: ModelConfig, chip: Chip) -> dict:
     """Step time and what follows from it, as if no collective ran beside the computation."""
-    seconds = {"compute": program.cycles() / chip.clock}
-    if results["kernels"]:  # forward once, or twice where the backward pass computes it again; backward 2.5 times
-        forwards = sum(n for name, n in results["kernels"].items() if "fwd" in name) / model.depth
-        once = attention_flops_per_image(model) * results["batch_size"] / results["chips"]
-        work = once * (forwards / results["accumulate"] + 2.5)
-        seconds["attention_kernels"] = work / (KERNEL_SHARE * chip.peak)
+    seconds = {"compute": compute_seconds}
+    if results["kernels"]:
+        # By name, such as splash_mha_dkv_no_residuals.
+        products = sum(KERNEL_PRODUCTS[name.split("_")[2]] * count for name, count in results["kernels"].items())
+        images = results["batch_size"] / results["accumulate"] / results["chips"]
+        seconds["attention_kernels"] = images * kernel_flops(model, products / model.depth) / (KERNEL_SHARE * chip.peak)
     moved = sum(PASSES[kind] * entry["bytes"] for kind, entry in results["collectives"].items())
     seconds["collectives"] = moved / chip.links
     step = sum(seconds.values())
     flops = results["flops_per_step"]["causal"] / results["chips"]
     days = step * results["steps"] / 86400
     return {
-        "estimate": {
-            "step_seconds": step,
-            "of_which": seconds,
-            "mfu_causal": flops / step / chip.peak,
-            "images_per_second": results["batch_size"] / step,
-            "days": days,
-            "chip_hours": 24 * days * results["chips"],
-        }
+        "step_seconds": step,
+        "of_which": seconds,
+        "mfu_causal": flops / step / chip.peak,
+        "images_per_second": results["batch_size"] / step,
+        "days": days,
+        "chip_hours": 24 * days * results["chips"],
     }
 
 
-def _too_large(message: str, jaxpr, mesh: Mesh) -> dict:
-    """What is known of a program that does not fit, or UserError for another failure of the compiler."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
+def kernel_flops(model: ModelConfig, products: float) -> float:
+    """Of an image: so many products of queries and keys in each layer, on whole blocks, those of the diagonal too."""
+    block = block_size(model.seq_len)
+    across = math.ceil(model.seq_len / block)
+    blocks = across * (across + 1) / 2 if model.causal else across**2
+    return 2.0 * model.width * model.depth * products * blocks * block**2
+
+
+def _needed(message: str) -> int:
+    """Bytes of a chip that a program would take which the compiler refuses, or UserError for another failure of it."""
+    found = re.search(r"(?:HLO temporaries \(|Ran out of memory in memory space hbm. Used )([\d.]+)([KMGT])", message)
     if not found:
         raise UserError(f"the TPU compiler failed: {message.strip().splitlines()[0][:300]}")
-    units = {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
-    needed, there = (float(found[i]) * units[found[i + 1]] for i in (1, 3))
-    largest = max(_stacked(jaxpr), key=lambda aval: aval.size * aval.dtype.itemsize)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = largest.size * largest.dtype.itemsize / groups / GIB
-    return {
-        "fits": False,
-        "peak_share": needed / there,
-        "largest_buffer": f"{largest.str_short()} for the backward pass, some {size:.1f} GiB a chip",
-    }
+    return round(float(found[1]) * {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}[found[2]])
+
+
+def largest_buffer(params, jaxpr, model: ModelConfig, mesh: Mesh) -> str:
+    """The largest piece that a chip holds, of the state or of what loops leave behind for the backward pass."""
+    sizes, shapes = {}, set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shapes.add(leaf.shape)
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        what = f"{_type(leaf)} of {path_of(path)}; its gradient and both of Adam's moments are as large"
+        sizes[what] = leaf.dtype.itemsize * math.prod(shape)
+    for aval in _stacked(jaxpr):
+        if aval.shape not in shapes:  # a gradient's
+            by_tensor = aval.shape[-1:] == (model.mlp_width,) or model.num_heads in aval.shape[2:-1]
+            parts = mesh.shape["data"] * mesh.shape["fsdp"] * (mesh.shape["tensor"] if by_tensor else 1)
+            sizes[f"{_type(aval)}, kept for the backward pass"] = aval.dtype.itemsize * aval.size / parts
+    what = max(sizes, key=sizes.get)
+    return f"{sizes[what] / GIB:.1f} GiB a chip, {what}"
+
+
+def _type(x) -> str:
+    return f"{x.dtype.name}{list(x.shape)}".replace(" ", "")
 
 
 def _stacked(jaxpr) -> Iterator:
@@ -236,13 +281,13 @@ def _stacked(jaxpr) -> Iterator:
 
 
 def _without_compiler(config: ConfigDict, topology: str, count: str) -> dict:
-    """For GPUs: shapes and shardings only."""
+    """For GPUs, from Ampere on: shapes and shardings only."""
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--topology={topology}; give gpu: and their number, such as gpu:8")
     sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, int(count))
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
-    model = configuration.model_config(config)
+    device = SimpleNamespace(platform="gpu", device_kind="GPU", compute_capability="8.0")
+    model = configuration.model_config(config, device)
     _, abstract = abstract_state(model, make_optimizer(config.optim, config.train.steps)[0], mesh)
-    known = _known(config, topology, model, abstract, int(count), sizes)
-    return {name: value for name, value in known.items() if name not in ("attention", "dtype")}
+    return _known(config, topology, model, abstract, int(count), sizes)

@@ -157,11 +157,15 @@ def test_the_back_end_is_never_chosen_silently():
     cpu, tpu = device("cpu"), device("tpu")
     hopper, turing = (device("gpu", compute_capability=version) for version in ("9.0", "7.5"))
     rocm = device("gpu", compute_capability="gfx90a")
-    assert resolve_backend("auto", hopper, "bfloat16", 64) == "cudnn"
-    assert resolve_backend("auto", tpu, "bfloat16", 96) == resolve_backend("splash", tpu, "float32", 64) == "splash"
+    assert resolve_backend("auto", hopper, "bfloat16", 64, 1024) == "cudnn"
+    assert resolve_backend("auto", tpu, "bfloat16", 96, 1024) == "splash"
+    assert resolve_backend("splash", tpu, "float32", 64, 1024) == "splash"
     for other, head_size in ((cpu, 64), (tpu, 10), (hopper, 64)):
-        with pytest.raises(UserError, match="'splash' needs a TPU and a head size"):
-            resolve_backend("splash", other, "bfloat16", head_size)
+        with pytest.raises(UserError, match="'splash' needs a TPU, a head size"):
+            resolve_backend("splash", other, "bfloat16", head_size, 1024)
+    assert resolve_backend("auto", tpu, "bfloat16", 64, 28 * 28) == "chunked"  # 784 is 6 blocks of 128 and a rest
+    with pytest.raises(UserError, match="multiple of 128; this is tpu, 64 and 784"):
+        resolve_backend("splash", tpu, "bfloat16", 64, 28 * 28)
     for other, dtype, head_size in (
         (cpu, "float32", 64),
         (tpu, "bfloat16", 10),
@@ -170,12 +174,12 @@ def test_the_back_end_is_never_chosen_silently():
         (turing, "bfloat16", 64),
         (rocm, "bfloat16", 64),
     ):
-        assert resolve_backend("auto", other, dtype, head_size) == "chunked"
+        assert resolve_backend("auto", other, dtype, head_size, 1024) == "chunked"
         with pytest.raises(UserError, match="'cudnn' needs an NVIDIA GPU"):
-            resolve_backend("cudnn", other, dtype, head_size)
-    assert resolve_backend("reference", tpu, "bfloat16", 64) == "reference"
+            resolve_backend("cudnn", other, dtype, head_size, 1024)
+    assert resolve_backend("reference", tpu, "bfloat16", 64, 1024) == "reference"
     with pytest.raises(UserError, match="'flash'; choose"):
-        resolve_backend("flash", hopper, "bfloat16", 64)
+        resolve_backend("flash", hopper, "bfloat16", 64, 1024)
     with pytest.raises(UserError, match="unknown attention back end 'flash'"):
         attention(*random_qkv(3), backend="flash")
 

@@ -19,7 +19,7 @@ TEXT = """HloModule jit_step, is_scheduled=true
 
 %fused (p: bf16[8,4]) -> bf16[8,4] {
   %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %inside = bf16[8,4]{1,0:T(8,128)(2,1)} all-to-all(%p), dimensions={0}
+  ROOT %inside = bf16[8,4]{1,0:T(8,128)(2,1)} all-to-all(%p), replica_groups={{0,1,2}}, dimensions={0}
 }
 
 %all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[4,4] {
@@ -57,6 +57,21 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %less = pred[] compare(%i, %limit), direction=LT
 }
 
+%forever (carry: (s32[], bf16[8,4])) -> pred[] {
+  %carry = (s32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %go_on = pred[] compare(%i, %j), direction=LT
+}
+
+%kernel.1 (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %fast.1 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+}
+
+%kernel.2 (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %slow.1 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+}
+
 ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
   %p = bf16[8,4]{1,0} parameter(0)
   %gathered = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) all-gather-start(%p), dimensions={0}
@@ -67,6 +82,12 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
   %counted = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
   %sent = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p)
   %flash.3 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+  %either = bf16[8,4]{1,0} conditional(%q, %p, %p), branch_computations={%kernel.1, %kernel.2}
+  %told = (s32[]) while(%start), condition=%forever, body=%kernel.2, backend_config={"known_trip_count":{"n":"3"}}
+  %untold = (s32[]) while(%start), condition=%forever, body=%kernel.1
+  %summed = (f32[3]{0}, f32[5]{0}) all-reduce-start(%x, %y), to_apply=%add
+  %over = (f32[7]{0}, u32[], token[]) send(%x), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent_off = token[] send-done(%over), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %end = bf16[8,4]{1,0} get-tuple-element(%loop), index=1, backend_config={"estimated_cycles":"100"}
 }
 """
@@ -76,18 +97,24 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
     program = Program(TEXT)
     assert program.times["body"] == program.times["fused"] == 5 and program.times["main"] == 1
     assert program.cycles() == 100 + 5 * (10 + 7)
-    assert program.kernels() == {"flash": 6}
+    # Both branches of a conditional; a loop whose length is told three times, one whose length is not, once.
+    assert program.kernels() == {"flash": 6, "fast": 1 + 1, "slow": 1 + 3}
+    assert program.uncounted == {"untold"}
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
     assert Program(TEXT).collectives() == {
         # The operand beside a start's result is none; of the chain in the loop, the first link counts.
         "all-gather": {"count": 1 + 5, "bytes": 2 * 16 * 4 + 5 * 2 * 8 * 4},
-        "all-reduce": {"count": 5, "bytes": 5 * (4 * 3 + 2 * 8 * 4)},
-        "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4},
+        "all-reduce": {"count": 5 + 1, "bytes": 5 * (4 * 3 + 2 * 8 * 4) + 4 * (3 + 5)},  # the start's tuple: results
+        "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4 * 3},  # of all three devices
         "reduce-scatter": {"count": 3, "bytes": 3 * 2 * 8 * 4},  # the whole, of which each device keeps a part
         "collective-permute": {"count": 1, "bytes": 2 * 8 * 4},
     }
+
+
+def test_what_goes_from_slice_to_slice_is_counted_apart():
+    assert Program(TEXT).between_slices() == {"all-reduce": {"count": 1, "bytes": 4 * 7}}
 
 
 def test_a_compiled_program_of_eight_devices_is_read():
