@@ -56,7 +56,8 @@ def table(results: dict) -> str:
     if "libtpu_init_args" in results:
         rows.append(("compiled with LIBTPU_INIT_ARGS", results["libtpu_init_args"]))
     if "float32_products_in_blocks" in results:
-        rows.append(("float32 products inside the blocks", f"{results['float32_products_in_blocks']}"))
+        count = results["float32_products_in_blocks"]
+        rows.append(("float32 products inside the blocks", "not counted: no loop" if count is None else f"{count}"))
     if estimate := results.get("estimate"):
         rows += [
             ("step, estimated", f"{estimate['step_seconds']:.3f} s, {estimate['images_per_second']:,.0f} images/s"),

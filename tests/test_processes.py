@@ -114,6 +114,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_one_process_ends_it_with_a_message_and_does_not_wait_for_the_others(tmp_path):
     fields = ("--config.train.steps=8", "--config.train.eval_every=8", "--config.train.checkpoint_every=4")
     started = start(tmp_path / "run", 2, *fields, program=("-c", FILLS_UP, "train.py"))
