@@ -169,8 +169,15 @@ def _is_over_layers(equation, depth: int) -> bool:
     """Whether a loop has as many rounds and reads parameters: one over micro-batches or blocks reads whole numbers."""
     if equation.primitive.name != "scan" or equation.params["length"] != depth:
         return False
-    read = equation.invars[equation.params["num_consts"] + equation.params["num_carry"] :]
-    return any(jnp.issubdtype(one.aval.dtype, jnp.floating) for one in read)
+    (inner,) = jaxprs_in_params(equation.params)
+    return any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in _by_round(equation.invars, inner.invars))
+
+
+def _by_round(outside, inside) -> Iterator:
+    """Of what goes into a scan, or comes out, the shapes of what has a piece for each round."""
+    for whole, piece in zip(outside, inside, strict=True):
+        if whole.aval.shape != piece.aval.shape:
+            yield whole.aval
 
 
 def _known(config: ConfigDict, topology: str, model, abstract, chips: int, mesh: dict) -> dict:
@@ -275,7 +282,8 @@ def _stacked(jaxpr) -> Iterator:
     """The values that loops leave behind for each of their rounds: what a backward pass keeps of every layer."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
-            yield from (out.aval for out in equation.outvars[equation.params["num_carry"] :])
+            (inner,) = jaxprs_in_params(equation.params)
+            yield from _by_round(equation.outvars, inner.outvars)
         for inner in jaxprs_in_params(equation.params):
             yield from _stacked(inner)
 

@@ -158,7 +158,7 @@ def test_the_products_that_each_policy_computes_again(remat, again):
 @pytest.mark.parametrize(("remat", "times"), [("none", 1), ("minimal", 1), ("dots", 2), ("full", 2)])
 def test_only_dots_and_full_run_the_flash_kernel_again_in_the_backward_pass(monkeypatch, kernel, remat, times):
     for check in ("check_cudnn_version", "check_is_flash_attention"):  # there is no GPU to ask
-        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 90000)
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_, **__: 90000)
     jaxpr = gradient_jaxpr(attention="splash" if "splash" in kernel else "cudnn", remat=remat)
     assert len(re.findall(rf"\b{kernel}\b", str(dead_code_removed(jaxpr)))) == times
 
