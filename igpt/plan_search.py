@@ -84,8 +84,8 @@ def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> Sea
     for candidate in everything:
         if len(compiled) == COMPILED or len(found) == enough or candidate.seconds > limit:
             break
-        kind = (candidate.tensor, candidate.accumulate, candidate.remat)
-        if candidate.memory >= room or kind in fitting:
+        but_for_fsdp = (candidate.tensor, candidate.accumulate, candidate.remat)
+        if candidate.memory >= room or but_for_fsdp in fitting:
             continue
         changed = copy.deepcopy(config)
         changed.mesh.update(data=-1, fsdp=candidate.fsdp, tensor=candidate.tensor)
@@ -95,7 +95,7 @@ def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> Sea
         print(line(one), flush=True)
         if one["fits"]:
             found.append(one)
-            fitting.add(kind)
+            fitting.add(but_for_fsdp)
             if one is min(found, key=seconds):
                 limit = (1 + MARGIN) * candidate.seconds
         else:
