@@ -25,15 +25,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt import checkpoint
+from igpt import checkpoint, launch
 from igpt import config as configuration
-from igpt.errors import UserError
+from igpt.command import Parser
+from igpt.errors import UserError, reported
 from igpt.examples import Source, check_labels, few_labels
 from igpt.features import write_features
 from igpt.files import check_workdir, write_text
+from igpt.flags import parse_with_config
+from igpt.hub import resolve
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
-from igpt.pretrained import Pretrained, check_same_palette, is_huggingface, load, outline, resolve
+from igpt.pretrained import Pretrained, check_same_palette, is_huggingface, load, outline
 from igpt.probe import SPLITS, Probe, neighbours
 from igpt.sharding import check_batch_size, make_mesh, shardings
 from igpt.sources import open_source
@@ -265,19 +268,22 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(config: ConfigDict, model: str, workdir: str) -> None:
-    check(config)
-    if config.mesh.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    results = run(config, model, workdir)
-    if jax.process_index() == 0:
-        print(table(results))
-        print(f"wrote {workdir}/probe.json and {workdir}/probe.png")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("eval_probe.py", __doc__)
+    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
+    parser.add_argument("--workdir", required=True, help="where probe.json and probe.png go")
+    launch.add_arguments(parser)
+    with reported():
+        args = parse_with_config(parser, argv)
+        launch.join_from(args)
+        check(args.config)
+        if args.config.mesh.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", args.config.mesh.cpu_devices)
+        results = run(args.config, args.model, args.workdir)
+        if jax.process_index() == 0:
+            print(table(results))
+            print(f"wrote {args.workdir}/probe.json and {args.workdir}/probe.png")
 
 
 if __name__ == "__main__":
-    configuration.run_app(
-        main,
-        {"model": "A run or Hugging Face directory, or a hub id.", "workdir": "Where probe.json and probe.png go."},
-        distributed=True,
-    )
+    main()

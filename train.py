@@ -21,15 +21,18 @@ from ml_collections import ConfigDict
 
 from igpt import checkpoint, data, finetune, launch, pretrained, sample, sources
 from igpt import config as configuration
-from igpt import palette as palettes
 from igpt.attention import check_dropout
-from igpt.errors import NonFiniteError, UserError
+from igpt.command import Parser
+from igpt.errors import NonFiniteError, UserError, reported
 from igpt.examples import Source
 from igpt.files import check_workdir, told_of_storage
+from igpt.flags import parse_with_config
+from igpt.hub import resolve
 from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import Speed, Writer, progress_bar
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
+from igpt.palette_fit import fit
 from igpt.plots import image_grid
 from igpt.preemption import PreemptedError, StopSignal
 from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
@@ -277,7 +280,7 @@ def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Pa
     if resumed and (resumed / "palette.npy").exists():
         origin, palette = resumed, pretrained.palette_of(resumed)
     elif config.init_from:
-        origin, palette = config.init_from, pretrained.palette_of(pretrained.resolve(config.init_from))
+        origin, palette = config.init_from, pretrained.palette_of(resolve(config.init_from))
         named = Palette.load(config.palette.path) if config.palette.path else None
         pretrained.check_same_palette(palette, f"init_from={origin}", named, f"palette.path={config.palette.path}")
         pretrained.check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
@@ -286,7 +289,7 @@ def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Pa
     elif source.palette is not None:
         origin, palette = source.name, source.palette
     else:
-        return palettes.fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
+        return fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
     pretrained.check_palette_size(palette, config, origin)
     return palette
 
@@ -326,18 +329,23 @@ def test_classifier(config, workdir, graph, abstract_params, source: Source, pal
     return {"test/accuracy": finetune.report(workdir, counts, details)["test_accuracy"]}
 
 
-def main(config: ConfigDict, workdir: str, start_over: bool) -> None:
-    configuration.check(config)
-    if config.mesh.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    run(config, workdir, start_over)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("train.py", __doc__)
+    parser.add_argument(
+        "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"
+    )
+    parser.add_argument(
+        "--start_over", action="store_true", help="set an earlier run in --workdir aside (renamed) and begin anew"
+    )
+    launch.add_arguments(parser)
+    with reported():
+        args = parse_with_config(parser, argv)
+        launch.join_from(args, saves_at_sigterm=True)
+        configuration.check(args.config)
+        if args.config.mesh.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", args.config.mesh.cpu_devices)
+        run(args.config, args.workdir, args.start_over)
 
 
 if __name__ == "__main__":
-    configuration.run_app(
-        main,
-        distributed=True,
-        saves_at_sigterm=True,
-        required={"workdir": "Where the run lives: config, palette, checkpoints, metrics, samples."},
-        switches={"start_over": "Set an earlier run in --workdir aside (renamed, not deleted) and begin anew."},
-    )
+    main()

@@ -80,7 +80,7 @@ def measure(size: dict) -> dict:
         folder = Path(made, "hf")
         folder.mkdir()
         weights = write_directory(folder, size)
-        command = [sys.executable, "-m", "igpt.huggingface", "import", f"--from={folder}", f"--out={made}/run"]
+        command = [sys.executable, "-m", "igpt", "import", f"--from={folder}", f"--out={made}/run"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone
@@ -107,7 +107,7 @@ def main() -> None:
         f"{args.size}: {result['weights_bytes'] / 1e9:.2f} GB of weights, {result['peak_bytes'] / 1e9:.2f} GB at most,"
     )
     print(f"of which {ratio:.2f} x the weights are theirs; {result['seconds']:.0f} s")
-    write(args.out, {"what": "peak memory of python -m igpt.huggingface import", "size": args.size} | result)
+    write(args.out, {"what": "peak memory of igpt import", "size": args.size} | result)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def main() -> None:
     commands = (
         f"train.py --config=configs/digits.py --workdir={args.workdir} --config.seed={args.seed}",
         f"eval_probe.py --config=configs/probe_digits.py --model={args.workdir} --workdir={args.workdir}/probe",
-        f"-m igpt.sample --model={args.workdir} --num=36 --out={out}/digits_samples.png",
-        f"-m igpt.sample --model={args.workdir} --complete=test --keep=0.5 --num=7 --out={out}/digits_completions.png",
+        f"-m igpt sample --model={args.workdir} --num=36 --out={out}/digits_samples.png",
+        f"-m igpt sample --model={args.workdir} --complete=test --keep=0.5 --num=7 --out={out}/digits_completions.png",
     )
     seconds = {}
     for command in commands:

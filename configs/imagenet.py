@@ -3,7 +3,7 @@
     python train.py --config=configs/imagenet.py:s --workdir=runs/imagenet-s --config.palette.path=kmeans_centers.npy
     python train.py --config=configs/imagenet.py:l:bert ...    the BERT objective
 
-The palette is OpenAI's file, or one of your own: python -m igpt.palette fit; without palette.path it is fitted at the
+The palette is OpenAI's file, or one of your own: igpt palette; without palette.path it is fitted at the
 start of the run.
 
 Data: the archives of image-net.org, prepared once by tensorflow_datasets (docs/data.md), some 150 GB. 4 % of the

@@ -27,8 +27,8 @@ from igpt.api_inputs import as_array, checked_inputs, of_shape, padded, whole_nu
 from igpt.attention import resolve_backend
 from igpt.errors import UserError
 from igpt.hf_config import ARCHITECTURES, ImageGPTConfig, to_model_config
+from igpt.hub import resolve
 from igpt.model import ImageGPT
-from igpt.pretrained import resolve
 from igpt.processor import ImageGPTFeatureExtractor, ImageGPTImageProcessor
 from igpt.sample import Sampling, continue_inputs, image_keys, padded_length
 from igpt.weight_files import write_safetensors

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from igpt import launch
 from igpt.attention import resolve_backend
-from igpt.errors import UserError, reported
+from igpt.errors import UserError
 from igpt.files import write_text
 from igpt.model import ModelConfig
 
@@ -62,65 +59,6 @@ TRAIN = dict(patience=0, on_bad_step="stop", profile_at=0)
 OPTIM = dict(spike_sigma=0.0)
 MESH = dict(dcn_data=1)
 ADDED = {"data": READING, "objective": OBJECTIVE, "train": TRAIN, "optim": OPTIM, "mesh": MESH}
-
-
-def run_app(
-    main,
-    required: dict[str, str],
-    switches: dict[str, str] | None = None,
-    optional: dict[str, str] | None = None,
-    distributed: bool = False,
-    saves_at_sigterm: bool = False,
-) -> None:
-    """Runs a script: parses its flags and calls `main(config, **flags)`.
-
-    `required`, `optional` and `switches` are the script's own string and boolean flags with their help; --config, a
-    Python file with get_config(), comes on top, and for scripts that run on several hosts (`distributed`,
-    `saves_at_sigterm`) those of igpt/launch.py.
-    A user's mistake ends in one message and exit code 2.
-    """
-    switches, optional = switches or {}, optional or {}
-    places = launch.FLAGS if distributed else {}
-    config_help = "Python file with get_config(); --config.a.b=value sets a field."
-    config_flag = config_flags.DEFINE_config_file("config", None, config_help, lock_config=True)
-    for name, text in (required | optional | places).items():
-        flags.DEFINE_string(name, None, text)
-    for name, text in switches.items():
-        flags.DEFINE_bool(name, False, text)
-    if {"-h", "--h", "-help", "--help", "--helpshort", "--helpfull"}.intersection(sys.argv[1:]):
-        print(sys.modules["__main__"].__doc__.strip() + "\n\nFlags:")
-        for name, text in ({"config": config_help} | required | optional | switches | places).items():
-            print(f"  --{name:<14}{text}")
-        return
-    with reported():
-        config = _parse(config_flag)
-        values = {name: flags.FLAGS[name].value for name in (*required, *optional, *switches)}
-        for name in ("config", *required):
-            if not flags.FLAGS[name].value:
-                raise UserError(f"--{name} is missing; see --help for an example")
-        if distributed:
-            launch.join(*(flags.FLAGS[name].value for name in places), saves_at_sigterm=saves_at_sigterm)
-        main(config, **values)
-
-
-def _parse(config_flag) -> ConfigDict:
-    """Reads the command line; whatever absl and ml_collections raise becomes a UserError."""
-    try:
-        stray = flags.FLAGS(sys.argv)[1:]
-        config = config_flag.value
-        if config is not None and not isinstance(config, ConfigDict):
-            config.seed  # noqa: B018 - a config file that failed to load raises its own error when it is read
-    except OSError as error:  # its message says which file was looked for, on its own last line
-        raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
-        raise UserError(
-            f"{message} (every field and its default: configs/base.py, a probe's: configs/probe_digits.py; the flags: "
-            "--help)"
-        ) from None
-    if stray:
-        raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
-    return config
 
 
 def check_network(config: ConfigDict) -> None:

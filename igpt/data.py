@@ -1,7 +1,5 @@
 """Examples in, token batches out: split -> augment -> tokens, with batch = f(seed, step).
 
-    python -m igpt.data prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
-
 Nothing here carries state from one step to the next, so that resuming is asking for the next step, and every process
 can compute its own rows of any batch: order, augmentation and rows depend on (seed, step) alone.
 """
@@ -14,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from igpt.errors import UserError
-from igpt.sources import Split
+from igpt.examples import Split
 
 Rows = slice | Int[np.ndarray, "n"]  # those of a batch that are wanted here: see sharding.process_rows
 
@@ -174,13 +172,3 @@ def eval_batches(
 def _batch(tokens, labels, indices) -> dict:
     batch = {"tokens": tokens.reshape(len(tokens), -1)}
     return batch if labels is None else batch | {"label": labels[indices]}
-
-
-def main(argv=None) -> None:
-    from igpt.prepare import run_command
-
-    run_command(argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
 """What a model loses on a data set, in nats a token, and how often its classifier is right.
 
-    python -m igpt.evaluate --model=runs/digits
-    python -m igpt.evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
+    igpt evaluate --model=runs/digits
+    igpt evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
 
 The second compares with the losses in OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. All devices take part;
 where several processes share them, all run this command.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,14 +16,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from igpt import launch
+from igpt.command import Parser, add_mesh_arguments, add_model_arguments, at_least
 from igpt.data import Drops, eval_batches
-from igpt.errors import UserError, reported
+from igpt.errors import UserError
 from igpt.examples import Split, check_labels
 from igpt.files import write_text
+from igpt.hub import resolve
 from igpt.loss import bits_per_dim, make_loss
 from igpt.metrics import wilson_interval
-from igpt.pretrained import Pretrained, check_same_palette, load, outline, resolve
-from igpt.sharding import add_mesh_arguments, batch_shards, make_mesh, one_device, process_rows, replicate, to_devices
+from igpt.pretrained import Pretrained, check_same_palette, load, outline
+from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate, to_devices
+from igpt.sources import open_source
 
 
 def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:
@@ -73,36 +75,22 @@ def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int =
     return results
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m igpt.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
-    parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest, or the best fine-tuned)")
+def add_arguments(parser: Parser) -> None:
+    add_model_arguments(parser)
     parser.add_argument("--source", help="of the images, as data.source (default: what the model was trained on)")
     parser.add_argument("--preprocess", help="none, shrink or crop (default: as in training)")
     parser.add_argument("--data_dir", help="where tensorflow_datasets keeps its data")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default test)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default 64)")
-    parser.add_argument("--masks", type=int, default=5, help="of each image, for BERT (default 5)")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images at a time (default 64)")
+    parser.add_argument("--masks", type=at_least(1), default=5, help="of each image, for BERT (default 5)")
     parser.add_argument("--json", help="a file for the figures")
     add_mesh_arguments(parser)
     launch.add_arguments(parser)
-    args = parser.parse_args(argv)
-    with reported():
-        launch.join_from(args)
-        results = _run(args)
-        if jax.process_index() == 0:
-            for name, value in results.items():
-                print(f"{name:<20}{value}")
 
 
-def _run(args) -> dict:
-    from igpt.sources import open_source
-
-    for name in ("batch_size", "masks"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+def run(args) -> None:
+    """Evaluates a model as the command line says; prints the figures and writes them to --json."""
+    launch.join_from(args)
     directory = resolve(args.model)
     shapes = outline(directory)
     settings = shapes.config.data
@@ -124,8 +112,6 @@ def _run(args) -> dict:
             write_text(Path(args.json), json.dumps(results, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
-    return results
-
-
-if __name__ == "__main__":
-    main()
+    if jax.process_index() == 0:
+        for name, value in results.items():
+            print(f"{name:<20}{value}")

@@ -2,11 +2,16 @@
 
 import contextlib
 import errno
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from igpt.errors import StorageError, UserError
 
+MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
+MAX_JSON_DEPTH = 32  # lists and objects inside each other; deeper ones could be read, but not copied or written
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing, and of nothing else
 
 
@@ -39,3 +44,59 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a stranger's file of bounded size; UserError when it is missing, too large or damaged."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file")
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size:,} bytes; a file of its kind has well under {MAX_JSON_BYTES:,}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        level = [child for child in level if isinstance(child, (dict, list))]
+    if level:
+        raise UserError(f"{path} is nested more than {MAX_JSON_DEPTH} deep")
+    return content
+
+
+def check_new(out: str | Path) -> None:
+    """Raises UserError unless `out` is free: nothing that is there is ever written over."""
+    if "://" in str(out):
+        raise UserError(f"--out={out} is a bucket; write to a local or mounted path")
+    out = Path(out)
+    try:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
+    if not free:
+        raise UserError(f"--out={out} exists already; name a new directory")
+
+
+def write_new(out: str | Path, write: Callable[[Path], None]) -> Path:
+    """Has `write` fill a folder beside `out`, and renames it when it is whole. If `write` fails, nothing is left."""
+    out = Path(out).absolute()
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # nobody else's
+    try:
+        partial.mkdir(parents=True)
+        try:
+            write(partial)
+            if out.exists():
+                out.rmdir()  # empty: `check_new` has seen to it
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}; name another place") from None
+    return out

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt.arrays import split_indices
 from igpt.errors import UserError
 from igpt.examples import EncodedImages, Source, Split
 from igpt.images import Preprocess
-from igpt.sources import split_indices
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 SPLITS = ("train", "validation", "test")

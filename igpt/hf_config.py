@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from igpt.errors import UserError
-from igpt.files import write_text
+from igpt.files import read_json, write_text
+from igpt.hub import resolve
 from igpt.model import ACTIVATIONS, ModelConfig
 
-MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
-MAX_JSON_DEPTH = 32  # lists and objects inside each other; deeper ones could be read, but not copied or written
 MAX_LAYERS = 1000  # so that a hostile config cannot ask for endless lists of names
 
 ALIASES = {  # the attribute_map of the documentation
@@ -185,14 +184,12 @@ class ImageGPTConfig:
     @classmethod
     def from_pretrained(cls, ref, **overrides) -> "ImageGPTConfig":
         """The config.json of a directory, or of a hub id; UserError naming the file when it is damaged or another's."""
-        from igpt.pretrained import resolve  # whose module needs this one
-
         path = resolve(ref) / "config.json"
         settings = read_json(path)
         if {"data", "palette", "model"} <= settings.keys():
             raise UserError(
                 f"{ref} is a run directory of ours; make a Hugging Face directory of it first: "
-                f"python -m igpt.huggingface export --model={ref} --out=DIR"
+                f"igpt export --model={ref} --out=DIR"
             )
         try:
             return cls.from_dict(settings, **overrides)
@@ -254,30 +251,6 @@ def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
     if head == "classes":
         config.num_labels = model.num_classes
     return config
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a stranger's file of bounded size; UserError when it is missing, too large or damaged."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file")
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size:,} bytes; a file of its kind has well under {MAX_JSON_BYTES:,}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}; an object is needed")
-    level = [content]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-        level = [child for child in level if isinstance(child, (dict, list))]
-    if level:
-        raise UserError(f"{path} is nested more than {MAX_JSON_DEPTH} deep")
-    return content
 
 
 def _need(name: str, value, holds, what: str) -> None:

@@ -76,9 +76,9 @@ def add_arguments(parser) -> None:
         group.add_argument(f"--{name}", help=text)
 
 
-def join_from(args) -> None:
+def join_from(args, saves_at_sigterm: bool = False) -> None:
     """`join` with what `add_arguments` gave."""
-    join(*(getattr(args, name) for name in FLAGS))
+    join(*(getattr(args, name) for name in FLAGS), saves_at_sigterm=saves_at_sigterm)
 
 
 def named(coordinator, processes, process) -> Place | None:

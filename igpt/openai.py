@@ -1,13 +1,12 @@
 """OpenAI's released checkpoints (TensorFlow) as run directories.
 
-    python -m igpt.openai import --checkpoint=model.ckpt-1000000 --clusters=kmeans_centers.npy --out=runs/igpt-s
+    igpt import --checkpoint=model.ckpt-1000000 --clusters=kmeans_centers.npy --out=runs/igpt-s
 
 The files are those that OpenAI's download.py fetches: model.ckpt-STEP.index with all its .data-* shards, and the colour
 clusters. The network is read off the variables' shapes; `-bert` checkpoints have no start-of-sequence vector. Names,
 shapes and what they are for: OpenAI's src/model.py. Their encoded images are the data source `openai:PREFIX`.
 """
 
-import argparse
 import math
 import os
 import re
@@ -21,12 +20,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from igpt import checkpoint as checkpoints
 from igpt import config as configuration
-from igpt.errors import UserError, reported
+from igpt.errors import UserError
+from igpt.files import check_new, write_new
 from igpt.hf_weights import abstract_params
-from igpt.huggingface import check_new, describe, write_new
 from igpt.model import PRESETS, ModelConfig
 from igpt.palette import Palette
-from igpt.pretrained import outline
 
 SCOPE = "model/"
 FILES = re.compile(r"\.(index|meta|data-\d{5}-of-(\d{5}))$")  # what follows a checkpoint's prefix
@@ -76,7 +74,7 @@ class Variable(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def import_(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
+def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
     """Writes a TensorFlow checkpoint and its colour clusters as the run directory `out`, which must be new or empty.
 
     `size`, a name of PRESETS, changes nothing: the checkpoint has to be of that size. Raises UserError for files that
@@ -251,26 +249,3 @@ def read_params(variables: dict[str, Variable], model: ModelConfig) -> dict:
         params[path] = jax.block_until_ready(jax.device_put(values))  # else the copy would keep `values` alive
         del values
     return unflatten_dict(params)
-
-
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m igpt.openai", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    into = commands.add_parser("import", help="a TensorFlow checkpoint -> a run directory")
-    into.add_argument("--checkpoint", required=True, help="the path that its files have in common, or one of them")
-    into.add_argument("--clusters", required=True, help="kmeans_centers.npy, its palette")
-    into.add_argument("--size", help=f"what it should be, one of {', '.join(PRESETS)}: an error if it is not")
-    into.add_argument("--out", required=True, help="the run directory to make")
-    args = parser.parse_args(argv)
-    with reported():
-        made = import_(args.checkpoint, args.clusters, args.out, args.size)
-        pretrained = outline(made)
-        print(describe(pretrained, made))
-        if not pretrained.model.config.causal:
-            print("trained with the BERT objective: it can be probed, but not sampled")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """uint8 colours <-> palette tokens (Chen et al. 2020, section 3.1: k-means on RGB, 512 colours in the paper).
 
-    python -m igpt.palette fit --source=folder:photos --colors=512 --out=palette.npy
+    igpt palette --source=folder:photos --colors=512 --out=palette.npy
 
 A palette is V centres in [-1, 1]^3, where a byte b stands for b / 127.5 - 1. A token is the index of the nearest
 centre. Images are [..., H, W, 3] uint8, tokens [..., H, W] int32; raster order is a reshape away.
@@ -163,16 +163,10 @@ class Palette:
 
     @classmethod
     def load(cls, path) -> "Palette":
-        """Reads a .npy of shape [V, 3], ours or OpenAI's kmeans_centers.npy, or a preprocessor_config.json's clusters.
+        """Reads a .npy of shape [V, 3], ours or OpenAI's kmeans_centers.npy.
 
         Says so when colours are there twice: it is allowed, but the later ones are never used.
         """
-        if str(path).endswith(".json"):
-            from igpt.processor import ImageGPTImageProcessor  # which has palettes itself
-
-            if not os.path.exists(path):
-                raise UserError(f"there is no palette at {path}")
-            return ImageGPTImageProcessor.from_pretrained(path).palette()._checked(path)
         try:
             centers = np.load(path, allow_pickle=False)
         except FileNotFoundError:
@@ -190,55 +184,8 @@ class Palette:
         return self
 
 
-def fit(images, colors: int, seed: int = 0, max_pixels: int = 1_000_000) -> Palette:
-    """k-means on the colours of uint8 images [N, H, W, 3]; with exactly `colors` distinct colours, those colours.
-
-    A random sample of `max_pixels` pixels is clustered when there are more; of images that are not in memory, pixels of
-    some images. Raises UserError when the images have fewer colours than were asked for.
-    """
-    if not isinstance(images, np.ndarray):
-        from igpt.palette_fit import sample_pixels  # which fits palettes itself
-
-        images, _ = sample_pixels(images, max_pixels, seed)
-    pixels = images.reshape(-1, 3)
-    distinct = np.unique(pixels, axis=0) if len(pixels) <= max_pixels else None
-    if distinct is None or len(distinct) > colors:
-        if len(pixels) > max_pixels:
-            chosen = np.random.default_rng(seed).choice(len(pixels), max_pixels, replace=False)
-            pixels = pixels[np.sort(chosen)]
-        distinct, counts = np.unique(pixels, axis=0, return_counts=True)
-    if len(distinct) < colors:
-        raise UserError(
-            f"palette.colors is {colors}, but the {len(pixels):,} pixels looked at have only {len(distinct)} different "
-            f"colours; set palette.colors={len(distinct)}"
-        )
-    if len(distinct) == colors:
-        return of_centers(distinct / 127.5 - 1.0)
-    from sklearn.cluster import KMeans  # slow to import, and needed only here
-
-    kmeans = KMeans(colors, n_init=1, max_iter=100, random_state=seed)
-    return of_centers(kmeans.fit(distinct / 127.5 - 1.0, sample_weight=counts).cluster_centers_)
-
-
 def write_array(file, array: np.ndarray) -> None:
     """np.save, which on a full disk loses the end of an array without a word."""
     header = np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(file, header)
     file.write(np.ascontiguousarray(array).data)
-
-
-def of_centers(centers: np.ndarray) -> Palette:
-    """The palette of centres found in any order: sorted dark to light, so that it does not depend on that order."""
-    centers = np.clip(centers, -1.0, 1.0)
-    brightness = centers.sum(axis=1)
-    return Palette(centers[np.lexsort((*centers.T[::-1], brightness))].astype(np.float32))
-
-
-def main(argv=None) -> None:
-    from igpt.palette_fit import run_command
-
-    run_command(argv)
-
-
-if __name__ == "__main__":
-    main()

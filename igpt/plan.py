@@ -1,9 +1,9 @@
 """What a run would cost on machines that are not here: the real train step, compiled by the TPU compiler on this CPU.
 
     pip install -e ".[tpu]"
-    python -m igpt.plan --config=configs/imagenet.py:xl --config.train.batch_size=128 --topology=v5p:4x4x8
-    python -m igpt.plan --config=configs/imagenet.py:l --topology=v5e:8x8 --search
-    python -m igpt.plan --config=configs/imagenet.py:s --topology=gpu:8 --json=plan.json
+    igpt plan --config=configs/imagenet.py:xl --config.train.batch_size=128 --topology=v5p:4x4x8
+    igpt plan --config=configs/imagenet.py:l --topology=v5e:8x8 --search
+    igpt plan --config=configs/imagenet.py:s --topology=gpu:8 --json=plan.json
 
 Memory, collectives and kernels are those of the compiled program. Step time and MFU are estimates: the compiler's own
 cycles, and what it has none for: the attention kernels, their FLOPs at an assumed share of the peak, and collectives,
@@ -16,9 +16,8 @@ import json
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
-from igpt import config as configuration
+from igpt.command import Parser
 from igpt.errors import UserError
 from igpt.files import write_text
 from igpt.plan_search import search_plans
@@ -76,23 +75,27 @@ def write(results: dict, path: str) -> None:
         raise UserError(f"--json={path} cannot be written: {error.strerror}; name another file") from None
 
 
-def main(config: ConfigDict, topology: str, json: str | None, search: bool) -> None:
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="v4, v5e, v5p or v6e with the chips of each dimension, such as v5e:8x8; or gpu:8",
+    )
+    parser.add_argument("--json", help="a file for the figures")
+    parser.add_argument(
+        "--search", action="store_true", help="try meshes, remat policies and micro-batches; print the best that fits"
+    )
+
+
+def run(args) -> None:
+    """Plans, or searches, as the command line says."""
     jax.config.update("jax_platforms", "cpu")  # a TPU that happens to be here is not what is asked about
-    if search:
-        tried = search_plans(config, topology)
+    if args.search:
+        tried = search_plans(args.config, args.topology)
         results = tried.found[0] if tried.found else tried.nearest
         print("\nthe best of them:" if tried.found else "\nnone fits: take more chips, or a smaller train.batch_size")
     else:
-        results = plan(config, topology)
+        results = plan(args.config, args.topology)
     print(table(results))
-    if json:
-        write(results, json)
-
-
-if __name__ == "__main__":
-    configuration.run_app(
-        main,
-        required={"topology": "v4, v5e, v5p or v6e with the chips of each dimension, such as v5e:8x8; or gpu:8."},
-        optional={"json": "A file for the figures."},
-        switches={"search": "Try meshes, remat policies and micro-batches; print the best that fits."},
-    )
+    if args.json:
+        write(results, args.json)

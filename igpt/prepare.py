@@ -1,6 +1,6 @@
 """Any source once and for all as palette tokens, which training then maps from disk: two bytes a pixel.
 
-    python -m igpt.data prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
+    igpt prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
     python train.py --config.data.source=tokens:photos-32 ...
 
 A prepared directory holds prepared.json (what was prepared, and how), palette.npy, and for each split shards
@@ -9,7 +9,6 @@ passed over are named in SPLIT-00000.unreadable.txt. A command that was interrup
 missing. Images are seen as evaluation sees them: a random crop of data.preprocess=crop is the centre's here.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -27,9 +26,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from igpt.errors import UserError, reported
+from igpt.command import Parser, at_least
+from igpt.errors import UserError
 from igpt.examples import Source
-from igpt.hf_config import read_json, write_text
+from igpt.files import read_json, write_text
 from igpt.palette import Palette, write_array
 from igpt.prepared import PLAN, SPLITS, count_shards, fingerprint, map_shard, open_prepared, shard_path
 from igpt.reading import add_reading, reading_settings
@@ -259,25 +259,19 @@ def _is_finished(folder: Path, name: str, number: int, plan: dict) -> bool:
     return True
 
 
-def run_command(argv=None) -> None:
-    """`python -m igpt.data prepare`."""
-    parser = argparse.ArgumentParser(
-        "python -m igpt.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command = parser.add_subparsers(dest="command", required=True).add_parser("prepare", help="a source -> tokens")
-    add_reading(command, size=None)
-    command.add_argument("--palette", required=True, help="a .npy of colours, such as python -m igpt.palette fit makes")
-    command.add_argument("--out", required=True, help="the directory to make, or to go on with")
-    command.add_argument("--shard_images", type=int, default=8192, help="images a file (default 8192)")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    args = parser.parse_args(argv)
-    with reported():
-        for name in ("shard_images", "workers"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-        settings = reading_settings(args)
-        counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers)
-        print(describe(counts, settings, args.out))
+def add_arguments(parser: Parser) -> None:
+    add_reading(parser, size=None)
+    parser.add_argument("--palette", required=True, help="a .npy of colours, such as igpt palette makes")
+    parser.add_argument("--out", required=True, help="the directory to make, or to go on with")
+    parser.add_argument("--shard_images", type=at_least(1), default=8192, help="images a file (default 8192)")
+    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), help="processes (default: one a core)")
+
+
+def run(args) -> None:
+    """Prepares a source as the command line says."""
+    settings = reading_settings(args)
+    counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers)
+    print(describe(counts, settings, args.out))
 
 
 def describe(counts: dict, settings: dict, out: str) -> str:

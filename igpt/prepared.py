@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt.arrays import map_array
 from igpt.errors import UserError
 from igpt.examples import DecodedTokens, Source, Split
-from igpt.hf_config import read_json
+from igpt.files import read_json
 from igpt.palette import Palette
-from igpt.sources import map_array
 
 PLAN = "prepared.json"
 SPLITS = ("train", "validation", "test")
@@ -49,9 +49,7 @@ def open_prepared(folder: str) -> Source:
     """The source `tokens:DIR`: its splits, tokens mapped and not read. UserError when it is unfinished or damaged."""
     directory = Path(folder)
     if not (directory / PLAN).is_file():
-        raise UserError(
-            f"{folder} is no prepared directory: it has no {PLAN}; make one with python -m igpt.data prepare"
-        )
+        raise UserError(f"{folder} is no prepared directory: it has no {PLAN}; make one with igpt prepare")
     plan = read_json(directory / PLAN)
     _check_plan(plan, directory / PLAN)
     palette = Palette.load(directory / "palette.npy")

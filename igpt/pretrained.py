@@ -3,9 +3,7 @@
 Whoever asks for a model asks here, and cannot tell from the answer which of the three it was.
 """
 
-import difflib
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +15,13 @@ from ml_collections import ConfigDict
 from igpt import checkpoint, hf_weights
 from igpt import config as configuration
 from igpt.errors import UserError
-from igpt.hf_config import read_json
+from igpt.files import read_json
+from igpt.hub import resolve
 from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
 from igpt.processor import ImageGPTImageProcessor
 from igpt.sharding import one_device
 from igpt.state import with_shardings
-
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-CONFIG_FILES = ["config.json", "preprocessor_config.json"]
-WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model*.json"])
 
 
 class Pretrained(NamedTuple):
@@ -60,42 +55,6 @@ def outline(directory: Path) -> Pretrained:
     check_palette_size(palette, config, directory)
     model = nnx.eval_shape(lambda: ImageGPT(configuration.model_config(config), nnx.Rngs(0)))
     return Pretrained(config, model, palette)
-
-
-def resolve(ref: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a reference; a hub id is downloaded, or found in the hub's cache.
-
-    A path whose first part is a folder here is a path: a slip in it is told at once, not after a try on the network.
-    """
-    directory = Path(ref)
-    try:
-        if directory.is_dir():
-            return directory
-        beside = [entry.name for entry in directory.parent.iterdir() if entry.is_dir()]
-    except (OSError, ValueError):  # nothing here has a name like the first part's
-        beside = None
-    if beside is not None or not HUB_ID.fullmatch(str(ref)):
-        close = difflib.get_close_matches(directory.name, beside or (), n=3)
-        meant = " or ".join(str(directory.parent / name) for name in close)
-        hint = f"did you mean {meant}?" if close else "give a run directory, a Hugging Face directory or a hub id"
-        raise UserError(f"there is no directory {ref}; {hint}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(
-            f'there is no directory {ref}; if it is a model on the hub, pip install "igpt[hub]" to fetch it'
-        ) from None
-    try:
-        for patterns in WEIGHT_FILES:
-            folder = Path(snapshot_download(str(ref), revision=revision, allow_patterns=[*CONFIG_FILES, *patterns]))
-            if any(folder.glob(patterns[0])):
-                break
-    except Exception as error:  # whatever goes wrong between here and there
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"there is no directory {ref}, and the hub did not deliver a model of that name: {reason}"
-        ) from None
-    return folder
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -143,7 +102,7 @@ def processor_of(directory: Path) -> ImageGPTImageProcessor:
     """The image processor of a Hugging Face directory, with clusters."""
     if not (directory / "preprocessor_config.json").is_file():
         raise UserError(
-            f"{directory} has no preprocessor_config.json, and so no palette; give one with python -m igpt.huggingface "
+            f"{directory} has no preprocessor_config.json, and so no palette; give one with igpt "
             f"import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
         )
     processor = ImageGPTImageProcessor.from_pretrained(directory)
@@ -213,7 +172,7 @@ def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -
     if other is not None and not np.array_equal(palette.centers, other.centers):
         raise UserError(
             f"{whose} has another palette than {origin}, whose colours are the only ones that its network knows; use "
-            f"{origin}'s: tokens are prepared with it by python -m igpt.data prepare --palette"
+            f"{origin}'s: tokens are prepared with it by igpt prepare --palette"
         )
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.files import write_text
-from igpt.hf_config import read_json
+from igpt.files import read_json, write_text
+from igpt.hub import resolve
 from igpt.palette import BYTE_LEVELS, ColorTable, Palette
 from igpt.pixels import rgb_batches
 from igpt.processor_settings import SETTINGS, checked
@@ -150,8 +150,6 @@ class ImageGPTImageProcessor:
         """Reads preprocessor_config.json from a directory, that file itself, or a hub id (at a `revision`)."""
         path = Path(ref)
         if not path.exists():
-            from igpt.pretrained import resolve  # it may reach for the network: only when nothing local has that name
-
             path = Path(resolve(ref, revision))
         if path.is_dir():
             path = path / FILE_NAME

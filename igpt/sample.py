@@ -1,15 +1,14 @@
 """Sample images from a model, or complete the lower part of given ones.
 
-    python -m igpt.sample --model=runs/digits --num=16 --out=samples.png
-    python -m igpt.sample --model=runs/digits --complete=test --keep=0.5 --num=7 --out=completions.png
-    python -m igpt.sample --model=runs/faces --complete=photo.png --num=7 --out=completions.png
+    igpt sample --model=runs/digits --num=16 --out=samples.png
+    igpt sample --model=runs/digits --complete=test --keep=0.5 --num=7 --out=completions.png
+    igpt sample --model=runs/faces --complete=photo.png --num=7 --out=completions.png
 
 Completions are drawn a row an image: what the model was shown, its --num continuations, and the original.
 All devices take part, each with images of its own unless --tensor lets several share one. Where several processes share
 the devices, all run this command; the first writes the picture.
 """
 
-import argparse
 import dataclasses
 import functools
 
@@ -20,9 +19,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from igpt import launch
-from igpt.errors import UserError, reported
+from igpt.command import Parser, add_mesh_arguments, add_model_arguments, at_least
+from igpt.errors import UserError
+from igpt.images import read_image
 from igpt.model import ImageGPT
-from igpt.sharding import add_mesh_arguments, batch_shards, make_mesh, replicate, shard_batch
+from igpt.plots import check_writable, image_grid, save_png
+from igpt.pretrained import Pretrained, load
+from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
+from igpt.sources import open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
 
 
 def sample_images(
-    pretrained, num: int, seed: int = 0, sampling: Sampling = Sampling(), batch_size: int = 64
+    pretrained: Pretrained, num: int, seed: int = 0, sampling: Sampling = Sampling(), batch_size: int = 64
 ) -> np.ndarray:
     """`num` unconditional images, uint8 [num, H, W, 3]."""
     prefix = np.zeros((num, 0), np.int32)
@@ -136,7 +140,13 @@ def sample_images(
 
 
 def complete_images(
-    pretrained, images: np.ndarray, keep: float, num: int, seed: int = 0, sampling=Sampling(), batch_size: int = 64
+    pretrained: Pretrained,
+    images: np.ndarray,
+    keep: float,
+    num: int,
+    seed: int = 0,
+    sampling: Sampling = Sampling(),
+    batch_size: int = 64,
 ) -> np.ndarray:
     """`num` continuations of the upper part of each uint8 image [N, H, W, 3]: uint8 [N, num, H, W, 3].
 
@@ -173,39 +183,29 @@ def _in_batches(pretrained, prefix, keys, sampling, batch_size) -> np.ndarray:
     return np.concatenate(images)[:count]
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m igpt.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
+def add_arguments(parser: Parser) -> None:
+    add_model_arguments(parser)
     parser.add_argument("--out", required=True, help="the PNG to write")
-    parser.add_argument("--num", type=int, default=16, help="images, or continuations of each image (default 16)")
+    parser.add_argument(
+        "--num", type=at_least(1), default=16, help="images, or continuations of each image (default 16)"
+    )
     parser.add_argument("--complete", metavar="IMAGE", help="an image file, or 'test': images of the run's test split")
-    parser.add_argument("--images", type=int, default=8, help="how many images '--complete=test' takes (default 8)")
+    parser.add_argument(
+        "--images", type=at_least(1), default=8, help="how many images '--complete=test' takes (default 8)"
+    )
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows given (default 0.5)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest colours; 0: all (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest mass p (default 1: all)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest, or the best of fine-tuning)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images sampled at a time (default 64)")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images sampled at a time (default 64)")
     add_mesh_arguments(parser)
     launch.add_arguments(parser)
-    args = parser.parse_args(argv)
-    with reported():
-        launch.join_from(args)
-        _run(args)
 
 
-def _run(args) -> None:
-    from igpt.images import read_image
-    from igpt.plots import check_writable, image_grid, save_png
-    from igpt.pretrained import load
-    from igpt.sources import open_source
-
-    for name in ("num", "images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+def run(args) -> None:
+    """Samples or completes images as the command line says, and writes the picture."""
+    launch.join_from(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     first = jax.process_index() == 0
     if first:
@@ -233,7 +233,3 @@ def _run(args) -> None:
     if first:
         save_png(picture, args.out)
         print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

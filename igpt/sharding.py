@@ -75,12 +75,6 @@ def one_device() -> Mesh:
     return make_mesh(data=1, devices=jax.local_devices()[:1])
 
 
-def add_mesh_arguments(parser) -> None:
-    """The mesh of a command that only uses a model: make_mesh(fsdp=args.fsdp, tensor=args.tensor)."""
-    parser.add_argument("--fsdp", type=int, default=1, help="split the parameters over so many devices (default 1)")
-    parser.add_argument("--tensor", type=int, default=1, help="split each layer's heads over so many (default 1)")
-
-
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
     """The size of each axis of a mesh over so many devices, or UserError."""
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))

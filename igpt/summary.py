@@ -66,7 +66,7 @@ def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, firs
     print("next:")
     print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
     if model.causal and config.objective.classification:
-        print(f"  python -m igpt.huggingface export --model={workdir} --out=hf_classifier")
+        print(f"  igpt export --model={workdir} --out=hf_classifier")
     elif model.causal:
-        print(f"  python -m igpt.sample --model={workdir} --num=16 --out=samples.png")
-        print(f"  python -m igpt.sample --model={workdir} --complete=test --num=7 --out=completions.png")
+        print(f"  igpt sample --model={workdir} --num=16 --out=samples.png")
+        print(f"  igpt sample --model={workdir} --complete=test --num=7 --out=completions.png")

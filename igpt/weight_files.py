@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from igpt.errors import UserError
-from igpt.hf_config import read_json, write_text
+from igpt.files import read_json, write_text
 
 MAX_SHARD_BYTES = 2 << 30  # of the files that are written here
 MAX_HEADER_BYTES = 2 << 20  # of a safetensors header or a pickle; iGPT-XL's have about 100 kB

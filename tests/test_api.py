@@ -151,7 +151,7 @@ def test_inputs_that_make_no_sense_are_refused_by_name(causal, inputs, message):
 
 def test_a_run_directory_is_told_from_a_hugging_face_directory(tmp_path):
     run_directory(tmp_path)
-    with pytest.raises(UserError, match="python -m igpt.huggingface export --model="):
+    with pytest.raises(UserError, match="igpt export --model="):
         ImageGPTModel.from_pretrained(tmp_path)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import eval_probe
 import train
 from configs import digits, probe_digits
-from igpt import sample
+from igpt.__main__ import main as run_igpt
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def test_sampling_needs_only_the_run_directory(trained, tmp_path):
     """The package and the run, away from the repository: no train.py, no configs/, no data set."""
     moved = tmp_path / "moved"
     shutil.copytree(trained, moved)
-    command = [sys.executable, "-m", "igpt.sample", f"--model={moved}", "--num=3", f"--out={tmp_path}/samples.png"]
+    command = [sys.executable, "-m", "igpt", "sample", f"--model={moved}", "--num=3", f"--out={tmp_path}/samples.png"]
     environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,9 @@ def test_sampling_needs_only_the_run_directory(trained, tmp_path):
 def test_photos_of_any_size_are_completed(trained, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "photo.jpg")
     out = tmp_path / "completions.png"
-    sample.main([f"--model={trained}", f"--complete={tmp_path}/photo.jpg", "--num=3", "--keep=0.25", f"--out={out}"])
+    run_igpt(
+        ["sample", f"--model={trained}", f"--complete={tmp_path}/photo.jpg", "--num=3", "--keep=0.25", f"--out={out}"]
+    )
     picture = np.asarray(Image.open(out))
     assert picture.shape == (66 + 2, 5 * 66 + 2, 3)
     shown, first, original = (picture[2:66, 2 + 66 * i : 66 + 66 * i] for i in (0, 1, 4))
@@ -57,7 +59,7 @@ def test_photos_of_any_size_are_completed(trained, tmp_path):
 
 
 def test_held_out_images_are_completed(trained, tmp_path):
-    sample.main([f"--model={trained}", "--complete=test", "--images=2", "--num=1", f"--out={tmp_path}/c.png"])
+    run_igpt(["sample", f"--model={trained}", "--complete=test", "--images=2", "--num=1", f"--out={tmp_path}/c.png"])
     assert np.asarray(Image.open(tmp_path / "c.png")).shape == (2 * 66 + 2, 3 * 66 + 2, 3)
 
 
@@ -74,7 +76,7 @@ def test_held_out_images_are_completed(trained, tmp_path):
 )
 def test_a_mistake_in_sampling_ends_in_one_message_and_exit_code_2(trained, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        sample.main([f"--model={trained}", f"--out={tmp_path}/s.png", *arguments])
+        run_igpt(["sample", f"--model={trained}", f"--out={tmp_path}/s.png", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "s.png").exists()

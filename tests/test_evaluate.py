@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 from test_model import TINY, random_model
 
 from igpt import config as configuration
+from igpt.__main__ import main as run_igpt
 from igpt.data import Drops
 from igpt.errors import UserError
-from igpt.evaluate import evaluate, main
+from igpt.evaluate import evaluate
 from igpt.examples import Split
 from igpt.palette import Palette
 from igpt.pretrained import Pretrained
@@ -75,12 +76,14 @@ def test_the_command_evaluates_a_run_on_its_own_data_and_on_others(tiny_config, 
     import train
 
     trained = train.run(tiny_config, tmp_path / "run")
-    main([f"--model={tmp_path}/run", "--split=validation", f"--json={tmp_path}/figures.json"])
+    run_igpt(["evaluate", f"--model={tmp_path}/run", "--split=validation", f"--json={tmp_path}/figures.json"])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["loss"] == pytest.approx(trained["eval/loss"], rel=1e-5)
     assert figures["step"] == 6 and "bits_per_dim" in capsys.readouterr().out
     np.savez(tmp_path / "other.npz", images=np.zeros((9, 8, 8), np.uint8))
-    main([f"--model={tmp_path}/run", f"--source=npz:{tmp_path}/other.npz", f"--json={tmp_path}/other.json"])
+    run_igpt(
+        ["evaluate", f"--model={tmp_path}/run", f"--source=npz:{tmp_path}/other.npz", f"--json={tmp_path}/other.json"]
+    )
     assert json.loads((tmp_path / "other.json").read_text())["images"] == 2
 
 
@@ -93,5 +96,5 @@ def test_the_command_evaluates_a_run_on_its_own_data_and_on_others(tiny_config, 
 )
 def test_a_mistake_ends_in_one_message_and_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        run_igpt(["evaluate", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -20,9 +20,12 @@ from test_train import assert_bitwise_equal, losses, records
 import igpt
 import train
 from configs import base
-from igpt import checkpoint, finetune, huggingface, openai, sample, sources
+from igpt import checkpoint, finetune, openai, sources
+from igpt.__main__ import main as run_igpt
+from igpt.arrays import split_indices
 from igpt.data import Drops
 from igpt.errors import UserError
+from igpt.export import export
 from igpt.palette import Palette
 
 NETWORK = dict(depth=2, use_bias=True)  # of every model to start from, beside what save_run says
@@ -118,7 +121,7 @@ def test_parameters_to_start_from_are_merged_by_heads():
 
 @pytest.mark.parametrize("kind", ["run", "hugging face"])
 def test_a_run_starts_from_all_weights_of_the_model_with_a_new_classifier(images, start, tmp_path, monkeypatch, kind):
-    ref = start if kind == "run" else huggingface.export(start, tmp_path / "hf")
+    ref = start if kind == "run" else export(start, tmp_path / "hf")
     origin, params = first_params(tuning(images, ref), tmp_path / "run", monkeypatch)
     assert origin == f"weights of {ref}, a new classifier"
     assert not params.pop("classifier")["kernel"].any()
@@ -130,7 +133,9 @@ def test_a_run_starts_from_all_weights_of_the_model_with_a_new_classifier(images
 def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, write_openai):
     prefix = write_openai()  # 5 x 5 tokens of 17 colours, with labels, and the clusters beside them
     clusters = tmp_path / "kmeans_centers.npy"
-    begin = openai.import_(write_checkpoint(tmp_path / "model.ckpt-7", released()), clusters, tmp_path / "start")
+    begin = openai.import_checkpoint(
+        write_checkpoint(tmp_path / "model.ckpt-7", released()), clusters, tmp_path / "start"
+    )
     config = tuning(None, begin, data__source=f"openai:{prefix}", data__image_size=(5, 5), model__depth=3)
     config.model.update(width=20, mlp_width=83, use_bias=False)
     _, params = first_params(config, tmp_path / "run", monkeypatch)
@@ -165,7 +170,7 @@ def test_a_fine_tuned_run_leaves_everything_that_it_promises(joint):
     assert first["train/classification_loss"] == pytest.approx(np.log(3), abs=1e-6)
     assert first["train/loss"] == pytest.approx(first["train/generative_loss"] + np.log(3), abs=1e-6)
     assert losses(workdir)[4] < losses(workdir)[1]
-    for told in ("a new classifier)", "best on validation after step", "confusion.png", "huggingface export"):
+    for told in ("a new classifier)", "best on validation after step", "confusion.png", "igpt export"):
         assert told in output
     assert "samples" not in output and Image.open(workdir / "confusion.png").size[0] > 300
 
@@ -187,7 +192,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint_by_an_independent_eval
 
 
 def test_a_fine_tuned_run_is_the_same_classifier_in_transformers(joint, tmp_path):
-    theirs = load_strictly(huggingface.export(joint[0], tmp_path / "hf"), "classes")
+    theirs = load_strictly(export(joint[0], tmp_path / "hf"), "classes")
     tokens = np.random.default_rng(4).integers(0, 17, (5, 35))
     with torch.no_grad():
         logits = theirs(torch.from_numpy(np.concatenate([np.full((5, 1), 17), tokens[:, :-1]], axis=1))).logits
@@ -198,7 +203,7 @@ def test_a_fine_tuned_run_is_the_same_classifier_in_transformers(joint, tmp_path
 
 def test_bert_s_masks_vote_on_the_class_of_a_test_image(bert):
     workdir, evaluation, output = bert
-    assert "eval/bits_per_dim" not in evaluation and "export" not in output and "igpt.sample" not in output
+    assert "eval/bits_per_dim" not in evaluation and "export" not in output and "igpt sample" not in output
     pretrained = igpt.load(workdir)
     source = sources.open_source(pretrained.config.data)
     tokens = pretrained.palette.encode(source.test.images).reshape(24, -1)
@@ -214,9 +219,9 @@ def test_bert_s_masks_vote_on_the_class_of_a_test_image(bert):
 
 def test_a_bert_network_is_neither_exported_nor_sampled(bert, tmp_path, capsys):
     with pytest.raises(UserError, match="trained with the BERT objective; transformers' ImageGPT is always causal"):
-        huggingface.export(bert[0], tmp_path / "hf")
+        export(bert[0], tmp_path / "hf")
     with pytest.raises(SystemExit) as stopped:
-        sample.main([f"--model={bert[0]}", f"--out={tmp_path}/samples.png"])
+        run_igpt(["sample", f"--model={bert[0]}", f"--out={tmp_path}/samples.png"])
     assert stopped.value.code == 2 and "predicts masked pixels and cannot sample" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -327,7 +332,7 @@ def test_a_start_with_other_heads_is_refused(images, tmp_path, fields, message):
 
 def test_labels_that_do_not_serve_are_refused_in_every_split(images, start, tmp_path, write_npz):
     arrays = dict(np.load(images))
-    _, validation, test = sources.split_indices(97, (0.25, 0.25), 0)
+    _, validation, test = split_indices(97, (0.25, 0.25), 0)
     cases = [(None, "labels are needed, and this source has none"), (np.full(97, 2), "all training images have the")]
     for index in (validation[3], test[5]):
         cases.append((np.where(np.arange(97) == index, 3, arrays["labels"]), "run from 0 to 3, .*num_classes=4"))

@@ -8,14 +8,12 @@ import pytest
 from transformers import ImageGPTConfig as PeerConfig
 
 from igpt.errors import UserError
+from igpt.files import MAX_JSON_BYTES, MAX_JSON_DEPTH, read_json
 from igpt.hf_config import (
     ACTIVATIONS,
-    MAX_JSON_BYTES,
-    MAX_JSON_DEPTH,
     SAME_ACTIVATION,
     ImageGPTConfig,
     from_model_config,
-    read_json,
     to_model_config,
 )
 from igpt.model import ModelConfig

@@ -12,9 +12,11 @@ from test_hf_weights import CLASSES, SMALL, peer
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import igpt
-from igpt import checkpoint, huggingface, weight_files
+from igpt import checkpoint, weight_files
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.export import ORIGIN, export
+from igpt.import_run import import_directory
 from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
 
@@ -40,7 +42,7 @@ def hf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(hf, tmp_path_factory):
-    return huggingface.import_(hf, tmp_path_factory.mktemp("runs") / "imported")
+    return import_directory(hf, tmp_path_factory.mktemp("runs") / "imported")
 
 
 @pytest.fixture
@@ -85,26 +87,26 @@ def assert_same_files(one, other, files=FILES):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_directory_of_transformers_comes_back_byte_for_byte(tmp_path, head, dtype):
     there = save_peer(tmp_path / "hf", peer(head).to(dtype))
-    run = huggingface.import_(there, tmp_path / "run")
-    assert_same_files(there, huggingface.export(run, tmp_path / "back"))
+    run = import_directory(there, tmp_path / "run")
+    assert_same_files(there, export(run, tmp_path / "back"))
     assert not [path for path in tmp_path.rglob("*partial*")]
 
 
 def test_what_the_config_says_of_the_type_does_not_round_what_the_tensors_are(copied, tmp_path):
     change(copied / "config.json", dtype="float16")
-    run = huggingface.import_(copied, tmp_path / "run")
-    assert_same_files(copied, huggingface.export(run, tmp_path / "back"), ["model.safetensors"])
-    assert_same_files(copied, huggingface.export(copied, tmp_path / "other"), ["model.safetensors"])
+    run = import_directory(copied, tmp_path / "run")
+    assert_same_files(copied, export(run, tmp_path / "back"), ["model.safetensors"])
+    assert_same_files(copied, export(copied, tmp_path / "other"), ["model.safetensors"])
 
 
 def test_the_commands_take_a_directory_there_and_back(hf, tmp_path):
     def command(*args):
-        return subprocess.run([sys.executable, "-m", "igpt.huggingface", *args], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "igpt", *args], capture_output=True, text=True)
 
     done = command("import", f"--from={hf}", f"--out={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert "width 22, depth 3, 2 heads, 35 positions, 17 colours, palette head; 19,712 parameters" in done.stdout
-    assert f"python -m igpt.sample --model={tmp_path}/run" in done.stdout
+    assert f"igpt sample --model={tmp_path}/run" in done.stdout
     done = command("export", f"--model={tmp_path}/run", f"--out={tmp_path}/back")
     assert done.returncode == 0, done.stderr
     assert_same_files(hf, tmp_path / "back")
@@ -123,7 +125,7 @@ def test_the_commands_take_a_directory_there_and_back(hf, tmp_path):
 )
 def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
     run = save_run(tmp_path / "run", **fields)
-    theirs = load_strictly(huggingface.export(run, tmp_path / "hf"), "pixels")
+    theirs = load_strictly(export(run, tmp_path / "hf"), "pixels")
     ours = igpt.load(run).model
     inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
     with torch.no_grad():
@@ -135,7 +137,7 @@ def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
 @pytest.mark.parametrize("pixel_head", [True, False])
 def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_head):
     run = save_run(tmp_path / "run", num_classes=5, pixel_head=pixel_head)
-    theirs = load_strictly(huggingface.export(run, tmp_path / "hf"), "classes")
+    theirs = load_strictly(export(run, tmp_path / "hf"), "classes")
     inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(inputs)).logits.numpy()
@@ -145,7 +147,7 @@ def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_
 
 def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):
     run = save_run(tmp_path / "run")
-    huggingface.export(run, tmp_path / "hf")
+    export(run, tmp_path / "hf")
     processor = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "hf")
     tokens = processor(list(IMAGES), return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(tokens, igpt.load(run).palette.encode(IMAGES).reshape(3, 35))
@@ -163,15 +165,15 @@ def test_a_model_of_transformers_computes_the_same_here(hf):
 
 def test_another_run_s_origin_or_a_damaged_one_is_refused(imported, tmp_path):
     run = save_run(tmp_path / "run")
-    origin = run / huggingface.ORIGIN
-    sound = (imported / huggingface.ORIGIN).read_text()
+    origin = run / ORIGIN
+    sound = (imported / ORIGIN).read_text()
     origin.write_text(sound)
     with pytest.raises(UserError, match="of another model"):  # which has biases
-        huggingface.export(run, tmp_path / "hf")
+        export(run, tmp_path / "hf")
     for content in ("{}", '{"config": 1}', '{"config": {}, "preprocessor": {}}', "[", sound.replace('"F32"', '"F33"')):
         origin.write_text(content)
         with pytest.raises(UserError, match=r"damaged|cannot be read as JSON"):
-            huggingface.export(run, tmp_path / "hf")
+            export(run, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -180,7 +182,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(copied):
     sound = processor.read_text(), config.read_text()
 
     def refused(message):
-        for read in (igpt.load, lambda ref: huggingface.import_(ref, copied.parent / "run")):
+        for read in (igpt.load, lambda ref: import_directory(ref, copied.parent / "run")):
             with pytest.raises(UserError, match=message):
                 read(copied)
         processor.write_text(sound[0])
@@ -208,25 +210,25 @@ def test_parts_that_do_not_fit_each_other_are_refused(copied):
     refused(r"has no preprocessor_config.json, .* import --from=.* --clusters=kmeans_centers.npy")
     config.write_text("{}")
     with pytest.raises(UserError, match="is no Hugging Face directory: its config.json has no model_type"):
-        huggingface.import_(copied, copied.parent / "run")
+        import_directory(copied, copied.parent / "run")
 
 
 def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
     peer(n_positions=36).save_pretrained(tmp_path / "hf")
     Palette(CLUSTERS).save(tmp_path / "clusters.npy")
-    run = huggingface.import_(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy")
+    run = import_directory(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy")
     pretrained = igpt.load(run)
     assert pretrained.config.data.image_size == [6, 6]
     np.testing.assert_array_equal(pretrained.palette.centers, CLUSTERS.astype(np.float32))
     peer().save_pretrained(tmp_path / "oblong")
     with pytest.raises(UserError, match="35 positions are no square: write a preprocessor_config.json"):
-        huggingface.import_(tmp_path / "oblong", tmp_path / "other", clusters=tmp_path / "clusters.npy")
+        import_directory(tmp_path / "oblong", tmp_path / "other", clusters=tmp_path / "clusters.npy")
 
 
 def test_a_model_that_is_not_causal_is_not_exported(tmp_path):
     run = save_run(tmp_path / "run", causal=False)
     with pytest.raises(UserError, match="trained with the BERT objective"):
-        huggingface.export(run, tmp_path / "hf")
+        export(run, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("taken", ["full", "file", "x" * 300, "file/below"])
@@ -234,17 +236,17 @@ def test_nothing_is_written_over_or_where_it_cannot_be(hf, imported, tmp_path, t
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for write, ref in ((huggingface.export, imported), (huggingface.import_, hf)):
+    for write, ref in ((export, imported), (import_directory, hf)):
         with pytest.raises(UserError, match=r"exists already; name a new directory|cannot be written: .* name another"):
             write(ref, tmp_path / taken)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "notes"]
     with pytest.raises(UserError, match="is a bucket"):
-        huggingface.export(imported, "gs://bucket/hf")
+        export(imported, "gs://bucket/hf")
 
 
 def test_an_empty_directory_is_filled(imported, tmp_path):
     (tmp_path / "empty").mkdir()
-    huggingface.export(imported, tmp_path / "empty")
+    export(imported, tmp_path / "empty")
     assert {path.name for path in (tmp_path / "empty").iterdir()} == set(FILES)
 
 
@@ -258,7 +260,7 @@ def test_what_breaks_off_leaves_nothing_and_touches_no_one_s_files(imported, hf,
     monkeypatch.setattr("igpt.hf_config.write_text", fail)
     monkeypatch.setattr("igpt.checkpoint.save_params", fail)
     expected = UserError if isinstance(error, OSError) else type(error)
-    for write, ref in ((huggingface.export, imported), (huggingface.import_, hf)):
+    for write, ref in ((export, imported), (import_directory, hf)):
         with pytest.raises(expected, match="No space left on device" if expected is UserError else None):
             write(ref, tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
@@ -266,7 +268,7 @@ def test_what_breaks_off_leaves_nothing_and_touches_no_one_s_files(imported, hf,
 
 def test_large_exports_are_sharded(imported, hf, tmp_path, monkeypatch):
     monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 20_000)
-    out = huggingface.export(imported, tmp_path / "out")
+    out = export(imported, tmp_path / "out")
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
     expected = load_strictly(hf, "pixels").state_dict()
     for name, tensor in load_strictly(out, "pixels").state_dict().items():
@@ -277,7 +279,7 @@ def test_half_precision_in_parts_is_widened(copied, tmp_path):
     tensors = load_file(copied / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float16)
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    out = huggingface.export(huggingface.import_(copied, tmp_path / "run"), tmp_path / "out")
+    out = export(import_directory(copied, tmp_path / "run"), tmp_path / "out")
     back = load_file(out / "model.safetensors")
     assert {tensor.dtype for tensor in back.values()} == {np.dtype(np.float32)}
     assert all((back[name] == tensors[name]).all() for name in tensors)

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 import igpt
-from igpt import huggingface, openai
+from igpt import openai
+from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
+from igpt.export import export
 from igpt.model import ModelConfig
 
 V, D, N, T, F, L, C = 17, 20, 2, 25, 83, 3, 7
@@ -105,7 +107,7 @@ def imported(tmp_path_factory, clusters):
             folder = tmp_path_factory.mktemp("imported")
             variables = released(**kind)
             prefix = write_checkpoint(folder / "model.ckpt-1000000", variables)
-            made[key] = variables, openai.import_(prefix, clusters, folder / "run")
+            made[key] = variables, openai.import_checkpoint(prefix, clusters, folder / "run")
         return made[key]
 
     return of
@@ -169,7 +171,7 @@ def test_the_run_directory_says_what_network_it_holds_and_carries_the_clusters(i
 
 def test_grey_clusters_make_a_grey_model(checkpoint, tmp_path):
     np.save(tmp_path / "grey.npy", np.linspace(-1, 1, V)[:, None].repeat(3, axis=1))
-    run = openai.import_(checkpoint, tmp_path / "grey.npy", tmp_path / "run")
+    run = openai.import_checkpoint(checkpoint, tmp_path / "grey.npy", tmp_path / "run")
     assert igpt.load(run).config.data.channels == 1
 
 
@@ -178,7 +180,7 @@ def test_an_imported_model_exported_to_transformers_has_the_same_logits(imported
     from transformers import ImageGPTForCausalImageModeling
 
     variables, run = imported()
-    peer = ImageGPTForCausalImageModeling.from_pretrained(huggingface.export(run, tmp_path / "hf")).eval()
+    peer = ImageGPTForCausalImageModeling.from_pretrained(export(run, tmp_path / "hf")).eval()
     tokens = some_tokens()
     inputs = np.concatenate([np.full((3, 1), V), tokens[:, :-1]], axis=1)
     with torch.no_grad():
@@ -195,7 +197,7 @@ def test_any_file_of_a_checkpoint_names_it(checkpoint, ending):
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
 def test_other_float_types_become_float32(clusters, tmp_path, dtype):
     variables = {name: value.astype(dtype) for name, value in released().items() if name.startswith("model/")}
-    run = openai.import_(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+    run = openai.import_checkpoint(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
     model = igpt.load(run).model
     assert model.token_table[...].dtype == np.float32
     np.testing.assert_array_equal(model.position_table[...], variables["model/wpe"].astype(np.float32))
@@ -266,7 +268,7 @@ def test_variables_that_are_no_image_gpt_are_refused_before_any_is_read(
     change(variables)
     prefix = write_checkpoint(tmp_path / "model.ckpt-7", variables)
     with pytest.raises(UserError, match=message):
-        openai.import_(prefix, clusters, tmp_path / "run")
+        openai.import_checkpoint(prefix, clusters, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -276,7 +278,7 @@ def test_everything_that_is_wrong_is_said_at_once_and_a_long_list_is_cut(cluster
     variables["model/h1/ln_1/g"] = zeros(D + 1, "f4")
     variables |= {f"model/extra{i:02d}": zeros(1, "f4") for i in range(20)}
     with pytest.raises(UserError) as caught:
-        openai.import_(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+        openai.import_checkpoint(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 + openai.SHOWN + 1 and lines[-1].strip() == "... and 11 more"
     for part in ("model/wpe [T, 20] is missing", "h0/ln_1/g [20] is missing", "h1/ln_1/g has shape", "extra00 [1] is"):
@@ -315,7 +317,7 @@ def cut(path, keep):
 def test_damaged_and_missing_files_are_refused(copied, clusters, tmp_path, damage, message):
     damage(copied, copied.with_name(f"{copied.name}.data-00002-of-{SHARDS:05d}"))
     with pytest.raises(UserError, match=message):
-        openai.import_(copied, clusters, tmp_path / "run")
+        openai.import_checkpoint(copied, clusters, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -327,60 +329,60 @@ def test_a_folder_in_place_of_a_prefix_is_told_what_prefixes_it_holds(checkpoint
 def test_a_size_is_checked_against_the_checkpoint(checkpoint, clusters, tmp_path, monkeypatch):
     mistaken = r"--size=s has width 512, depth 24, num_heads 8, seq_len 1024, but .* has width 20, depth 3, num_heads 2"
     with pytest.raises(UserError, match=mistaken + ".*leave --size out"):
-        openai.import_(checkpoint, clusters, tmp_path / "run", size="s")
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
     monkeypatch.setitem(openai.PRESETS, "tiny", dict(width=D, depth=L, num_heads=N, seq_len=T))
     with pytest.raises(UserError, match=mistaken + ".*give --size=tiny"):
-        openai.import_(checkpoint, clusters, tmp_path / "run", size="s")
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
     with pytest.raises(UserError, match="--size=xs is not known; choose one of s, m, l"):
-        openai.import_(checkpoint, clusters, tmp_path / "run", size="xs")
-    assert openai.import_(checkpoint, clusters, tmp_path / "run", size="tiny") == tmp_path / "run"
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="xs")
+    assert openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="tiny") == tmp_path / "run"
 
 
 def test_clusters_of_another_network_are_refused(checkpoint, tmp_path):
     other = write_clusters(tmp_path / "other.npy", colors=13)
     with pytest.raises(UserError, match=r"other\.npy has 13 colours, .* is of a network with 17"):
-        openai.import_(checkpoint, other, tmp_path / "run")
+        openai.import_checkpoint(checkpoint, other, tmp_path / "run")
     with pytest.raises(UserError, match="there is no palette at"):
-        openai.import_(checkpoint, tmp_path / "absent.npy", tmp_path / "run")
+        openai.import_checkpoint(checkpoint, tmp_path / "absent.npy", tmp_path / "run")
 
 
 def test_nothing_that_is_there_is_written_over(checkpoint, clusters, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        openai.import_(checkpoint, clusters, tmp_path / "run")
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
 def test_the_command_says_what_it_made_and_what_to_do_next(checkpoint, clusters, tmp_path, capsys):
     command = ["import", f"--checkpoint={checkpoint}.index", f"--clusters={clusters}", f"--out={tmp_path}/run"]
-    openai.main(command)
+    run_igpt(command)
     said = capsys.readouterr().out
     assert "width 20, depth 3, 2 heads, 25 positions, 17 colours, palette head" in said
-    assert f"python -m igpt.sample --model={tmp_path}/run" in said and "BERT" not in said
+    assert f"igpt sample --model={tmp_path}/run" in said and "BERT" not in said
     with pytest.raises(SystemExit) as caught:
-        openai.main(command)
+        run_igpt(command)
     assert caught.value.code == 2 and "error: --out=" in capsys.readouterr().err
 
 
 def test_the_command_says_that_a_bert_model_cannot_be_sampled(clusters, tmp_path, capsys):
     prefix = write_checkpoint(tmp_path / "model.ckpt-7", released(bert=True))
-    openai.main(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
+    run_igpt(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
     said = capsys.readouterr().out
-    assert "BERT objective" in said and "igpt.sample" not in said
+    assert "BERT objective" in said and "igpt sample" not in said
 
 
 def test_tensorflow_is_asked_for_by_the_name_of_its_extra(checkpoint, clusters, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r'pip install "igpt\[tfds\]"'):
-        openai.import_(checkpoint, clusters, tmp_path / "run")
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run")
 
 
 def test_importing_the_modules_loads_no_tensorflow_and_reading_a_checkpoint_starts_no_device(checkpoint):
     program = f"""
 import sys
 from pathlib import Path
-import igpt.data, igpt.huggingface, igpt.openai
+import igpt.data, igpt.export, igpt.openai
 assert "tensorflow" not in sys.modules
 variables = igpt.openai.open_checkpoint(Path({str(checkpoint)!r}))
 assert variables["model/wte"].read().shape == ({V}, {D})

@@ -1,4 +1,3 @@
-import json
 import re
 import resource
 import tracemalloc
@@ -7,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt import palette, palette_fit
+from igpt import palette_fit
+from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
 from igpt.examples import DecodedTokens, EncodedImages
 from igpt.images import Preprocess
@@ -132,7 +132,7 @@ def test_decode_rounds_by_the_released_rule():
 def test_grey_levels_are_kept_exactly_when_there_is_room():
     levels = np.array([0, 3, 17, 128, 254, 255], np.uint8)
     images = np.repeat(np.random.default_rng(0).permutation(np.tile(levels, 6)).reshape(1, 6, 6, 1), 3, axis=-1)
-    fitted = palette.fit(images, colors=6)
+    fitted = palette_fit.fit(images, colors=6)
     np.testing.assert_array_equal(fitted.decode(np.arange(6))[:, 0], levels)
     np.testing.assert_array_equal(fitted.decode(fitted.encode(images)), images)
 
@@ -142,11 +142,11 @@ def test_fit_finds_clusters_and_is_a_function_of_the_seed():
     truth = np.array([[20, 30, 200], [220, 40, 30], [40, 210, 60]])
     images = np.clip(truth[rng.integers(0, 3, (4, 16, 16))] + rng.integers(-4, 5, (4, 16, 16, 3)), 0, 255)
     images = images.astype(np.uint8)
-    fitted = palette.fit(images, colors=3, seed=1)
+    fitted = palette_fit.fit(images, colors=3, seed=1)
     found = fitted.decode(np.arange(3)).astype(int)
     assert sorted(np.abs(found[:, None] - truth).max(-1).argmin(1)) == [0, 1, 2]
     assert np.abs(found[:, None] - truth).max(-1).min(1).max() <= 2
-    np.testing.assert_array_equal(palette.fit(images, colors=3, seed=1).centers, fitted.centers)
+    np.testing.assert_array_equal(palette_fit.fit(images, colors=3, seed=1).centers, fitted.centers)
 
 
 def test_fit_looks_at_no_more_pixels_than_it_may(monkeypatch):
@@ -161,13 +161,13 @@ def test_fit_looks_at_no_more_pixels_than_it_may(monkeypatch):
 
     monkeypatch.setattr(sklearn.cluster, "KMeans", Spy)
     images = np.random.default_rng(0).integers(0, 256, (9, 31, 31, 3), np.uint8)
-    palette.fit(images, colors=5, max_pixels=1000)
+    palette_fit.fit(images, colors=5, max_pixels=1000)
     assert seen == [1000]
 
 
 def test_fit_says_how_many_colours_there_are_when_too_many_are_asked_for():
     with pytest.raises(UserError, match=r"palette.colors is 9.*2 pixels.*only 2.*palette.colors=2"):
-        palette.fit(np.array([[[[0, 0, 0], [9, 9, 9]]]], np.uint8), colors=9)
+        palette_fit.fit(np.array([[[[0, 0, 0], [9, 9, 9]]]], np.uint8), colors=9)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
@@ -226,7 +226,9 @@ def test_fit_gives_images_that_are_not_in_memory_the_palette_of_those_that_are()
     tokens = ours.encode(images)
     decoded = DecodedTokens(tokens.reshape(len(images), -1), ours, "tokens", images.shape[1:3])
     for lazy, whole in ((lazily(images), images), (decoded, ours.decode(tokens))):
-        np.testing.assert_array_equal(palette.fit(lazy, colors=11).centers, palette.fit(whole, colors=11).centers)
+        np.testing.assert_array_equal(
+            palette_fit.fit(lazy, colors=11).centers, palette_fit.fit(whole, colors=11).centers
+        )
 
 
 def test_a_sample_takes_equally_many_pixels_of_images_chosen_by_the_seed_a_few_at_a_time(monkeypatch):
@@ -265,7 +267,7 @@ def test_k_means_on_a_sample_is_as_good_as_scikit_learns_and_a_function_of_the_s
     ours, again, other = (palette_fit.fit_pixels(pixels, 19, seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(ours.centers, again.centers)
     assert not np.array_equal(ours.centers, other.centers)
-    theirs = palette.fit(pixels, 19, seed=3)
+    theirs = palette_fit.fit(pixels, 19, seed=3)
     (error, psnr), (reference, _) = (palette_fit.quantisation_error(made, pixels) for made in (ours, theirs))
     assert error < 1.05 * reference
     by_hand = np.square(ours.decode(brute_force(pixels, ours.centers)) / 1.0 - pixels).mean()
@@ -274,8 +276,8 @@ def test_k_means_on_a_sample_is_as_good_as_scikit_learns_and_a_function_of_the_s
 
 def test_the_command_fits_writes_and_reports_an_exact_palette(tmp_path, capsys):
     out, picture = tmp_path / "greys.npy", tmp_path / "greys.png"
-    command = ["fit", "--source=digits", "--preprocess=none", "--colors=17", f"--out={out}", f"--picture={picture}"]
-    palette.main(command)
+    command = ["palette", "--source=digits", "--preprocess=none", "--colors=17", f"--out={out}", f"--picture={picture}"]
+    run_igpt(command)
     said = capsys.readouterr().out
     assert "80,512 pixels of 1,258 of 1,258 images" in said
     assert re.search(r"17 colours\. On 11,520 pixels of 180 other images: .* error 0 .*PSNR inf dB", said)
@@ -283,10 +285,10 @@ def test_the_command_fits_writes_and_reports_an_exact_palette(tmp_path, capsys):
     np.testing.assert_array_equal(Palette.load(out).decode(np.arange(17)), greys[:, None].repeat(3, axis=1))
     assert Image.open(picture).size[0] > 8 * 128
     with pytest.raises(SystemExit) as refused:
-        palette.main(command)
+        run_igpt(command)
     assert refused.value.code == 2
     assert f"{out} and {picture} exist(s) already; name another file, or give --overwrite" in capsys.readouterr().err
-    palette.main([*command, "--overwrite"])
+    run_igpt([*command, "--overwrite"])
 
 
 @pytest.mark.parametrize(
@@ -307,21 +309,9 @@ def test_the_command_fits_writes_and_reports_an_exact_palette(tmp_path, capsys):
 def test_the_command_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys, changed, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as refused:
-        palette.main(["fit", "--source=digits", "--preprocess=none", "--colors=17", "--out=p.npy", changed])
+        run_igpt(["palette", "--source=digits", "--preprocess=none", "--colors=17", "--out=p.npy", changed])
     assert refused.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_the_clusters_of_an_image_processor_are_a_palette(tmp_path):
-    ours, path = random_palette(), tmp_path / "preprocessor_config.json"
-    settings = {"image_processor_type": "ImageGPTImageProcessor", "clusters": ours.centers.tolist()}
-    path.write_text(json.dumps(settings))
-    np.testing.assert_array_equal(Palette.load(path).centers, ours.centers)
-    path.write_text("{}")
-    with pytest.raises(UserError, match="no clusters"):
-        Palette.load(path)
-    with pytest.raises(UserError, match="no palette at"):
-        Palette.load(tmp_path / "absent.json")
 
 
 def test_colours_that_are_there_twice_are_told(tmp_path, capsys):

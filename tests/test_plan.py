@@ -1,5 +1,6 @@
 """Plans: what needs no compiler always, and with -m tpu_compile the TPU compiler itself (pip install libtpu)."""
 
+import argparse
 import importlib
 import json
 import math
@@ -89,10 +90,10 @@ def test_a_named_kernel_of_gpus_is_planned_for_them():
 
 
 def commands():
-    """Every `python -m igpt.plan` that is written down, without the $ of a variable."""
+    """Every `igpt plan` that is written down, without the $ of a variable."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "\n".join([command.__doc__, *(path.read_text() for path in files)])
-    return sorted(set(re.findall(r"python -m igpt\.plan (--[^`#]*?--topology=[^`#\n]*)", text)))
+    return sorted(set(re.findall(r"\bigpt plan (--[^`#]*?--topology=[^`#\n]*)", text)))
 
 
 @pytest.mark.parametrize("flags", commands())
@@ -350,7 +351,11 @@ def test_a_search_without_candidates_says_why(compiled, topology, batch_size, me
 def test_a_search_in_which_nothing_fits_still_prints_and_writes_its_figures(compiled, monkeypatch, tmp_path, capsys):
     compiled.fits = lambda one: False
     monkeypatch.setattr(command, "table", lambda results: f"table of {results['split']}")
-    command.main(imagenet.get_config("l"), "v5p:2x2x2", str(tmp_path / "plan.json"), search=True)
+    command.run(
+        argparse.Namespace(
+            config=imagenet.get_config("l"), topology="v5p:2x2x2", json=str(tmp_path / "plan.json"), search=True
+        )
+    )
     written = json.loads((tmp_path / "plan.json").read_text())
     said = capsys.readouterr().out
     assert not written["fits"] and "none fits: take more chips" in said
@@ -442,7 +447,7 @@ def test_another_failure_of_the_compiler_is_told():
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
-    command = [sys.executable, "-m", "igpt.plan", "--config=configs/imagenet.py:s", "--topology=gpu:8"]
+    command = [sys.executable, "-m", "igpt", "plan", "--config=configs/imagenet.py:s", "--topology=gpu:8"]
     done = subprocess.run([*command, f"--json={tmp_path}/plan.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "76,571,648" in done.stdout and json.loads((tmp_path / "plan.json").read_text())["chips"] == 8

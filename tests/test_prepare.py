@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from PIL import Image
 
 import train
 from igpt import config as configuration
 from igpt import prepare, sources
-from igpt.data import Augmentation, TrainBatches, eval_batches, main
+from igpt.__main__ import main as run_igpt
+from igpt.command import Parser
+from igpt.data import Augmentation, TrainBatches, eval_batches
 from igpt.errors import UserError
 from igpt.examples import EncodedImages
+from igpt.flags import parse_with_config
 from igpt.palette import Palette
 
 HEIGHT, WIDTH, COUNT = 7, 5, 61
@@ -124,7 +126,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
 
     for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         before = finished()
-        command = [sys.executable, "-m", "igpt.data", "prepare", *common, f"--out={tmp_path}/out", "--workers=2"]
+        command = [sys.executable, "-m", "igpt", "prepare", *common, f"--out={tmp_path}/out", "--workers=2"]
         run = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
@@ -154,7 +156,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
     before = finished()
     (tmp_path / "out" / "train-00029.tokens.npy.partial").write_bytes(b"half a shard")
     for out in ("out", "at-once"):
-        main(["prepare", *common, f"--out={tmp_path / out}", "--workers=1"])
+        run_igpt(["prepare", *common, f"--out={tmp_path / out}", "--workers=1"])
     assert before.items() <= finished().items() and len(finished()) == 44
     assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
 
@@ -249,11 +251,11 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
     command = ["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", "--shard_images=11"]
     command += ["--workers=1", "--preprocess=none"]
     with pytest.raises(SystemExit) as stopped:
-        main([*command, f"--out={tmp_path}/stop"])
+        run_igpt([*command, f"--out={tmp_path}/stop"])
     assert stopped.value.code == 2
     assert f"error: {train_files[11]} cannot be read" in capsys.readouterr().err
     for _ in range(2):  # a second time everything is finished, and the count is the same
-        main([*command, f"--out={tmp_path}/skip", "--on_unreadable=skip"])
+        run_igpt([*command, f"--out={tmp_path}/skip", "--on_unreadable=skip"])
         assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
     named = "".join(path.read_text() for path in sorted((tmp_path / "skip").glob("*.unreadable.txt")))
     assert len(named.splitlines()) == 13 and all(str(path) in named for path in broken)
@@ -266,7 +268,7 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
 
 def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_command(palette, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(
+        run_igpt(
             [
                 "prepare",
                 "--source=digits",
@@ -279,7 +281,7 @@ def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_c
     assert "give --size=8x8 --channels=1" in capsys.readouterr().err
     for wrong, message in (("--size=x", "--size=x; give a number"), ("--workers=0", "--workers is 0; it must")):
         with pytest.raises(SystemExit):
-            main(["prepare", "--source=digits", "--size=8", f"--palette={palette}", f"--out={tmp_path}/o", wrong])
+            run_igpt(["prepare", "--source=digits", "--size=8", f"--palette={palette}", f"--out={tmp_path}/o", wrong])
         assert message in capsys.readouterr().err
 
 
@@ -296,19 +298,17 @@ def test_few_images_are_in_memory_at_a_time_and_opening_reads_none(pictures, pal
 
 def test_the_hint_runs_as_it_stands(pictures, palette, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my photos"
-    main(["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", f"--out={out}"])
+    run_igpt(["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", f"--out={out}"])
     program, script, *hint = shlex.split(capsys.readouterr().out.split("next:\n")[1])
     assert (program, script) == ("python", "train.py")
     small = {"steps": 1, "num_samples": 0, "batch_size": 8, "eval_batch_size": 8}
     model = {"depth": 1, "width": 16, "num_heads": 2}
-    monkeypatch.setattr(sys, "argv", [script, *hint, *(f"--config.train.{k}={v}" for k, v in small.items())])
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    values(sys.argv)
-    holder.value.model.update(model)
-    holder.value.mesh.cpu_devices = 0
-    assert values.workdir == "runs/my photos"
+    parser = Parser("train.py", "")
+    parser.add_argument("--workdir")
+    args = parse_with_config(parser, [*hint, *(f"--config.train.{k}={v}" for k, v in small.items())])
+    args.config.model.update(model)
+    args.config.mesh.cpu_devices = 0
+    assert args.workdir == "runs/my photos"
     monkeypatch.chdir(tmp_path)
 
     def describe(*_):  # all is checked, opened and written by then; the rest is training
@@ -316,5 +316,5 @@ def test_the_hint_runs_as_it_stands(pictures, palette, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(train, "describe", describe)
     with pytest.raises(InterruptedError):
-        train.run(holder.value, values.workdir)
+        train.run(args.config, args.workdir)
     np.testing.assert_array_equal(np.load("runs/my photos/palette.npy"), np.load(palette))

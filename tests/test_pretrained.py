@@ -13,9 +13,10 @@ from test_huggingface import save_peer
 
 import igpt
 from configs import base
-from igpt import checkpoint, huggingface
+from igpt import checkpoint
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.import_run import import_directory
 from igpt.palette import Palette
 from igpt.pretrained import check_same_network, resolve
 from igpt.sample import sample_images
@@ -139,7 +140,7 @@ def hf(tmp_path_factory):
 
 
 def test_a_hugging_face_directory_and_the_run_imported_from_it_are_the_same_model(hf, tmp_path):
-    one, other = igpt.load(hf), igpt.load(huggingface.import_(hf, tmp_path / "run"))
+    one, other = igpt.load(hf), igpt.load(import_directory(hf, tmp_path / "run"))
     assert one.config.to_json() == other.config.to_json() and one.step == other.step == 0
     np.testing.assert_array_equal(one.palette.centers, other.palette.centers)
     states = (nnx.to_pure_dict(nnx.state(pretrained.model)) for pretrained in (one, other))

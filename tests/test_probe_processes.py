@@ -12,21 +12,22 @@ import numpy as np
 from test_eval_probe import pictures, probing, write_run
 
 import eval_probe
-from igpt import evaluate, sample
+from igpt import sample
+from igpt.__main__ import main as run_igpt
 from igpt.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
 import runpy, sys
-from igpt import evaluate, sample
+from igpt.__main__ import main as run_igpt
 from igpt.examples import Split
 images, read = [], Split.read
 Split.read = lambda split, indices, *draws: images.extend(indices) or read(split, indices, *draws)
 model, out, *sys.argv[1:] = sys.argv[1:]
 runpy.run_path("eval_probe.py", run_name="__main__")
 shared = ["--fsdp=2", "--tensor=2", f"--model={model}"]
-sample.main([*shared, "--num=3", f"--out={out}/samples.png"])
-evaluate.main([*shared, "--batch_size=13", f"--json={out}/figures.json"])
+run_igpt(["sample", *shared, "--num=3", f"--out={out}/samples.png"])
+run_igpt(["evaluate", *shared, "--batch_size=13", f"--json={out}/figures.json"])
 print(f"{len(images)} images read", flush=True)
 """
 SETTINGS = dict(baselines=False, layers=(1,), labels_per_class=(2,), subsets=1)
@@ -69,8 +70,8 @@ def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch
     config.mesh.update(fsdp=2, tensor=2)
     eval_probe.run(config, run, alone)
     monkeypatch.setattr(sample, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
-    sample.main([f"--model={run}", "--num=3", f"--out={alone}/samples.png"])
-    evaluate.main([f"--model={run}", f"--json={alone}/figures.json"])
+    run_igpt(["sample", f"--model={run}", "--num=3", f"--out={alone}/samples.png"])
+    run_igpt(["evaluate", f"--model={run}", f"--json={alone}/figures.json"])
 
     said = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said

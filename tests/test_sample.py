@@ -10,6 +10,7 @@ from test_eval_probe import write_run
 from test_model import TINY, random_model
 
 from igpt import sample
+from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
 from igpt.model import ModelConfig
 from igpt.palette import Palette
@@ -123,7 +124,7 @@ def test_images_are_the_same_on_any_mesh_also_where_its_devices_do_not_divide_th
 def test_the_command_makes_the_same_picture_however_its_devices_share_the_work(tmp_path):
     run = write_run(tmp_path / "run", source="", steps=(2,), depth=1)
     for name, flags in (("apart", []), ("shared", ["--fsdp=2", "--tensor=2"])):
-        sample.main([f"--model={run}", "--num=3", f"--out={tmp_path}/{name}.png", *flags])
+        run_igpt(["sample", f"--model={run}", "--num=3", f"--out={tmp_path}/{name}.png", *flags])
     assert (tmp_path / "apart.png").read_bytes() == (tmp_path / "shared.png").read_bytes()
 
 

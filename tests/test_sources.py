@@ -4,11 +4,12 @@ from ml_collections import ConfigDict
 
 import train
 from igpt import config as configuration
-from igpt import palette, sources
+from igpt import sources
 from igpt.data import Augmentation, TrainBatches, eval_batches
 from igpt.errors import UserError
 from igpt.examples import DecodedTokens, Split
 from igpt.features import raw_pixels
+from igpt.palette import Palette
 
 
 def load_source(source, **fields):
@@ -175,7 +176,7 @@ def test_a_run_on_openai_tokens_keeps_their_palette(write_openai, tiny_config, t
 
 def test_a_palette_that_is_given_comes_before_that_of_the_source(write_openai, tiny_config, tmp_path):
     source = load_source(f"openai:{write_openai()}")
-    palette.Palette(np.zeros((17, 3), np.float32)).save(tmp_path / "mine.npy")
+    Palette(np.zeros((17, 3), np.float32)).save(tmp_path / "mine.npy")
     tiny_config.palette.path, tiny_config.palette.colors = str(tmp_path / "mine.npy"), 17
     assert not train.find_palette(tiny_config, None, source).centers.any()
 
@@ -229,7 +230,7 @@ def test_a_wrong_token_far_into_a_file_is_named_when_it_is_met(write_openai):
     images[:1009]
     with pytest.raises(UserError, match=r"small_trX\.npy: tokens run from 0 to 99"):
         images[np.array([1009])]
-    batches = TrainBatches(Split(images, None), palette.Palette(np.zeros((1, 3))), 1013, 0, Augmentation(), slice(None))
+    batches = TrainBatches(Split(images, None), Palette(np.zeros((1, 3))), 1013, 0, Augmentation(), slice(None))
     with pytest.raises(UserError, match=r"small_trX\.npy: tokens run from 0 to 99"):
         next(batches.iterate(0, 1))
 

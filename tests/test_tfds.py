@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt.arrays import of_arrays
 from igpt.data import Augmentation, TrainBatches, eval_batches
 from igpt.errors import UserError
 from igpt.examples import check_labels
 from igpt.images import Preprocess
 from igpt.palette import Palette
-from igpt.sources import of_arrays
 from igpt.tfds import UNREAD, Labels, _prepare, open_tfds
 
 ROOT = Path(__file__).parents[1]

@@ -40,7 +40,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys)
     assert evaluation["eval/bits_per_dim"] == pytest.approx(evaluation["eval/loss"] / np.log(2))
     output = capsys.readouterr().out
     assert "the next pixel: 6 steps of 8 images" in output
-    for told in ("attention chunked", "float32", "1258 images", "mesh data 8", "eval_probe.py", "igpt.sample"):
+    for told in ("attention chunked", "float32", "1258 images", "mesh data 8", "eval_probe.py", "igpt sample"):
         assert told in output
 
 
@@ -53,7 +53,7 @@ def test_bert_learns_dropped_pixels_from_ln_v_downwards_and_promises_no_samples(
     assert not (tmp_path / "run" / "samples").exists()
     output = capsys.readouterr().out
     assert "15% of the pixels, dropped (BERT): 6 steps of 8 images" in output
-    assert "samples:" not in output and "igpt.sample" not in output and "eval_probe.py" in output
+    assert "samples:" not in output and "igpt sample" not in output and "eval_probe.py" in output
 
 
 def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):

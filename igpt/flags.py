@@ -1,0 +1,59 @@
+"""Command lines that name a config file: `--config=FILE --config.a.b=value` beside a script's own flags."""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from igpt.command import Parser
+from igpt.errors import UserError
+
+
+def parse_with_config(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of `parser`, and `config`: the ConfigDict of the file that --config names, with its overrides.
+
+    Raises UserError for a missing or broken file, an unknown field, and a value of another type than the field's.
+    """
+    group = parser.add_argument_group("configuration")
+    group.add_argument("--config", help="a Python file with get_config(); --config.a.b=value sets one of its fields")
+    argv = sys.argv[1:] if argv is None else argv
+    args, rest = parser.parse_known_args(argv)
+    if not args.config:
+        parser.error("--config is missing")
+    own = [option for action in parser._actions for option in action.option_strings]
+    for word in rest:
+        if word.startswith("-") and not word.startswith("--config."):
+            close = difflib.get_close_matches(word.partition("=")[0], own, 1)
+            parser.error(f"{word!r} is not a flag" + (f"; did you mean {close[0]}?" if close else ""))
+    args.config = _read(args.config, rest)
+    return args
+
+
+def _read(file: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file with its overrides; whatever absl and ml_collections raise becomes a UserError."""
+    if (root := str(Path(file.partition(":")[0]).absolute().parents[1])) not in sys.path:
+        sys.path.append(root)  # configs/digits.py imports configs.base
+    words = [f"--config={file}", *overrides]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", flag_values=values, lock_config=True, sys_argv=["igpt", *words], help_string="-"
+    )
+    try:
+        stray = values(["igpt", *words])[1:]
+        config = holder.value
+        if not isinstance(config, ConfigDict):
+            config.seed  # noqa: B018 - a config file that failed to load raises its own error when it is read
+    except OSError as error:  # its message says which file was looked for, on its own last line
+        raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+        raise UserError(
+            f"{message} (every field and its default: configs/base.py, a probe's: configs/probe_digits.py; the flags: "
+            "--help)"
+        ) from None
+    if stray:
+        raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
+    return config
