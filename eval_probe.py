@@ -25,21 +25,22 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt import checkpoint, launch
 from igpt import config as configuration
 from igpt.command import Parser
+from igpt.data.examples import Source, check_labels, few_labels
+from igpt.data.sources import open_source
 from igpt.errors import UserError, reported
-from igpt.examples import Source, check_labels, few_labels
-from igpt.features import write_features
 from igpt.files import check_workdir, write_text
-from igpt.flags import parse_with_config
-from igpt.hub import resolve
+from igpt.interop.hub import resolve
+from igpt.interop.load import Pretrained, check_same_palette, is_huggingface, load, outline
 from igpt.model import ImageGPT
 from igpt.plots import probe_curve
-from igpt.pretrained import Pretrained, check_same_palette, is_huggingface, load, outline
-from igpt.probe import SPLITS, Probe, neighbours
+from igpt.probe.features import write_features
+from igpt.probe.fit import SPLITS, Probe, neighbours
+from igpt.run import checkpoint
+from igpt.run import cluster as launch
+from igpt.run.flags import parse_with_config
 from igpt.sharding import check_batch_size, make_mesh, shardings
-from igpt.sources import open_source
 
 
 def run(config: ConfigDict, ref: str, workdir: str | Path) -> dict:

@@ -19,25 +19,30 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt import checkpoint, data, finetune, launch, pretrained, sample, sources
 from igpt import config as configuration
+from igpt import finetune, sample
 from igpt.attention import check_dropout
 from igpt.command import Parser
+from igpt.data import batches as data
+from igpt.data import sources
+from igpt.data.examples import Source
+from igpt.data.palette_fit import fit
 from igpt.errors import NonFiniteError, UserError, reported
-from igpt.examples import Source
 from igpt.files import check_workdir, told_of_storage
-from igpt.flags import parse_with_config
-from igpt.hub import resolve
+from igpt.interop import load as pretrained
+from igpt.interop.hub import resolve
 from igpt.loss import bits_per_dim, make_loss
-from igpt.metrics import Speed, Writer, progress_bar
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
-from igpt.palette_fit import fit
 from igpt.plots import image_grid
-from igpt.preemption import PreemptedError, StopSignal
+from igpt.run import checkpoint
+from igpt.run import cluster as launch
+from igpt.run.flags import parse_with_config
+from igpt.run.journal import Speed, Writer, progress_bar
+from igpt.run.preemption import PreemptedError, StopSignal
+from igpt.run.summary import describe, farewell
 from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
 from igpt.state import abstract_state, create_state, make_eval_step, make_train_step
-from igpt.summary import describe, farewell
 
 PROFILED = 3  # steps
 MOST_SKIPPED = 20  # bad steps in a row: nothing good will come any more

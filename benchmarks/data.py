@@ -26,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
 from igpt.config import model_config
-from igpt.data import Augmentation, TrainBatches
-from igpt.examples import EncodedImages, Split
-from igpt.images import Preprocess, decode
+from igpt.data.batches import Augmentation, TrainBatches
+from igpt.data.examples import EncodedImages, Split
+from igpt.data.images import Preprocess, decode
+from igpt.data.prepare import open_prepared, prepare
+from igpt.data.sources import open_source
 from igpt.loss import make_loss
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
-from igpt.prepare import open_prepared, prepare
 from igpt.sharding import make_mesh, to_devices
-from igpt.sources import open_source
 from igpt.state import abstract_state, create_state, make_train_step
 
 SIDE, COLORS, BATCH = 32, 512, 128

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from report import write
 
-from igpt.hf_config import ImageGPTConfig, to_model_config
-from igpt.hf_weights import BASE, HEADS, places
+from igpt.interop.hf_config import ImageGPTConfig, to_model_config
+from igpt.interop.hf_weights import BASE, HEADS, places
+from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS
-from igpt.processor import ImageGPTImageProcessor
 
 SIZES = {
     "tiny": dict(width=8, depth=1, num_heads=2, seq_len=16),

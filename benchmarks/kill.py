@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from report import write
 
-from igpt import checkpoint
+from igpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 EVAL_EVERY = 5  # often, so that kills find evaluations

@@ -25,8 +25,8 @@ from report import machine
 from configs import imagenet
 from igpt import config as configuration
 from igpt.files import write_text
-from igpt.plan_search import ENOUGH, search_plans, seconds
-from igpt.planned import CHIPS, GIB, estimate, plan
+from igpt.plan.compiled import CHIPS, GIB, estimate, plan
+from igpt.plan.search import ENOUGH, search_plans, seconds
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("s", "m", "l", "l48", "xl")

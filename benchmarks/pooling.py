@@ -22,11 +22,11 @@ from report import write
 import eval_probe
 from configs import probe_digits
 from igpt import model as network
-from igpt.features import Features
-from igpt.pretrained import load, outline
-from igpt.probe import Probe
+from igpt.data.sources import open_source
+from igpt.interop.load import load, outline
+from igpt.probe.features import Features
+from igpt.probe.fit import Probe
 from igpt.sharding import make_mesh
-from igpt.sources import open_source
 
 GRIDS = (1, 2)
 

@@ -26,12 +26,12 @@ from report import median_seconds, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from igpt.examples import EncodedImages, Split
-from igpt.features import keep_features, stream_features
-from igpt.images import Preprocess
-from igpt.logistic import TOLERANCE, fit_lbfgs, fit_sgd
+from igpt.data.examples import EncodedImages, Split
+from igpt.data.images import Preprocess
 from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
+from igpt.probe.features import keep_features, stream_features
+from igpt.probe.logistic import TOLERANCE, fit_lbfgs, fit_sgd
 from igpt.sharding import make_mesh
 
 NETWORK = ModelConfig(width=256, depth=12, num_heads=8, vocab_size=512, seq_len=256)

@@ -19,7 +19,7 @@ from report import median_seconds, write
 from sklearn.datasets import load_sample_images
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
-from igpt.processor import ImageGPTImageProcessor
+from igpt.interop.processor import ImageGPTImageProcessor
 
 SIDE = 32
 

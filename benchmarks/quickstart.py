@@ -16,9 +16,9 @@ from report import write
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
+from igpt.data.sources import open_source
+from igpt.interop.load import load
 from igpt.loss import marginal_entropy
-from igpt.pretrained import load
-from igpt.sources import open_source
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ __all__ = ["Pretrained", "load"]
 def __getattr__(name):
     """`igpt.load` and `igpt.Pretrained`, when they are first asked for: what needs no model starts without JAX."""
     if name in ("Pretrained", "load"):
-        from igpt import pretrained
+        from igpt.interop import load as pretrained
 
         return getattr(pretrained, name)
     raise AttributeError(f"module 'igpt' has no attribute {name!r}")

@@ -17,11 +17,11 @@ from igpt.errors import UserError, reported
 COMMANDS = {  # name -> its module, and its line in the help
     "sample": ("igpt.sample", "sample images from a model, or complete given ones"),
     "evaluate": ("igpt.evaluate", "the loss and accuracy of a model on any data"),
-    "palette": ("igpt.palette_fit", "fit a palette of colours to a source of images"),
-    "prepare": ("igpt.prepare", "turn a source of images into tokens on disk, once and for all"),
-    "export": ("igpt.export", "write a model as a Hugging Face directory"),
-    "import": ("igpt.import_run", "make a run directory of a Hugging Face model or of OpenAI's checkpoint"),
-    "plan": ("igpt.plan", "what a training run would need on TPUs that are not here"),
+    "palette": ("igpt.data.palette_fit", "fit a palette of colours to a source of images"),
+    "prepare": ("igpt.data.prepare", "turn a source of images into tokens on disk, once and for all"),
+    "export": ("igpt.interop.export", "write a model as a Hugging Face directory"),
+    "import": ("igpt.interop.import_run", "make a run directory of a Hugging Face model or of OpenAI's checkpoint"),
+    "plan": ("igpt.plan.report", "what a training run would need on TPUs that are not here"),
 }
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             parser = Parser(f"igpt {name}", module.__doc__)
             module.add_arguments(parser)
             if name == "plan":
-                from igpt.flags import parse_with_config
+                from igpt.run.flags import parse_with_config
 
                 module.run(parse_with_config(parser, argv[1:]))
             else:

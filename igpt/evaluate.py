@@ -15,18 +15,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from igpt import launch
 from igpt.command import Parser, add_mesh_arguments, add_model_arguments, at_least
-from igpt.data import Drops, eval_batches
+from igpt.data.batches import Drops, eval_batches
+from igpt.data.examples import Split, check_labels
+from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.examples import Split, check_labels
 from igpt.files import write_text
-from igpt.hub import resolve
+from igpt.interop.hub import resolve
+from igpt.interop.load import Pretrained, check_same_palette, load, outline
 from igpt.loss import bits_per_dim, make_loss
-from igpt.metrics import wilson_interval
-from igpt.pretrained import Pretrained, check_same_palette, load, outline
+from igpt.run import cluster as launch
+from igpt.run.journal import wilson_interval
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate, to_devices
-from igpt.sources import open_source
 
 
 def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:

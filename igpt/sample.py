@@ -18,15 +18,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from igpt import launch
 from igpt.command import Parser, add_mesh_arguments, add_model_arguments, at_least
+from igpt.data.images import read_image
+from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.images import read_image
+from igpt.interop.load import Pretrained, load
 from igpt.model import ImageGPT
 from igpt.plots import check_writable, image_grid, save_png
-from igpt.pretrained import Pretrained, load
+from igpt.run import cluster as launch
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
-from igpt.sources import open_source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import eval_probe
 from configs import base, probe_digits
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.interop.load import network
 from igpt.model import PRESETS, ImageGPT
 from igpt.optim import make_optimizer
-from igpt.pretrained import network
 from igpt.sharding import check_batch_size, make_mesh
 from igpt.state import abstract_state
 

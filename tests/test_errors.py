@@ -27,7 +27,7 @@ def test_one_of_several_that_fails_in_whatever_way_leaves_at_once(one_of_several
 
 
 def test_a_run_that_was_saved_waits_for_the_others(one_of_several):
-    from igpt.preemption import PreemptedError
+    from igpt.run.preemption import PreemptedError
 
     with pytest.raises(SystemExit) as stopped, errors.reported():
         raise PreemptedError("saved")

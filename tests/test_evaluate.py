@@ -4,16 +4,16 @@ import json
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from test_model import TINY, random_model
 
 from igpt import config as configuration
 from igpt.__main__ import main as run_igpt
-from igpt.data import Drops
+from igpt.data.batches import Drops
+from igpt.data.examples import Split
 from igpt.errors import UserError
 from igpt.evaluate import evaluate
-from igpt.examples import Split
+from igpt.interop.load import Pretrained
 from igpt.palette import Palette
-from igpt.pretrained import Pretrained
+from tests.test_model import TINY, random_model
 
 
 def pretrained_and_split(count=23, labels=True, **changes):

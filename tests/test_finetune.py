@@ -12,21 +12,24 @@ import pytest
 import torch
 from flax import nnx
 from PIL import Image
-from test_huggingface import CLUSTERS, SIZE, load_strictly, save_run
-from test_openai import V, released, write_checkpoint
-from test_sources import write_openai  # noqa: F401 - a fixture
-from test_train import assert_bitwise_equal, losses, records
 
 import igpt
 import train
 from configs import base
-from igpt import checkpoint, finetune, openai, sources
+from igpt import finetune
 from igpt.__main__ import main as run_igpt
-from igpt.arrays import split_indices
-from igpt.data import Drops
+from igpt.data import sources
+from igpt.data.arrays import split_indices
+from igpt.data.batches import Drops
 from igpt.errors import UserError
-from igpt.export import export
+from igpt.interop import openai
+from igpt.interop.export import export
 from igpt.palette import Palette
+from igpt.run import checkpoint
+from tests.data.test_sources import write_openai  # noqa: F401 - a fixture
+from tests.interop.test_export import CLUSTERS, SIZE, load_strictly, save_run
+from tests.interop.test_openai import V, released, write_checkpoint
+from tests.test_train import assert_bitwise_equal, losses, records
 
 NETWORK = dict(depth=2, use_bias=True)  # of every model to start from, beside what save_run says
 

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_model import TINY, random_model, random_tokens
 
 from igpt.loss import bits_per_dim, cross_entropy, dropped_pixels, make_loss, marginal_entropy, next_pixel, vote
+from tests.test_model import TINY, random_model, random_tokens
 
 
 def test_next_pixel_is_the_mean_cross_entropy_of_each_image_with_its_gradient():

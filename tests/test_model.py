@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from igpt import attention as attention_module
-from igpt import planned
 from igpt.errors import UserError
 from igpt.loss import next_pixel
 from igpt.model import PRESETS, ImageGPT, ModelConfig, Norm, count_params
+from igpt.plan import compiled as planned
 
 # Compiled: op by op, a forward pass takes seconds the first time.
 logits_of = jax.jit(lambda model, tokens, key=None: model(tokens, key))

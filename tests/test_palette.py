@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt import palette_fit
 from igpt.__main__ import main as run_igpt
+from igpt.data import palette_fit
+from igpt.data.examples import DecodedTokens, EncodedImages
+from igpt.data.images import Preprocess
 from igpt.errors import UserError
-from igpt.examples import DecodedTokens, EncodedImages
-from igpt.images import Preprocess
 from igpt.palette import BYTE_LEVELS, ColorTable, Palette
 
 

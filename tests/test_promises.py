@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from configs import base
-from igpt.hlo import COLLECTIVES, Program
 from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
+from igpt.plan.hlo import COLLECTIVES, Program
 from igpt.sample import _generate
 from igpt.sharding import BATCH, make_mesh
 from igpt.state import abstract_state, make_eval_step, make_train_step

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from test_eval_probe import write_run
-from test_model import TINY, random_model
 
 from igpt import sample
 from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
+from igpt.interop.load import Pretrained
 from igpt.model import ModelConfig
 from igpt.palette import Palette
-from igpt.pretrained import Pretrained
 from igpt.sample import Sampling, complete_images, image_keys, kept_rows, sample_images, sample_tokens, truncate
 from igpt.sharding import make_mesh, shardings
+from tests.probe.test_eval_probe import write_run
+from tests.test_model import TINY, random_model
 
 
 def nothing(count):

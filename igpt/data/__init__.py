@@ -1,0 +1,1 @@
+"""Where examples come from, and how images become batches of tokens."""

@@ -1,0 +1,174 @@
+"""Examples in, token batches out: split -> augment -> tokens, with batch = f(seed, step).
+
+Nothing here carries state from one step to the next, so that resuming is asking for the next step, and every process
+can compute its own rows of any batch: order, augmentation and rows depend on (seed, step) alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import grain.python as grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from igpt.data.examples import Split
+from igpt.errors import UserError
+
+Rows = slice | Int[np.ndarray, "n"]  # those of a batch that are wanted here: see sharding.process_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """With probability `probability` an image is padded by `pad` pixels, cropped at random, and flipped by a coin."""
+
+    pad: int = 0
+    pad_mode: str = "constant"  # constant (black), edge or reflect
+    flip: bool = False
+    probability: float = 1.0
+
+    def __post_init__(self):
+        if self.pad_mode not in ("constant", "edge", "reflect"):
+            raise UserError(f"data.pad_mode is {self.pad_mode!r}; choose constant, edge or reflect")
+        if self.pad < 0 or not 0.0 <= self.probability <= 1.0:
+            raise UserError(
+                f"data.pad is {self.pad} and data.augment_probability {self.probability}; "
+                "the pad is at least 0 pixels, the probability between 0 and 1"
+            )
+
+    def __call__(
+        self, images: np.ndarray, rng: np.random.Generator, rows: Rows, batch_size: int, black: int = 0
+    ) -> np.ndarray:
+        """Augments `rows` of a batch of images [n, H, W, 3], or of their tokens [n, H, W], where `black` is one.
+
+        The draws are made for the whole batch, so that its split over processes changes nothing.
+        """
+        height, width = images.shape[1:3]
+        applied = rng.random(batch_size)[rows] < self.probability
+        offsets = rng.integers(0, 2 * self.pad + 1, (2, batch_size))[:, rows]
+        if self.pad:
+            top, left = np.where(applied, offsets, self.pad)
+            around = [(0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)][: images.ndim]
+            filled = {"constant_values": black} if self.pad_mode == "constant" else {}
+            example = np.arange(len(images))[:, None, None]
+            row = (top[:, None] + np.arange(height))[:, :, None]
+            column = (left[:, None] + np.arange(width))[:, None, :]
+            images = np.pad(images, around, self.pad_mode, **filled)[example, row, column]
+        if not self.flip:
+            return images
+        flips = ((rng.random(batch_size)[rows] < 0.5) & applied).reshape(-1, *[1] * (images.ndim - 1))
+        return np.where(flips, images[:, :, ::-1], images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drops:
+    """The positions that BERT hides (Chen et al. 2020, section 2.1): each with probability `rate`, independently.
+
+    `keep` is False there. Training draws one mask a step and image, evaluation the same `masks` for an image each time.
+    """
+
+    rate: float = 0.15
+    masks: int = 1
+    seed: int = 0
+
+    def of_step(self, step: int, batch_size: int, rows: Rows, length: int) -> Bool[np.ndarray, "n 1 T"]:
+        draws = np.random.default_rng((self.seed, 3, step)).random((batch_size, 1, length), np.float32)
+        return draws[rows] >= self.rate
+
+    def of_images(self, indices: np.ndarray, length: int) -> Bool[np.ndarray, "n M T"]:
+        draws = [
+            np.random.default_rng((self.seed, 4, index)).random((self.masks, length), np.float32) for index in indices
+        ]
+        return np.stack(draws) >= self.rate
+
+
+class EpochOrder:
+    """The example at each position of an endless stream of epochs, every epoch in an order of its own."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._newest = (None, None)
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        epochs, within = np.divmod(positions, self.count)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = self._order(epoch)[within[epochs == epoch]]
+        return indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        cached, order = self._newest
+        if cached != epoch:
+            order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.count)
+            self._newest = (epoch, order)
+        return order
+
+
+class TrainBatches:
+    """Training batches, random access: `batches[step]` is this process's rows of batch f(seed, step)."""
+
+    def __init__(
+        self,
+        split: Split,
+        tokenizer,
+        batch_size: int,
+        seed: int,
+        augmentation: Augmentation,
+        rows: Rows,
+        drops: Drops | None = None,
+    ):
+        if batch_size > len(split):
+            raise UserError(
+                f"train.batch_size is {batch_size}, but there are only {len(split)} training images; lower it"
+            )
+        self.split, self.tokenizer, self.batch_size = split, tokenizer, batch_size
+        self.seed, self.augmentation, self.rows, self.drops = seed, augmentation, rows, drops
+        self.black = int(tokenizer.encode(np.zeros((1, 1, 3), np.uint8)).item())
+        self.order = EpochOrder(len(split), seed)
+
+    def __getitem__(self, step: int) -> dict:
+        indices = self.order[np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]]
+        # Streams 0 to 4 of a seed, here, above and below, keep order, augmentation, crops and masks independent.
+        rng = np.random.default_rng((self.seed, 1, step))
+        if self.split.holds_tokens_of(self.tokenizer):
+            grids = self.split.images.grids(indices)
+            tokens = self.augmentation(grids, rng, self.rows, self.batch_size, self.black)
+        else:
+            draws = None
+            if self.split.crops_at_random:
+                draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
+            images, indices = self.split.read(indices, draws)
+            tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
+        batch = _batch(tokens, self.split.labels, indices)
+        if self.drops is None:
+            return batch
+        return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
+
+    def iterate(self, start: int, stop: int, threads: int = 1, ahead: int = 4) -> Iterator[dict]:
+        """Batches start, ..., stop - 1 in order, made by `threads` background threads up to `ahead` steps early."""
+        steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
+
+
+def eval_batches(
+    split: Split, tokenizer, batch_size: int, rows: Rows = slice(None), drops: Drops | None = None
+) -> Iterator[dict]:
+    """Every example exactly once, in order. `mask` is 0.0 where the last batch is filled up with example 0, and where
+    an image could not be read."""
+    for start in range(0, len(split), batch_size):
+        positions = np.arange(start, start + batch_size)[rows]
+        wanted = np.where(positions < len(split), positions, 0)
+        if split.holds_tokens_of(tokenizer):
+            tokens, used = split.images.grids(wanted), wanted
+        else:
+            images, used = split.read(wanted)
+            tokens = tokenizer.encode(images)
+        mask = (positions < len(split)) & (used == wanted)
+        batch = _batch(tokens, split.labels, used) | {"mask": mask.astype(np.float32)}
+        if drops is not None:
+            batch["keep"] = drops.of_images(used, batch["tokens"].shape[1])
+        yield batch
+
+
+def _batch(tokens, labels, indices) -> dict:
+    batch = {"tokens": tokens.reshape(len(tokens), -1)}
+    return batch if labels is None else batch | {"label": labels[indices]}

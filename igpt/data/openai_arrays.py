@@ -1,0 +1,68 @@
+"""OpenAI's encoded data sets, as their download.py leaves them: palette tokens and labels in .npy files."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from igpt.data.arrays import map_array
+from igpt.data.examples import DecodedTokens, Source, Split
+from igpt.errors import UserError
+from igpt.palette import Palette
+
+
+def open_openai(prefix: str) -> Source:
+    """OpenAI's encoded data sets, as their download.py leaves them; every split is a pair of files.
+
+    PREFIX_{tr,va,te}X.npy: palette tokens [N, T], integers, a square image a row. PREFIX_{tr,va,te}Y.npy, which may be
+    absent: labels, integers [N] or one-hot [N, C]. Beside them kmeans_centers.npy: the palette. Tokens stay in their
+    files; encoding an image that this palette decoded returns its tokens, but where two centres round to equal bytes.
+    """
+    paths = [f"{prefix}_{split}X.npy" for split in ("tr", "va", "te")]
+    arrays = {path: _map_tokens(path) for path in paths}
+    if len({tokens.shape[1] for tokens in arrays.values()}) > 1:
+        found = ", ".join(f"{path} {list(tokens.shape)}" for path, tokens in arrays.items())
+        raise UserError(f"the splits' images differ in size: {found}; encode all three alike")
+    clusters = Path(paths[0]).with_name("kmeans_centers.npy")
+    if not clusters.exists():
+        raise UserError(f"there is no {clusters}; the palette that these tokens index belongs beside them")
+    palette = Palette.load(clusters)
+    splits = []
+    for path, tokens in arrays.items():
+        side = math.isqrt(tokens.shape[1])
+        images = DecodedTokens(tokens, palette, path, (side, side))
+        images[:1000]  # another data set's palette shows at once; what the rest holds, when it is read
+        splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
+    grey = bool((palette.centers == palette.centers[:, :1]).all())
+    return Source(f"openai:{prefix}", *splits, channels=1 if grey else 3, palette=palette)
+
+
+def _map_tokens(path: str) -> np.ndarray:
+    tokens = map_array(path)
+    if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or 0 in tokens.shape:
+        raise UserError(f"{path} is {tokens.dtype} {list(tokens.shape)}; palette tokens are integers [N, T]")
+    if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+        raise UserError(f"{path} has {tokens.shape[1]} tokens an image, which is no square; 32 x 32 images have 1024")
+    return tokens
+
+
+def _openai_labels(path: str, count: int) -> np.ndarray | None:
+    """int32 [N]; a few rows at a time, as ImageNet's one-hot labels take gigabytes."""
+    if not Path(path).exists():
+        return None
+    labels = map_array(path)
+    kinds = {1: "iu", 2: "iufb"}.get(labels.ndim, "")
+    if labels.dtype.kind not in kinds or len(labels) != count:
+        raise UserError(
+            f"{path} is {labels.dtype} {list(labels.shape)}; integers [{count}] or one-hot rows [{count}, C] are "
+            "needed, one for every image"
+        )
+    if labels.ndim == 1:
+        return labels.astype(np.int32)
+    classes = np.empty(count, np.int32)
+    for start in range(0, count, 4096):
+        rows = labels[start : start + 4096]
+        if not ((rows != 0).sum(axis=1) == 1).all() or not (rows.sum(axis=1) == 1).all():
+            raise UserError(f"{path}: the rows from {start} on are not all one-hot, a single 1 among zeros")
+        classes[start : start + 4096] = rows.argmax(axis=1)
+    return classes

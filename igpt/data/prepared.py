@@ -1,0 +1,129 @@
+"""The source `tokens:DIR`: what `igpt.prepare` wrote, mapped from disk and never held in memory."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from igpt.data.arrays import map_array
+from igpt.data.examples import DecodedTokens, Source, Split
+from igpt.errors import UserError
+from igpt.files import read_json
+from igpt.palette import Palette
+
+PLAN = "prepared.json"
+SPLITS = ("train", "validation", "test")
+
+
+class Shards:
+    """The rows of several arrays of the same width, one array after the other; read where they lie."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = [part.view(np.ndarray) for part in parts]  # np.memmap's own indexing costs more than the reading
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index) -> np.ndarray:
+        if isinstance(index, slice):
+            index = np.arange(len(self))[index]
+        index = np.asarray(index, np.int64)
+        wrong = (index < -len(self)) | (index >= len(self))
+        if wrong.any():
+            raise IndexError(f"index {index[wrong].flat[0]} is out of bounds for {len(self)} rows")
+        index = np.where(index < 0, index + len(self), index)
+        part = np.searchsorted(self.starts, index, side="right") - 1
+        within = index - self.starts[part]
+        if not index.ndim:
+            return self.parts[part][within]
+        rows = np.empty((*index.shape, *self.shape[1:]), self.parts[0].dtype)
+        for row, which, where in zip(rows, part.tolist(), within.tolist(), strict=True):
+            row[...] = self.parts[which][where]
+        return rows
+
+
+def open_prepared(folder: str) -> Source:
+    """The source `tokens:DIR`: its splits, tokens mapped and not read. UserError when it is unfinished or damaged."""
+    directory = Path(folder)
+    if not (directory / PLAN).is_file():
+        raise UserError(f"{folder} is no prepared directory: it has no {PLAN}; make one with igpt prepare")
+    plan = read_json(directory / PLAN)
+    _check_plan(plan, directory / PLAN)
+    palette = Palette.load(directory / "palette.npy")
+    if plan["palette_sha256"] != fingerprint(palette):
+        raise UserError(f"{folder}: palette.npy is not the palette that the tokens were made with; prepare it anew")
+    splits = []
+    for name in SPLITS:
+        numbers = range(count_shards(plan["images"][name], plan["shard_images"]))
+        for i in numbers:
+            if not shard_path(directory, name, i, "tokens").is_file():
+                raise UserError(
+                    f"{folder} is unfinished: shard {i + 1} of {len(numbers)} of {name} is missing; run the command "
+                    "that prepares it again and it goes on"
+                )
+        shards = [map_shard(directory, name, i, plan) for i in numbers]
+        tokens = Shards([tokens for tokens, _ in shards])
+        labels = np.concatenate([labels for _, labels in shards]) if plan["labels"] else None
+        splits.append(Split(DecodedTokens(tokens, palette, folder, tuple(plan["data"]["image_size"])), labels))
+    return Source(f"tokens:{folder}", *splits, channels=plan["data"]["channels"], palette=palette)
+
+
+def _check_plan(plan: dict, path: Path) -> None:
+    """Raises UserError for a prepared.json that cannot be one of ours."""
+    data, images = plan.get("data"), plan.get("images")
+    size = data.get("image_size") if isinstance(data, dict) else None
+    counts = [plan.get("shard_images")]
+    counts += size if isinstance(size, list) and len(size) == 2 else [None]
+    counts += [images.get(name) for name in SPLITS] if isinstance(images, dict) else [None]
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
+    if plan.get("format") != 1 or not whole or data.get("channels") not in (1, 3):
+        raise UserError(f"{path} is damaged or not ours; prepare it anew")
+    if not isinstance(plan.get("labels"), bool) or not isinstance(plan.get("palette_sha256"), str):
+        raise UserError(f"{path} is damaged or not ours; prepare it anew")
+
+
+def map_shard(folder: Path, name: str, number: int, plan: dict) -> tuple[np.ndarray, np.ndarray | None]:
+    """A shard's tokens and labels, in their files; UserError unless they are what the plan says."""
+    height, width = plan["data"]["image_size"]
+    most = min(plan["shard_images"], plan["images"][name] - number * plan["shard_images"])
+    least = 0 if plan["data"].get("on_unreadable") == "skip" else most
+    again = "run the command that prepared it again, and it is made anew"
+
+    def mapped(kind: str) -> np.ndarray:
+        try:
+            return map_array(str(shard_path(folder, name, number, kind)))
+        except UserError as error:
+            raise UserError(f"{str(error).removesuffix('; fetch it again')}; {again}") from None
+
+    tokens = mapped("tokens")
+    path = shard_path(folder, name, number, "tokens")
+    if tokens.dtype != np.uint16 or tokens.shape[1:] != (height * width,) or not least <= len(tokens) <= most:
+        count = most if least else f"up to {most}"
+        raise UserError(
+            f"{path} is {tokens.dtype} {list(tokens.shape)}; uint16 [{count}, {height * width}] is needed: {again}"
+        )
+    if not plan["labels"]:
+        return tokens, None
+    labels = mapped("labels")
+    if labels.dtype != np.int32 or labels.shape != tokens.shape[:1]:
+        path = shard_path(folder, name, number, "labels")
+        raise UserError(
+            f"{path} is {labels.dtype} {list(labels.shape)}; int32 [{len(tokens)}] is needed, one for every image: "
+            f"{again}"
+        )
+    return tokens, labels
+
+
+def fingerprint(palette: Palette) -> str:
+    return hashlib.sha256(palette.centers.tobytes()).hexdigest()
+
+
+def count_shards(images: int, shard_images: int) -> int:
+    return -(-images // shard_images)
+
+
+def shard_path(folder: Path, split: str, number: int, kind: str) -> Path:
+    return folder / f"{split}-{number:05d}.{kind}.npy"

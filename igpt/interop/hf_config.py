@@ -1,0 +1,266 @@
+"""The documented `ImageGPTConfig`: Hugging Face's configuration of an ImageGPT, and what it means for our network.
+
+Names, defaults and meanings: transformers 5.23, models/imagegpt/configuration_imagegpt.py.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import reprlib
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from igpt.errors import UserError
+from igpt.files import read_json, write_text
+from igpt.interop.hub import resolve
+from igpt.model import ACTIVATIONS, ModelConfig
+
+MAX_LAYERS = 1000  # so that a hostile config cannot ask for endless lists of names
+
+ALIASES = {  # the attribute_map of the documentation
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
+
+ARCHITECTURES = {  # what a directory holds -> the class that transformers has for it
+    "pixels": "ImageGPTForCausalImageModeling",
+    "classes": "ImageGPTForImageClassification",
+    "none": "ImageGPTModel",
+}
+
+UNUSUAL = (
+    "num_labels",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+
+
+@dataclasses.dataclass(init=False, eq=False, repr=False)
+class ImageGPTConfig:
+    """The documented configuration. Keys that nobody here knows are kept in `other` and written back.
+
+    Raises UserError naming the field for a value that makes no sense, and for a keyword that looks misspelt.
+    """
+
+    vocab_size: int = 513  # the palette and, last, the start of sequence
+    n_positions: int = 1024
+    n_embd: int = 512
+    n_layer: int = 24
+    n_head: int = 8
+    n_inner: int | None = None  # None: 4 x n_embd
+    activation_function: str = "quick_gelu"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    scale_attn_by_inverse_layer_idx: bool = False  # by 1 / (layer_idx + 1)
+    reorder_and_upcast_attn: bool = False  # changes nothing here: scores are always float32
+    # From here on, what every Hugging Face model has; written only where it differs from the default.
+    num_labels: int = 2
+    id2label: dict | None = None
+    label2id: dict | None = None
+    problem_type: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+
+    model_type: ClassVar[str] = "imagegpt"
+
+    def __init__(self, **settings):
+        known = DEFAULTS.keys() | ALIASES.keys()
+        for name in settings.keys() - known:
+            if close := difflib.get_close_matches(name, known, 1, cutoff=0.8):
+                raise UserError(f"ImageGPTConfig has no {name!r}; did you mean {close[0]!r}?")
+        self._set(settings)
+
+    def _set(self, settings: dict) -> None:
+        settings = DEFAULTS | {ALIASES.get(name, name): value for name, value in settings.items()}
+        if isinstance(settings["id2label"], dict):
+            settings["num_labels"] = len(settings["id2label"])
+        self.other = {name: settings.pop(name) for name in list(settings) if name not in DEFAULTS}
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def __getattr__(self, name):  # reached only for names that are not set
+        if name in ALIASES:
+            return getattr(self, ALIASES[name])
+        if name in self.__dict__.get("other", {}):
+            return self.other[name]
+        raise AttributeError(f"ImageGPTConfig has no {name!r}")
+
+    def __setattr__(self, name, value):
+        super().__setattr__(ALIASES.get(name, name), value)
+        if name == "num_labels":
+            self.id2label = self.label2id = None  # they named other classes
+
+    def __eq__(self, other):
+        return isinstance(other, ImageGPTConfig) and self.to_dict() == other.to_dict()
+
+    def __repr__(self):
+        return f"ImageGPTConfig {self.to_json_string()}"
+
+    def check(self) -> None:
+        """Raises UserError for a field whose value no network could have."""
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels"):
+            _need(name, getattr(self, name), _is_whole, "a positive whole number")
+        _need("n_layer", self.n_layer, lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}")
+        _need("vocab_size", self.vocab_size, lambda value: value >= 2, "at least 2: a colour and the start of sequence")
+        _need(
+            "n_inner", self.n_inner, lambda value: value is None or _is_whole(value), "None or a positive whole number"
+        )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            _need(name, getattr(self, name), lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            _need(name, getattr(self, name), lambda value: _is_number(value) and value >= 0, "a number from 0 up")
+        for name in (name for name, value in DEFAULTS.items() if isinstance(value, bool)):
+            _need(name, getattr(self, name), lambda value: isinstance(value, bool), "true or false")
+        allowed = (*ACTIVATIONS, *SAME_ACTIVATION)
+        _need(
+            "activation_function",
+            self.activation_function,
+            lambda value: value in allowed,
+            "one of " + ", ".join(allowed),
+        )
+        problems = (None, "regression", "single_label_classification", "multi_label_classification")
+        _need("problem_type", self.problem_type, lambda value: value in problems, f"one of {problems}")
+        for name in ("id2label", "label2id"):
+            _need(name, getattr(self, name), lambda value: value is None or isinstance(value, dict), "None or a dict")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.other.get("add_cross_attention"):
+            raise UserError(
+                "add_cross_attention is true: transformers' ImageGPT applies the wrong mask there and fails with "
+                "its own defaults, so that there is no behaviour to follow; set it to false"
+            )
+
+    @property
+    def sos_token_id(self) -> int:
+        """The last row of the embedding: nobody prepends it for you (docs/huggingface.md)."""
+        return self.vocab_size - 1
+
+    def to_dict(self) -> dict:
+        settings = {name: getattr(self, name) for name in DEFAULTS}
+        if self.num_labels != DEFAULTS["num_labels"] and self.id2label is None:
+            settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+            settings["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+        del settings["num_labels"]  # transformers counts the names
+        settings = {k: value for k, value in settings.items() if k not in UNUSUAL or value != DEFAULTS[k]}
+        return copy.deepcopy(settings | self.other) | {"model_type": self.model_type}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, settings: dict, **overrides) -> "ImageGPTConfig":
+        """Reads what `to_dict`, or transformers of any age, wrote. `overrides` are fields of the constructor."""
+        model_type = settings.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise UserError(
+                f"model_type is {reprlib.repr(model_type)}; only {cls.model_type!r} models can be loaded here"
+            )
+        config = cls.__new__(cls)
+        config._set({name: value for name, value in settings.items() if name != "model_type"})
+        if overrides:
+            cls(**overrides)  # refuses misspelt names and bad values
+            for name, value in overrides.items():
+                setattr(config, name, value)
+            config.check()
+        return config
+
+    @classmethod
+    def from_pretrained(cls, ref, **overrides) -> "ImageGPTConfig":
+        """The config.json of a directory, or of a hub id; UserError naming the file when it is damaged or another's."""
+        path = resolve(ref) / "config.json"
+        settings = read_json(path)
+        if {"data", "palette", "model"} <= settings.keys():
+            raise UserError(
+                f"{ref} is a run directory of ours; make a Hugging Face directory of it first: "
+                f"igpt export --model={ref} --out=DIR"
+            )
+        try:
+            return cls.from_dict(settings, **overrides)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def save_pretrained(self, directory) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_text(Path(directory) / "config.json", self.to_json_string())
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(ImageGPTConfig)}
+
+
+def to_model_config(
+    config: ImageGPTConfig, head: str, dtype: str = "float32", attention: str = "chunked"
+) -> ModelConfig:
+    """The network that a configuration means; `head` is a key of ARCHITECTURES."""
+    return ModelConfig(
+        width=config.n_embd,
+        depth=config.n_layer,
+        num_heads=config.n_head,
+        vocab_size=config.vocab_size - 1,
+        seq_len=config.n_positions,
+        mlp_width=config.n_inner or 0,
+        use_bias=True,
+        embedding_dropout=config.embd_pdrop,
+        residual_dropout=config.resid_pdrop,
+        attention_dropout=config.attn_pdrop,
+        norm_epsilon=config.layer_norm_epsilon,
+        pixel_head=head == "pixels",
+        num_classes=config.num_labels if head == "classes" else 0,
+        activation=SAME_ACTIVATION.get(config.activation_function, config.activation_function),
+        scale_scores=config.scale_attn_weights,
+        scale_scores_by_layer=config.scale_attn_by_inverse_layer_idx,
+        dtype=dtype,
+        attention=attention,
+    )
+
+
+def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
+    """The configuration under which transformers computes what `model` does."""
+    config = ImageGPTConfig(
+        vocab_size=model.vocab_size + 1,
+        n_positions=model.seq_len,
+        n_embd=model.width,
+        n_layer=model.depth,
+        n_head=model.num_heads,
+        n_inner=None if model.mlp_width == 4 * model.width else model.mlp_width,
+        activation_function=model.activation,
+        resid_pdrop=model.residual_dropout,
+        embd_pdrop=model.embedding_dropout,
+        attn_pdrop=model.attention_dropout,
+        layer_norm_epsilon=model.norm_epsilon,
+        scale_attn_weights=model.scale_scores,
+        scale_attn_by_inverse_layer_idx=model.scale_scores_by_layer,
+        architectures=[ARCHITECTURES[head]],
+    )
+    if head == "classes":
+        config.num_labels = model.num_classes
+    return config
+
+
+def _need(name: str, value, holds, what: str) -> None:
+    if not holds(value):
+        raise UserError(f"{name} is {reprlib.repr(value)}; it must be {what}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31

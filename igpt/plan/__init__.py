@@ -1,0 +1,1 @@
+"""What a training run would need on machines that are not here."""

@@ -1,0 +1,1 @@
+"""Linear probes: features of every layer, and logistic regression on them."""

@@ -1,0 +1,217 @@
+"""What the documented classes compute against transformers' own, on the same random weights, biases and all."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from igpt.api import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from igpt.interop import hf_weights
+
+SOS = 17
+SIZES = dict(vocab_size=SOS + 1, n_positions=37, n_embd=22, n_layer=3, n_head=2)
+PAIRS = {
+    "pixels": (transformers.ImageGPTForCausalImageModeling, ImageGPTForCausalImageModeling),
+    "classes": (transformers.ImageGPTForImageClassification, ImageGPTForImageClassification),
+    "none": (transformers.ImageGPTModel, ImageGPTModel),
+}
+
+
+def both(directory, head="pixels", **config):
+    """A transformers model with random weights, and ours loaded from the directory that it saved."""
+    theirs, ours = PAIRS[head]
+    torch.manual_seed(0)
+    model = theirs(transformers.ImageGPTConfig(**SIZES | config)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.3)
+    model.save_pretrained(directory)
+    return model, ours.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return both(tmp_path_factory.mktemp("causal"))
+
+
+def tokens(batch=3, length=23, seed=0):
+    drawn = np.random.default_rng(seed).integers(0, SOS, (batch, length))
+    drawn[:, 0] = SOS
+    return drawn
+
+
+def labels_of(tokens):
+    return np.where(tokens == SOS, -100, tokens)
+
+
+def call_both(models, **inputs):
+    theirs, ours = models
+    as_torch = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}
+    with torch.no_grad():
+        return theirs(**as_torch), ours(**inputs)
+
+
+def assert_close(theirs, ours, tolerance=1e-5):
+    """Every output that transformers gives, ours gives too, of the same shape and value."""
+    for name in ("loss", "logits", "last_hidden_state"):
+        if getattr(theirs, name, None) is not None:
+            close(theirs[name], ours[name], tolerance)
+    for name in ("hidden_states", "attentions"):
+        if getattr(theirs, name) is not None:
+            assert len(theirs[name]) == len(ours[name])
+            for one, other in zip(theirs[name], ours[name], strict=True):
+                close(one, other, tolerance)
+    if theirs.past_key_values is not None:
+        assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+        for one, other in zip(theirs.past_key_values.layers, ours.past_key_values.layers, strict=True):
+            close(one.keys, other.keys, tolerance)
+            close(one.values, other.values, tolerance)
+
+
+def close(theirs, ours, tolerance):
+    assert tuple(theirs.shape) == ours.shape
+    np.testing.assert_allclose(theirs.numpy(), np.asarray(ours), rtol=0, atol=tolerance)
+
+
+EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
+FLAGS = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
+PADDING = np.ones((3, 23), np.int64)
+PADDING[0, :4] = PADDING[1, 10:12] = PADDING[2, -1] = 0
+
+
+@pytest.mark.parametrize("values", list(itertools.product((False, True), repeat=4)))
+def test_every_product_of_the_flags_computes_what_transformers_does(values, tmp_path):
+    models = both(tmp_path, n_inner=29, **dict(zip(FLAGS, values, strict=True)))
+    x = tokens()
+    assert_close(*call_both(models, input_ids=x, labels=labels_of(x), attention_mask=PADDING, **EVERYTHING))
+    assert_close(*call_both(models, input_ids=x))
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu", "swish", "tanh"])
+def test_every_activation_computes_what_transformers_does(name, tmp_path):
+    assert_close(*call_both(both(tmp_path, activation_function=name), input_ids=tokens()))
+
+
+def test_positions_token_types_and_embeddings_can_be_given(causal):
+    theirs, _ = causal
+    rng = np.random.default_rng(1)
+    positions, types = rng.integers(0, 37, (3, 23)), rng.integers(0, SOS + 1, (3, 23))
+    assert_close(*call_both(causal, input_ids=tokens(), position_ids=positions, token_type_ids=types, **EVERYTHING))
+    assert_close(*call_both(causal, input_ids=tokens(), position_ids=positions[:1]))
+    embeds = theirs.transformer.wte(torch.tensor(tokens())).detach().numpy()
+    assert_close(*call_both(causal, inputs_embeds=embeds, token_type_ids=types, labels=labels_of(tokens())))
+
+
+def test_a_sequence_in_pieces_through_the_cache_is_the_whole_sequence(causal):
+    theirs, ours = causal
+    x = tokens(length=37)
+    whole = ours(x)
+    past, logits = None, []
+    for piece in np.split(x, [5, 6, 7, 20, 36], axis=1):
+        output = ours(piece, past_key_values=past)
+        past = output.past_key_values
+        logits.append(output.logits)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), whole.logits, rtol=0, atol=1e-5)
+    assert past.get_seq_length() == 37
+
+    mask = np.ones((3, 23), np.int64)
+    mask[0, :3] = mask[1, 21] = 0
+    with torch.no_grad():
+        first = theirs(torch.tensor(x[:, :20]))
+        second = theirs(
+            torch.tensor(x[:, 20:23]),
+            past_key_values=first.past_key_values,
+            attention_mask=torch.tensor(mask),
+            **EVERYTHING,
+        )
+    cached = ours(x[:, :20]).past_key_values
+    assert_close(second, ours(x[:, 20:23], past_key_values=cached, attention_mask=mask, **EVERYTHING))
+    assert cached.get_seq_length() == 20  # unlike theirs, a cache is never changed: it can be continued twice
+
+
+def test_a_masked_head_is_a_head_whose_output_is_nothing(causal):
+    _, ours = causal
+    mask = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 0.5]])
+    out = ours.params["blocks"]["out"]["kernel"] * mask[:, :, None, None]
+    blocks = ours.params["blocks"] | {"out": ours.params["blocks"]["out"] | {"kernel": out}}
+    expected = ours(tokens(), params=ours.params | {"blocks": blocks})
+    masked = ours(tokens(), head_mask=mask, output_attentions=True)
+    np.testing.assert_allclose(masked.logits, expected.logits, rtol=0, atol=1e-5)
+    assert not np.any(masked.attentions[1][:, 0])
+    np.testing.assert_allclose(ours(tokens(), head_mask=[1, 1]).logits, ours(tokens()).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "labels"),
+    [
+        (dict(num_labels=5), np.array([4, 0, 2])),
+        (dict(num_labels=1), np.array([0.3, -2.0, 1.0], np.float32)),
+        (dict(num_labels=5), np.random.default_rng(0).integers(0, 2, (3, 5)).astype(np.float32)),
+        (
+            dict(num_labels=5, problem_type="regression"),
+            np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32),
+        ),
+    ],
+    ids=["classes", "one number", "several classes at once", "several numbers"],
+)
+def test_the_classifier_gives_the_logits_and_the_loss_of_its_problem(config, labels, tmp_path):
+    models = both(tmp_path, head="classes", **config)
+    assert_close(*call_both(models, input_ids=tokens()[:, 1:], labels=labels, **EVERYTHING))
+
+
+def test_the_bare_model_gives_hidden_states(tmp_path):
+    models = both(tmp_path, head="none")
+    assert_close(*call_both(models, input_ids=tokens(), attention_mask=PADDING, **EVERYTHING))
+    assert_close(*call_both(models, input_ids=tokens(), use_cache=False))
+
+
+def test_gradients_and_one_adamw_step_are_those_of_pytorch(tmp_path):
+    theirs, ours = both(tmp_path)
+    x = tokens()
+    step = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(theirs.parameters(), **step)
+    theirs(torch.tensor(x), labels=torch.tensor(labels_of(x))).loss.backward()
+
+    gradients = jax.jit(jax.grad(lambda params: ours(x, labels=labels_of(x), params=params).loss))(ours.params)
+    named = hf_weights.named_tensors(gradients, ours._network)
+    expected = dict(theirs.named_parameters())
+    assert named.keys() == expected.keys()
+    for name, gradient in named.items():
+        np.testing.assert_allclose(gradient, expected[name].grad.numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+    optimizer.step()
+    adamw = optax.adamw(step["lr"], *step["betas"], eps=step["eps"], weight_decay=step["weight_decay"])
+    updates, _ = adamw.update(gradients, adamw.init(ours.params), ours.params)
+    moved = hf_weights.named_tensors(optax.apply_updates(ours.params, updates), ours._network)
+    for name, weight in moved.items():
+        tiny = np.abs(expected[name].grad.numpy()) < 1e-6  # there Adam's first step is a sign of rounding errors
+        difference = np.abs(weight - expected[name].detach().numpy())
+        assert difference[~tiny].max(initial=0) < 1e-5, name
+
+
+def test_dropout_is_off_unless_a_key_is_given(causal):
+    _, ours = causal
+    x = tokens()
+    off, again = ours(x).logits, ours(x).logits
+    on = [ours(x, dropout_key=jax.random.key(seed)).logits for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(off, again)
+    np.testing.assert_array_equal(on[0], on[1])
+    assert np.abs(on[0] - off).max() > 0.1 and np.abs(on[0] - on[2]).max() > 0.1
+    weights = ours(x, dropout_key=jax.random.key(0), output_attentions=True).attentions[0]
+    lower = np.tril(np.ones((23, 23), bool))
+    dropped = np.mean(np.asarray(weights)[:, :, lower] == 0)
+    assert abs(dropped - 0.1) < 0.03
+
+
+def test_bfloat16_is_near_float32_and_keeps_float32_logits(causal, tmp_path):
+    _, ours = causal
+    ours.save_pretrained(tmp_path)
+    half = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    output = half(tokens(), output_hidden_states=True)
+    assert output.logits.dtype == jnp.float32 and output.hidden_states[1].dtype == jnp.bfloat16
+    assert 1e-4 < np.abs(output.logits - ours(tokens()).logits).max() < 0.5

@@ -1,0 +1,296 @@
+"""Data sets of tensorflow_datasets: prepared once with TensorFlow, read without it."""
+
+import concurrent.futures
+import contextlib
+import errno
+import io
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt.data.arrays import of_arrays
+from igpt.data.batches import Augmentation, TrainBatches, eval_batches
+from igpt.data.examples import check_labels
+from igpt.data.images import Preprocess
+from igpt.data.tfds import UNREAD, Labels, _prepare, open_tfds
+from igpt.errors import UserError
+from igpt.palette import Palette
+
+ROOT = Path(__file__).parents[2]
+TRAIN, TEST = 31, 5
+PALETTE = Palette(np.random.default_rng(3).uniform(-1, 1, (17, 3)).astype(np.float32))
+
+
+def tile(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+
+
+def photo(number: int) -> bytes:
+    """PNG and JPEG in turn, each of another size."""
+    rng, file = np.random.default_rng(number), io.BytesIO()
+    pixels = rng.integers(0, 256, (8 + number % 5, 9 + number % 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG" if number % 2 else "PNG")
+    return file.getvalue()
+
+
+def prepare(folder: str) -> dict[str, str]:
+    """Makes small data sets; returns what went wrong, by name. Runs in a process that may import TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    def builder(name, features, splits, example):
+        def info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def split_generators(self, dl_manager):
+            return {
+                split: ((number, example(number)) for number in range(*numbers)) for split, numbers in splits.items()
+            }
+
+        fields = {"VERSION": tfds.core.Version("1.0.0"), "_info": info, "_split_generators": split_generators}
+        fields |= {"_generate_examples": None, "__module__": __name__}  # no such method: the splits are generators
+        return type(name.title().replace("_", ""), (tfds.core.GeneratorBasedBuilder,), fields)
+
+    colour, label = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(num_classes=100)
+    builder(
+        "photos",
+        {"image": colour, "label": label, "note": tfds.features.Text()},
+        {"train": (0, TRAIN), "test": (TRAIN, TRAIN + TEST), "unlabelled": (90, 99)},
+        lambda number: {"image": io.BytesIO(photo(number)), "label": number, "note": "aside"},
+    )
+    builder(
+        "tiles",
+        {"image": tfds.features.Image(shape=(7, 5, 3)), "label": tfds.features.Scalar(np.int64)},
+        {"train": (0, TRAIN), "validation": (40, 43), "test": (50, 57)},
+        lambda number: {"image": tile(number), "label": -1 if number >= 50 else number},
+    )
+    builder("bare", {"image": colour}, {"train": (0, TRAIN)}, lambda number: {"image": tile(number)})
+    builder("texts", {"note": tfds.features.Text()}, {"train": (0, 2)}, lambda number: {"note": "none"})
+    builder("only_test", {"image": colour}, {"test": (0, 2)}, lambda number: {"image": tile(number)})
+    builder("broken", {"image": colour}, {"train": (0, 2)}, lambda number: 1 / 0)
+    old = builder("old", {"image": colour}, {"train": (0, 3)}, lambda number: {"image": tile(number)})
+    old(data_dir=folder).download_and_prepare(file_format="tfrecord")
+    errors = {}
+    for name in ("photos", "tiles", "bare", "texts", "only_test", "broken", "old"):
+        try:
+            opened(name, folder)
+        except UserError as error:
+            errors[name] = str(error)
+    return errors
+
+
+def opened(name: str, folder: str, skip: bool = False):
+    kind = "none" if name == "tiles" else "shrink"
+    return open_tfds(name, folder, (0.2, 0.1), 4, Preprocess((7, 5), kind), 3, skip)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """The folder of the data sets, and the errors met while they were made."""
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return folder, pool.submit(prepare, folder).result()
+
+
+def records_of(split) -> np.ndarray:
+    return split.images.files.numbers
+
+
+def test_images_of_any_size_and_format_and_their_labels_are_those_that_were_put_in(prepared):
+    source = opened("photos", prepared[0])
+    for split in (source.train, source.validation, source.test):
+        images, used = split.read(np.arange(len(split)))
+        labels = np.asarray(split.labels)
+        assert np.array_equal(used, np.arange(len(split))) and labels.dtype == np.int32
+        for image, label in zip(images, labels, strict=True):
+            original = Image.open(io.BytesIO(photo(label)))
+            assert np.array_equal(image, Preprocess((7, 5), "shrink")(original, None, ""))
+    assert sorted([*source.train.labels, *source.validation.labels]) == list(range(TRAIN))
+    assert sorted(source.test.labels) == list(range(TRAIN, TRAIN + TEST))
+
+
+def test_validation_is_held_out_of_train_by_the_split_seed(prepared):
+    first = opened("photos", prepared[0])
+    assert (len(first.train), len(first.validation), len(first.test)) == (25, 6, TEST)
+    order = np.random.default_rng(4).permutation(TRAIN)
+    assert np.array_equal(records_of(first.train), order[:25])
+    assert np.array_equal(records_of(first.validation), order[25:])
+
+
+def test_a_test_split_without_labels_gives_way_to_the_official_validation_split(prepared):
+    source = opened("tiles", prepared[0])
+    assert sorted(source.test.labels) == [40, 41, 42]
+    assert len(source.train) + len(source.validation) == TRAIN
+
+
+def test_without_official_splits_the_fractions_decide_and_without_labels_there_are_none(prepared):
+    source = opened("bare", prepared[0])
+    assert source.train.labels is None
+    parts = [records_of(part) for part in (source.train, source.validation, source.test)]
+    assert [len(part) for part in parts] == [22, 6, 3]
+    assert sorted(np.concatenate(parts)) == list(range(TRAIN))
+
+
+def test_batches_equal_those_of_the_same_images_in_an_array(prepared):
+    source = opened("tiles", prepared[0])
+    numbers = np.concatenate([np.asarray(source.train.labels), np.asarray(source.validation.labels)])
+    order = np.random.default_rng(4).permutation(TRAIN)
+    images, labels = np.empty((TRAIN, 7, 5, 3), np.uint8), np.empty(TRAIN, np.int32)
+    images[order], labels[order] = [tile(number) for number in numbers], numbers
+    arrays = of_arrays("arrays", images, labels, (5 / 31, 1 / 31), 4, Preprocess((7, 5)))
+    made = [
+        TrainBatches(train, PALETTE, 5, 0, Augmentation(pad=1, flip=True), slice(None)).iterate(0, 9, threads=3)
+        for train in (source.train, arrays.train)
+    ]
+    for ours, theirs in zip(*made, strict=True):
+        assert np.array_equal(ours["tokens"], theirs["tokens"]) and np.array_equal(ours["label"], theirs["label"])
+
+
+def test_labels_are_read_when_they_are_asked_for_and_not_before(prepared):
+    source = opened("photos", prepared[0])
+    labels = source.train.labels
+    known = labels.records.known
+    assert isinstance(labels, Labels) and len(labels) == 25 and labels.shape == (25,) and (known == UNREAD).all()
+    asked = labels[np.array([3, 8])]
+    assert np.array_equal(asked, [labels[3], labels[8]]) and np.sum(known != UNREAD) == 2
+    source.train.read(np.array([5]))  # an image brings its label
+    assert np.sum(known != UNREAD) == 3
+    assert np.array_equal(labels[2:5], np.asarray(labels)[2:5])
+    assert np.array_equal(np.asarray(labels) == labels, np.ones(25, bool))
+
+
+def test_labels_are_checked_against_the_classes_that_are_declared_without_reading_them_all(prepared, monkeypatch):
+    monkeypatch.setattr("igpt.data.tfds.LOOKED_AT", 4)
+    source = opened("photos", prepared[0])
+    check_labels(source.train, num_classes=100)
+    assert np.sum(source.train.labels.records.known != UNREAD) == 4
+    with pytest.raises(UserError, match="from 0 to 99, but model.num_classes is 10, "):
+        check_labels(source.train, num_classes=10)
+    undeclared = opened("tiles", prepared[0]).train
+    assert np.array_equal(undeclared.labels.classes(), np.unique(undeclared.labels))
+
+
+def test_many_threads_read_what_one_reads(prepared):
+    one, many = opened("photos", prepared[0]), opened("photos", prepared[0])
+    expected, _ = one.train.read(np.arange(25))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for images in pool.map(lambda _: many.train.read(np.arange(25))[0], range(16)):
+            assert np.array_equal(images, expected)
+
+
+def test_a_source_in_use_can_be_sent_to_another_process(prepared):
+    source = opened("photos", prepared[0])
+    expected, _ = source.train.read(np.arange(25))
+    copy = pickle.loads(pickle.dumps(source))
+    assert np.array_equal(copy.train.read(np.arange(25))[0], expected)
+    assert np.array_equal(copy.train.labels, source.train.labels)
+
+
+READ = """
+import sys
+import numpy as np
+from igpt.data.batches import eval_batches
+from tests.data.test_tfds import PALETTE, opened
+
+batches = list(eval_batches(opened("photos", sys.argv[1]).test, PALETTE, 3))
+assert not [name for name in sys.modules if name.partition(".")[0] in ("tensorflow", "torch")]
+np.savez(sys.argv[2], *[batch["tokens"] for batch in batches], *[batch["label"] for batch in batches])
+"""
+
+
+def test_reading_works_in_a_process_in_which_importing_tensorflow_raises(prepared, tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('TensorFlow was imported')")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    def python(*arguments):
+        return subprocess.run([sys.executable, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "TensorFlow was imported" in python("-c", "import tensorflow").stderr
+    done = python("-c", READ, prepared[0], str(tmp_path / "batches.npz"))
+    assert done.returncode == 0, done.stderr
+    expected = list(eval_batches(opened("photos", prepared[0]).test, PALETTE, 3))
+    with np.load(tmp_path / "batches.npz") as arrays:
+        found = list(arrays.values())
+    for array, batch in zip(found, [b["tokens"] for b in expected] + [b["label"] for b in expected], strict=True):
+        assert np.array_equal(array, batch)
+
+
+def test_importing_igpt_brings_in_no_other_framework():
+    code = "import sys, igpt; print([n for n in ('tensorflow', 'torch', 'tensorflow_datasets') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_is_not_prepared_needs_tensorflow_and_says_so(monkeypatch, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('not installed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    with pytest.raises(UserError, match=r'(?s)cifar10 is not prepared in .*pip install "igpt\[tfds\]"'):
+        opened("cifar10", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("prepared_meanwhile", [True, False])
+def test_of_several_processes_that_prepare_a_data_set_the_slower_go_on(monkeypatch, tmp_path, prepared_meanwhile):
+    def fail(**_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
+    builder = SimpleNamespace(data_dir=tmp_path, download_and_prepare=fail, is_prepared=lambda: prepared_meanwhile)
+    told = contextlib.nullcontext() if prepared_meanwhile else pytest.raises(UserError, match="Directory not empty")
+    with told:
+        _prepare("mnist", builder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("old", "as tfrecord, which cannot be read at random; give another data.data_dir"),
+        ("texts", "no images under the name 'image'; it has note"),
+        ("only_test", "no split 'train' to learn from; it has test"),
+        ("broken", "could not be prepared in .*division by zero"),
+    ],
+)
+def test_data_sets_that_cannot_be_used_are_refused(prepared, name, message):
+    _, errors = prepared
+    assert set(errors) == {"old", "texts", "only_test", "broken"}
+    assert re.search(message, errors[name], re.DOTALL), errors[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar11", "no data set 'cifar11'.*close to it: .*cifar10"),
+        ("cifar10:9.9.9", "cifar10:9.9.9 cannot be opened: .*9.9.9"),
+        ("imagenet_resized/31x31", "31x31"),
+    ],
+)
+def test_names_that_do_not_exist_are_refused(tmp_path, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        opened(name, str(tmp_path))
+    assert len(str(error.value)) < 600
+
+
+def test_damaged_records_are_refused_or_passed_over_and_counted(prepared, tmp_path):
+    shutil.copytree(prepared[0], tmp_path / "copy")
+    (record,) = (tmp_path / "copy" / "photos" / "1.0.0").glob("*train*")
+    content = bytearray(record.read_bytes())
+    damaged = content.find(photo(2)[10:40])  # as good as any: no image is compressed once more
+    content[damaged : damaged + 8] = bytes(8)
+    record.write_bytes(content)
+    with pytest.raises(UserError, match=r"photos train record \d+ cannot be read"):
+        opened("photos", str(tmp_path / "copy")).train.read(np.arange(25))
+    source = opened("photos", str(tmp_path / "copy"), skip=True)
+    _, used = source.train.read(np.arange(25))
+    assert 1 <= len(source.unreadable) < 5
+    assert np.array_equal(np.flatnonzero(used != np.arange(25)), sorted(source.train.images.unreadable))

@@ -1,0 +1,290 @@
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+
+import igpt
+from igpt import config as configuration
+from igpt.errors import UserError
+from igpt.interop import weight_files
+from igpt.interop.export import ORIGIN, export
+from igpt.interop.import_run import import_directory
+from igpt.model import ImageGPT, ModelConfig
+from igpt.palette import Palette
+from igpt.run import checkpoint
+from tests.interop.test_hf_weights import CLASSES, SMALL, peer
+
+SIZE = (5, 7)  # of the images: SMALL's 35 positions
+CLUSTERS = np.random.default_rng(1).uniform(-1, 1, (17, 3))
+FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+TOKENS = np.random.default_rng(2).integers(0, 17, (2, 35))
+IMAGES = np.random.default_rng(3).integers(0, 256, (3, *SIZE, 3), np.uint8)
+
+
+def save_peer(directory, model, clusters=CLUSTERS):
+    model.save_pretrained(directory)
+    processor = ImageGPTImageProcessorPil(clusters=clusters, size={"height": SIZE[0], "width": SIZE[1]})
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A causal model of transformers with its processor; not to be changed."""
+    return save_peer(tmp_path_factory.mktemp("hf"), peer())
+
+
+@pytest.fixture(scope="module")
+def imported(hf, tmp_path_factory):
+    return import_directory(hf, tmp_path_factory.mktemp("runs") / "imported")
+
+
+@pytest.fixture
+def copied(hf, tmp_path):
+    """The directory `hf`, to be changed."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for file in FILES:
+        (folder / file).write_bytes((hf / file).read_bytes())
+    return folder
+
+
+def save_run(directory, **fields):
+    """A run directory of ours with random parameters, none of them zero."""
+    model = ModelConfig(**dict(width=22, depth=3, num_heads=2, vocab_size=17, seq_len=35, mlp_width=46) | fields)
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ImageGPT(model, nnx.Rngs(0)))))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jax.device_put(0.2 * rng.standard_normal(leaf.shape, np.float32)), params)
+    directory.mkdir()
+    configuration.save(configuration.of_network(model, SIZE, 3), directory)
+    Palette(CLUSTERS).save(directory / "palette.npy")
+    checkpoint.save_params(directory, params, step=3)
+    return directory
+
+
+def change(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def load_strictly(directory, head):
+    model, info = CLASSES[head].from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_same_files(one, other, files=FILES):
+    for file in files:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("head", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_directory_of_transformers_comes_back_byte_for_byte(tmp_path, head, dtype):
+    there = save_peer(tmp_path / "hf", peer(head).to(dtype))
+    run = import_directory(there, tmp_path / "run")
+    assert_same_files(there, export(run, tmp_path / "back"))
+    assert not [path for path in tmp_path.rglob("*partial*")]
+
+
+def test_what_the_config_says_of_the_type_does_not_round_what_the_tensors_are(copied, tmp_path):
+    change(copied / "config.json", dtype="float16")
+    run = import_directory(copied, tmp_path / "run")
+    assert_same_files(copied, export(run, tmp_path / "back"), ["model.safetensors"])
+    assert_same_files(copied, export(copied, tmp_path / "other"), ["model.safetensors"])
+
+
+def test_the_commands_take_a_directory_there_and_back(hf, tmp_path):
+    def command(*args):
+        return subprocess.run([sys.executable, "-m", "igpt", *args], capture_output=True, text=True)
+
+    done = command("import", f"--from={hf}", f"--out={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "width 22, depth 3, 2 heads, 35 positions, 17 colours, palette head; 19,712 parameters" in done.stdout
+    assert f"igpt sample --model={tmp_path}/run" in done.stdout
+    done = command("export", f"--model={tmp_path}/run", f"--out={tmp_path}/back")
+    assert done.returncode == 0, done.stderr
+    assert_same_files(hf, tmp_path / "back")
+    done = command("export", f"--model={tmp_path}/run", f"--out={tmp_path}/back")
+    assert done.returncode == 2
+    assert done.stderr == f"error: --out={tmp_path}/back exists already; name a new directory\n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(use_bias=True, embedding_dropout=0.1, norm_epsilon=1e-3, activation="gelu_new"),
+        dict(mlp_width=88, scale_scores=False, scale_scores_by_layer=True),
+    ],
+)
+def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
+    run = save_run(tmp_path / "run", **fields)
+    theirs = load_strictly(export(run, tmp_path / "hf"), "pixels")
+    ours = igpt.load(run).model
+    inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(inputs)).logits.numpy()
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(ours(TOKENS), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixel_head", [True, False])
+def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_head):
+    run = save_run(tmp_path / "run", num_classes=5, pixel_head=pixel_head)
+    theirs = load_strictly(export(run, tmp_path / "hf"), "classes")
+    inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(inputs)).logits.numpy()
+    assert expected.shape == (2, 5)
+    np.testing.assert_allclose(igpt.load(run).model.classify(TOKENS), expected, rtol=0, atol=1e-5)
+
+
+def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):
+    run = save_run(tmp_path / "run")
+    export(run, tmp_path / "hf")
+    processor = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "hf")
+    tokens = processor(list(IMAGES), return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(tokens, igpt.load(run).palette.encode(IMAGES).reshape(3, 35))
+
+
+def test_a_model_of_transformers_computes_the_same_here(hf):
+    inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
+    with torch.no_grad():
+        expected = load_strictly(hf, "pixels")(torch.from_numpy(inputs)).logits.numpy()
+    pretrained = igpt.load(hf)
+    np.testing.assert_allclose(pretrained.model(TOKENS), expected, rtol=0, atol=1e-5)
+    assert pretrained.step == 0 and pretrained.config.data.image_size == SIZE
+    np.testing.assert_array_equal(pretrained.palette.centers, CLUSTERS.astype(np.float32))
+
+
+def test_another_run_s_origin_or_a_damaged_one_is_refused(imported, tmp_path):
+    run = save_run(tmp_path / "run")
+    origin = run / ORIGIN
+    sound = (imported / ORIGIN).read_text()
+    origin.write_text(sound)
+    with pytest.raises(UserError, match="of another model"):  # which has biases
+        export(run, tmp_path / "hf")
+    for content in ("{}", '{"config": 1}', '{"config": {}, "preprocessor": {}}', "[", sound.replace('"F32"', '"F33"')):
+        origin.write_text(content)
+        with pytest.raises(UserError, match=r"damaged|cannot be read as JSON"):
+            export(run, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(copied):
+    processor, config = copied / "preprocessor_config.json", copied / "config.json"
+    sound = processor.read_text(), config.read_text()
+
+    def refused(message):
+        for read in (igpt.load, lambda ref: import_directory(ref, copied.parent / "run")):
+            with pytest.raises(UserError, match=message):
+                read(copied)
+        processor.write_text(sound[0])
+        config.write_text(sound[1])
+
+    change(processor, size={"height": 5, "width": 8})
+    refused("the processor makes images of 5 x 8, the model has 35 positions; set 'size'")
+    change(processor, clusters=CLUSTERS[:-1].tolist())
+    refused("the processor has 16 clusters, the model 17 colours")
+    change(processor, clusters=None)
+    refused("has no 'clusters', and so no palette")
+    change(processor, clusters=(2 * CLUSTERS).tolist())
+    refused(r"palette centres are floats in \[-1, 1\]")
+    change(processor, image_mean=[0.485, 0.456, 0.406])
+    refused("clusters are in units of their own")
+    change(processor, do_normalize=False)
+    refused("clusters are in units of their own")
+    change(config, vocab_size=19)
+    refused(r"wte.weight has shape \[18, 22\], the config makes it \[19, 22\]")
+    change(config, model_type="gpt2")
+    refused("model_type is 'gpt2'; only 'imagegpt'")
+    change(config, tie_word_embeddings=True)
+    refused("ties its head to the embedding")
+    processor.unlink()
+    refused(r"has no preprocessor_config.json, .* import --from=.* --clusters=kmeans_centers.npy")
+    config.write_text("{}")
+    with pytest.raises(UserError, match="is no Hugging Face directory: its config.json has no model_type"):
+        import_directory(copied, copied.parent / "run")
+
+
+def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
+    peer(n_positions=36).save_pretrained(tmp_path / "hf")
+    Palette(CLUSTERS).save(tmp_path / "clusters.npy")
+    run = import_directory(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy")
+    pretrained = igpt.load(run)
+    assert pretrained.config.data.image_size == [6, 6]
+    np.testing.assert_array_equal(pretrained.palette.centers, CLUSTERS.astype(np.float32))
+    peer().save_pretrained(tmp_path / "oblong")
+    with pytest.raises(UserError, match="35 positions are no square: write a preprocessor_config.json"):
+        import_directory(tmp_path / "oblong", tmp_path / "other", clusters=tmp_path / "clusters.npy")
+
+
+def test_a_model_that_is_not_causal_is_not_exported(tmp_path):
+    run = save_run(tmp_path / "run", causal=False)
+    with pytest.raises(UserError, match="trained with the BERT objective"):
+        export(run, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("taken", ["full", "file", "x" * 300, "file/below"])
+def test_nothing_is_written_over_or_where_it_cannot_be(hf, imported, tmp_path, taken):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for write, ref in ((export, imported), (import_directory, hf)):
+        with pytest.raises(UserError, match=r"exists already; name a new directory|cannot be written: .* name another"):
+            write(ref, tmp_path / taken)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "notes"]
+    with pytest.raises(UserError, match="is a bucket"):
+        export(imported, "gs://bucket/hf")
+
+
+def test_an_empty_directory_is_filled(imported, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export(imported, tmp_path / "empty")
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("a defect")])
+def test_what_breaks_off_leaves_nothing_and_touches_no_one_s_files(imported, hf, tmp_path, monkeypatch, error):
+    (tmp_path / "out.partial").mkdir()  # somebody's, not ours
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("igpt.interop.hf_config.write_text", fail)
+    monkeypatch.setattr("igpt.run.checkpoint.save_params", fail)
+    expected = UserError if isinstance(error, OSError) else type(error)
+    for write, ref in ((export, imported), (import_directory, hf)):
+        with pytest.raises(expected, match="No space left on device" if expected is UserError else None):
+            write(ref, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_large_exports_are_sharded(imported, hf, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 20_000)
+    out = export(imported, tmp_path / "out")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    expected = load_strictly(hf, "pixels").state_dict()
+    for name, tensor in load_strictly(out, "pixels").state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_half_precision_in_parts_is_widened(copied, tmp_path):
+    tensors = load_file(copied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float16)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    out = export(import_directory(copied, tmp_path / "run"), tmp_path / "out")
+    back = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in back.values()} == {np.dtype(np.float32)}
+    assert all((back[name] == tensors[name]).all() for name in tensors)
+
+
+def test_the_sizes_here_need_no_divisor():
+    assert SIZE[0] * SIZE[1] == SMALL["n_positions"]

@@ -1,0 +1,182 @@
+import json
+import os
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from transformers import ImageGPTConfig as PeerConfig
+
+from igpt.errors import UserError
+from igpt.files import MAX_JSON_BYTES, MAX_JSON_DEPTH, read_json
+from igpt.interop.hf_config import (
+    ACTIVATIONS,
+    SAME_ACTIVATION,
+    ImageGPTConfig,
+    from_model_config,
+    to_model_config,
+)
+from igpt.interop.processor import ImageGPTImageProcessor
+from igpt.model import ModelConfig
+
+SMALL = dict(vocab_size=18, n_positions=16, n_embd=22, n_layer=3, n_head=2)
+STRANGE = [  # what a stranger may write where something else belongs
+    *(None, True, False, 0, -1, 2**31, 2**63, 10**400, -(10**400), 0.5, 1e308, float("nan"), float("inf"), "", "x"),
+    *("imagegpt", "\ud800", "x" * 10**6, [], [[]], ["x"], [None] * 9, {}, {"x": 1}, {"0": None}, {"height": "x"}),
+]
+CLUSTERS = np.linspace(-1, 1, 51).reshape(17, 3).tolist()
+
+
+def loads_or_is_refused(load) -> bool:
+    """Whether `load` did it; an exception other than UserError, 64 MB or five seconds are too much."""
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        load()
+        return True
+    except UserError:
+        return False
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 64 << 20, f"{peak:,} bytes"
+        assert time.process_time() - start < 5
+
+
+def test_defaults_and_their_file_are_those_of_transformers(tmp_path):
+    PeerConfig().save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    ours = ImageGPTConfig().to_dict()
+    assert {name: theirs[name] for name in ours} == ours
+    assert ImageGPTConfig.from_pretrained(tmp_path).to_json_string() == (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_labels=5),
+        dict(id2label={0: "cat", 1: "dog", 2: "cow"}, label2id={"cat": 0, "dog": 1, "cow": 2}),
+        dict(num_labels=1, problem_type="regression", output_attentions=True, use_cache=False, n_inner=46),
+        dict(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, activation_function="gelu_new"),
+    ],
+)
+def test_a_file_of_transformers_is_written_back_byte_for_byte_and_read_back_the_same(tmp_path, settings):
+    PeerConfig(**SMALL, **settings).save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_text()
+    ImageGPTConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == written
+    assert ImageGPTConfig(**SMALL, **settings).num_labels == PeerConfig.from_pretrained(tmp_path).num_labels
+
+
+def test_an_old_file_without_half_of_the_fields_gets_the_defaults(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "imagegpt", "n_embd": 22, "n_head": 2, "num_hidden_layers": 3}'
+    )
+    config = ImageGPTConfig.from_pretrained(tmp_path)
+    assert (config.n_embd, config.n_layer, config.vocab_size, config.activation_function) == (22, 3, 513, "quick_gelu")
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *SAME_ACTIVATION])
+def test_every_network_survives_the_way_there_and_back(activation):
+    config = ImageGPTConfig(**SMALL, n_inner=46, activation_function=activation, scale_attn_weights=False, num_labels=5)
+    for head in ("pixels", "classes", "none"):
+        model = to_model_config(config, head)
+        assert to_model_config(from_model_config(model, head), head) == model
+
+
+def test_every_setting_reaches_the_network():
+    settings = dict(n_inner=46, activation_function="swish", num_labels=5, layer_norm_epsilon=1e-3)
+    settings |= dict(embd_pdrop=0.2, resid_pdrop=0.3, attn_pdrop=0.4)
+    settings |= dict(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True)
+    assert to_model_config(ImageGPTConfig(**SMALL, **settings), "classes") == ModelConfig(
+        **dict(width=22, depth=3, num_heads=2, vocab_size=17, seq_len=16, mlp_width=46, use_bias=True),
+        **dict(embedding_dropout=0.2, residual_dropout=0.3, attention_dropout=0.4, norm_epsilon=1e-3),
+        **dict(pixel_head=False, num_classes=5, activation="silu", scale_scores=False, scale_scores_by_layer=True),
+    )
+
+
+def test_a_misspelt_keyword_is_told_and_a_bad_value_named():
+    with pytest.raises(UserError, match="no 'n_layers'; did you mean 'n_layer'"):
+        ImageGPTConfig(n_layers=3)
+    with pytest.raises(UserError, match="n_embd 22 is not divisible by n_head 3"):
+        ImageGPTConfig(**SMALL | {"n_head": 3})
+    with pytest.raises(UserError, match="n_layer is True; it must be a positive whole number"):
+        ImageGPTConfig(n_layer=True)
+    with pytest.raises(UserError, match="layer_norm_epsilon is 1000"):
+        ImageGPTConfig(layer_norm_epsilon=10**400)  # no float is that large
+    with pytest.raises(UserError, match=r"id2label is \['cat'\]; it must be None or a dict"):
+        ImageGPTConfig(id2label=["cat"])
+    with pytest.raises(UserError, match="add_cross_attention is true"):
+        ImageGPTConfig(add_cross_attention=True)
+    with pytest.raises(UserError, match="model_type is 'gpt2'; only 'imagegpt'"):
+        ImageGPTConfig.from_dict({"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=range(len(STRANGE)))
+def test_any_value_in_any_field_loads_or_is_refused(tmp_path, value):
+    loaded = 0
+    settings = json.loads(PeerConfig(**SMALL).to_json_string(use_diff=False))
+    fields = [*settings, "architectures", "id2label", "label2id", "num_labels", "quantization_config", "torch_dtype"]
+    for name in fields:
+        (tmp_path / "config.json").write_text(json.dumps(settings | {name: value}))
+
+        def load():
+            config = ImageGPTConfig.from_pretrained(tmp_path)
+            to_model_config(config, "pixels")
+            assert config.to_json_string()
+
+        loaded += loads_or_is_refused(load)
+    assert 0 < loaded < len(set(fields))
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=range(len(STRANGE)))
+def test_any_value_in_any_field_of_a_processor_loads_or_is_refused(tmp_path, value):
+    settings = ImageGPTImageProcessor(clusters=CLUSTERS, size=4).to_dict() | {"feature_extractor_type": None}
+    loaded = 0
+    for name in settings:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {name: value}))
+        loaded += loads_or_is_refused(lambda: ImageGPTImageProcessor.from_pretrained(tmp_path).to_json_string())
+    assert (loaded == len(settings)) == (value is None)  # which stands for every default
+
+
+def test_a_message_does_not_repeat_a_megabyte():
+    with pytest.raises(UserError) as error:
+        ImageGPTConfig(n_embd=["x" * 10**6] * 99)
+    assert len(str(error.value)) < 300
+
+
+def test_files_that_are_no_json_objects_are_refused(tmp_path):
+    nested = b'{"a":' * 10**5 + b"1" + b"}" * 10**5
+    for content in (b"", b"[]", b"3", b"null", b'"x"', b"{", b"\xff\xfe{", b'{"n_embd": 1e', b"{}{}", nested):
+        for file in ("config.json", "preprocessor_config.json"):
+            (tmp_path / file).write_bytes(content)
+        assert not loads_or_is_refused(lambda: ImageGPTConfig.from_pretrained(tmp_path))
+        assert not loads_or_is_refused(lambda: ImageGPTImageProcessor.from_pretrained(tmp_path))
+
+
+def test_what_is_too_deep_to_be_copied_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a":' * MAX_JSON_DEPTH + "1" + "}" * MAX_JSON_DEPTH)
+    assert ImageGPTConfig.from_pretrained(tmp_path).to_json_string()
+    path.write_text('{"a":' * (MAX_JSON_DEPTH + 1) + "1" + "}" * (MAX_JSON_DEPTH + 1))
+    with pytest.raises(UserError, match="nested more than 32 deep"):
+        ImageGPTConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_that_is_too_large_is_not_even_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.touch()
+    os.truncate(path, 100 << 20)
+    assert not loads_or_is_refused(lambda: read_json(path))
+    os.truncate(path, MAX_JSON_BYTES + 1)
+    with pytest.raises(UserError, match="has 8,388,609 bytes"):
+        read_json(path)
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    os.symlink("/dev/zero", tmp_path / "preprocessor_config.json")
+    with pytest.raises(UserError, match="is not a file"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match="is not a file"):
+        read_json(tmp_path / "preprocessor_config.json")

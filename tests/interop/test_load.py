@@ -1,0 +1,241 @@
+import fnmatch
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import igpt
+from configs import base
+from igpt import config as configuration
+from igpt.errors import UserError
+from igpt.interop.import_run import import_directory
+from igpt.interop.load import check_same_network, resolve
+from igpt.palette import Palette
+from igpt.run import checkpoint
+from igpt.sample import sample_images
+from igpt.sharding import make_mesh
+from igpt.state import create_state
+from tests.interop.test_export import save_peer
+from tests.interop.test_hf_weights import peer
+from tests.run.test_checkpoint import TINY, optimizer, saved
+
+
+def run_directory(path, **model):
+    """A run directory as train.py leaves it, without the training."""
+    config = base.get_config()
+    config.palette.colors = 17
+    config.model.update(dict(width=16, depth=2, num_heads=4) | model)
+    path.mkdir(exist_ok=True)
+    configuration.save(config, path)
+    Palette(np.linspace(-1, 1, 17)[:, None].repeat(3, axis=1)).save(path / "palette.npy")
+    return config
+
+
+def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
+    run_directory(tmp_path, attention="cudnn")  # trained on a GPU
+    state = saved(tmp_path, make_mesh(2, 2, 2))
+    pretrained = igpt.load(tmp_path)
+    assert pretrained.step == 3 and pretrained.palette.vocab_size == 17
+    assert pretrained.model.config.width == 16 and pretrained.config.data.image_size == [8, 8]
+    np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
+    tokens = np.random.default_rng(0).integers(0, 17, (2, 64))
+    assert np.allclose(pretrained.model(tokens), 0)  # the head is still zero
+
+
+def test_a_step_can_be_named_and_a_missing_one_lists_those_there_are(tmp_path):
+    run_directory(tmp_path)
+    saved(tmp_path, make_mesh(), steps=(2, 4))
+    assert igpt.load(tmp_path, step=2).step == 2
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; it has \[2, 4\]"):
+        igpt.load(tmp_path, step=3)
+
+
+def test_directories_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no directory"):
+        igpt.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="no config.json"):
+        igpt.load(tmp_path)
+    run_directory(tmp_path)
+    with pytest.raises(UserError, match="no finished checkpoint yet"):
+        igpt.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no finished checkpoint yet"):
+        igpt.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
+        igpt.load(tmp_path)
+
+
+def test_a_palette_of_another_size_is_refused(tmp_path):
+    run_directory(tmp_path)
+    Palette(np.zeros((5, 3), np.float32)).save(tmp_path / "palette.npy")
+    with pytest.raises(UserError, match=r"has 5 colours, but palette\.colors is 17"):
+        igpt.load(tmp_path)
+
+
+def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
+    config = run_directory(tmp_path)
+    state = saved(tmp_path, make_mesh())
+    old = json.loads((tmp_path / "config.json").read_text())
+    for section, name in (("data", "labels_per_class"), ("data", "subset_seed"), ("train", "patience")):
+        del old[section][name]
+    del old["objective"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    configuration.check_resumable(config, tmp_path)
+    pretrained = igpt.load(tmp_path)
+    assert pretrained.step == 3 and pretrained.config.objective.generative == 1.0
+    assert pretrained.config.train.patience == 0
+    np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
+    config.data.labels_per_class = 4
+    with pytest.raises(UserError, match="data.labels_per_class: 0 there, 4 here"):
+        configuration.check_resumable(config, tmp_path)
+
+
+def test_a_fine_tuned_run_gives_its_best_step_and_any_other_that_is_named(tmp_path):
+    run_directory(tmp_path)
+    progress, mesh = checkpoint.Progress(), make_mesh()
+    with checkpoint.Checkpoints(tmp_path, 1, progress) as checkpoints:
+        for step, accuracy in ((2, 0.9), (4, 0.5)):
+            progress.note(step, accuracy)
+            checkpoints.save(create_state(TINY, optimizer(), mesh, seed=step), step)
+    one, other = igpt.load(tmp_path), igpt.load(tmp_path, step=4)
+    assert (one.step, other.step) == (2, 4)
+    for step, pretrained in ((2, one), (4, other)):
+        expected = create_state(TINY, optimizer(), mesh, seed=step).params["blocks"]["up"]["kernel"]
+        np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], expected)
+
+
+def test_heads_may_differ_where_they_can_be_new_or_left_behind(tmp_path):
+    config = run_directory(tmp_path, num_classes=5)
+    for heads in (dict(num_classes=5), dict(num_classes=0), dict(pixel_head=False, num_classes=5)):
+        config.model.update(heads)
+        check_same_network(str(tmp_path), config)
+    config.model.num_classes = 3
+    with pytest.raises(UserError, match=r"classifier of 5 classes, model\.num_classes is 3; set model\.num_classes=5"):
+        check_same_network(str(tmp_path), config)
+    config = run_directory(tmp_path, pixel_head=False)
+    config.model.num_classes = 7
+    check_same_network(str(tmp_path), config)
+    config.model.pixel_head = True
+    with pytest.raises(UserError, match="has no head for pixels"):
+        check_same_network(str(tmp_path), config)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    config = run_directory(tmp_path)
+    check_same_network(str(tmp_path), config)
+    config.model.width, config.data.image_size = 32, (4, 4)
+    with pytest.raises(UserError, match="another network: width is 16 there, 32 here; seq_len is 64 there, 16 here"):
+        check_same_network(str(tmp_path), config)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A model of transformers with its processor; not to be changed."""
+    return save_peer(tmp_path_factory.mktemp("hub") / "hf", peer())
+
+
+def test_a_hugging_face_directory_and_the_run_imported_from_it_are_the_same_model(hf, tmp_path):
+    one, other = igpt.load(hf), igpt.load(import_directory(hf, tmp_path / "run"))
+    assert one.config.to_json() == other.config.to_json() and one.step == other.step == 0
+    np.testing.assert_array_equal(one.palette.centers, other.palette.centers)
+    states = (nnx.to_pure_dict(nnx.state(pretrained.model)) for pretrained in (one, other))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    np.testing.assert_array_equal(*(sample_images(pretrained, num=2, seed=5) for pretrained in (one, other)))
+
+
+def test_a_hugging_face_directory_has_no_steps(hf):
+    with pytest.raises(UserError, match="it has no checkpoint of step 3"):
+        igpt.load(hf, step=3)
+
+
+def test_weights_may_come_from_a_hugging_face_directory_of_the_same_network(hf):
+    config = igpt.load(hf).config
+    check_same_network(str(hf), config)
+    config.model.use_bias = False
+    with pytest.raises(UserError, match="another network: use_bias is True there, False here"):
+        check_same_network(str(hf), config)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(answer) puts `answer` in the place of huggingface_hub's snapshot_download, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def install(answer):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=answer))
+
+    return install
+
+
+def test_a_hub_id_is_fetched_and_loaded(hub, hf):
+    asked = []
+
+    def answer(ref, revision, allow_patterns):
+        asked.append((ref, revision, allow_patterns))
+        return str(hf)
+
+    hub(answer)
+    assert igpt.load("someone/image.gpt-2").palette.vocab_size == 17
+    assert [ref for ref, _, _ in asked] == ["someone/image.gpt-2"]
+    resolve("someone/else", revision="v2")
+    assert asked[-1][:2] == ("someone/else", "v2")
+    for file in ("config.json", "preprocessor_config.json", "model.safetensors", "model-00001-of-00002.safetensors"):
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in asked[0][2])
+    for file in ("pytorch_model.bin", "optimizer.pt", "tf_model.h5", "run.py"):
+        assert not any(fnmatch.fnmatch(file, pattern) for pattern in asked[0][2])
+
+
+def test_pytorch_weights_are_fetched_only_where_there_are_no_others(hub, tmp_path):
+    (tmp_path / "hub").mkdir()
+    asked = []
+
+    def answer(ref, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path / "hub")
+
+    hub(answer)
+    assert resolve("someone/something") == tmp_path / "hub"
+    assert [any(fnmatch.fnmatch("pytorch_model.bin", p) for p in patterns) for patterns in asked] == [False, True]
+
+
+@pytest.mark.parametrize("error", [OSError("offline\nmore"), ValueError("no such repository"), RuntimeError()])
+def test_what_goes_wrong_at_the_hub_is_told_in_a_sentence(hub, error):
+    def answer(*args, **kwargs):
+        raise error
+
+    hub(answer)
+    with pytest.raises(UserError) as caught:
+        igpt.load("someone/something")
+    assert str(caught.value) == (
+        "there is no directory someone/something, and the hub did not deliver a model of that name: "
+        + {OSError: "offline", ValueError: "no such repository", RuntimeError: "RuntimeError"}[type(error)]
+    )
+
+
+def test_without_the_hub_s_library_the_message_names_the_extra(hub, monkeypatch):
+    hub(None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r'pip install "igpt\[hub\]"'):
+        igpt.load("someone/something")
+
+
+def test_a_slip_in_a_path_is_told_without_asking_the_hub(hub, tmp_path):
+    def answer(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    hub(answer)
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    with pytest.raises(UserError, match="there is no directory runs/digit; did you mean runs/digits"):
+        igpt.load("runs/digit")
+    long = "x" * 97
+    for ref in ("runs/typo", "runs/a/b", "../x", "./x", "/x/y", "", "a/b/c", f"{long}/y", f"y/{long}", "é/y"):
+        with pytest.raises(UserError, match="give a run directory|no config.json"):
+            igpt.load(ref)
+    for ref in ("a/" + "x" * 5000, "a\0/b", "a\nb/c", tmp_path / "runs" / "typo"):
+        with pytest.raises(UserError, match="there is no directory"):
+            igpt.load(ref)

@@ -1,0 +1,394 @@
+import math
+import os
+import subprocess
+import sys
+import weakref
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import igpt
+from igpt.__main__ import main as run_igpt
+from igpt.errors import UserError
+from igpt.interop import openai
+from igpt.interop.export import export
+from igpt.model import ModelConfig
+
+V, D, N, T, F, L, C = 17, 20, 2, 25, 83, 3, 7
+SHARDS = 5
+
+
+def released(bert=False, classes=0, seed=0, T=T):
+    """Variables as OpenAI's src/model.py names them (scope "model"), with what a training run saves beside them."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, std=0.2):
+        return rng.normal(0, std, shape).astype(np.float32)
+
+    variables = {"wte": normal(V, D), "wpe": normal(T, D), "wtet": normal(V, D), "ln_f/g": 1 + normal(D)}
+    if not bert:
+        variables["sos"] = normal(D)
+    if classes:
+        variables["clf/wclf"] = normal(classes, D)
+    for i in range(L):
+        variables |= {f"h{i}/ln_1/g": 1 + normal(D), f"h{i}/ln_2/g": 1 + normal(D)}
+        variables |= {f"h{i}/attn/{name}_proj": normal(N, D // N, D) for name in ("q", "k", "v", "c")}
+        variables |= {f"h{i}/mlp/c_fc/w": normal(D, F), f"h{i}/mlp/c_proj/w": normal(F, D)}
+    variables = {f"model/{name}": value for name, value in variables.items()}
+    variables |= {"model/wte/Adam": normal(V, D), "model/wte/Adam_1": normal(V, D), "beta1_power": np.float32(0.9)}
+    return variables | {"model/h0/ln_1/g/adam_m": normal(D), "global_step": np.int64(7), "model/ema_step": np.int32(7)}
+
+
+def write_checkpoint(prefix, variables, shards=SHARDS):
+    """The V2 format that TensorFlow 1's Saver writes on several devices: prefix.index and prefix.data-*-of-*."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    names, parts = list(variables), []
+    for shard in range(shards):
+        part = tf.raw_ops.ShardedFilename(basename=str(prefix), shard=shard, num_shards=shards)
+        mine = names[shard::shards]
+        tensors = [tf.convert_to_tensor(variables[name]) for name in mine]
+        tf.raw_ops.SaveV2(prefix=part, tensor_names=mine, shape_and_slices=[""] * len(mine), tensors=tensors)
+        parts.append(part)
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix), delete_old_dirs=False)
+    return prefix
+
+
+def write_clusters(path, colors=V):
+    np.save(path, np.random.default_rng(0).uniform(-1, 1, (colors, 3)).astype(np.float32))
+    return path
+
+
+def forward(variables, tokens, bert=False):
+    """The arithmetic of src/model.py in float64 NumPy: logits [B, T, V] and the pooled final norm [B, D]."""
+    w = {name.removeprefix("model/"): np.asarray(value, np.float64) for name, value in variables.items()}
+
+    def norm(x, gain):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * gain
+
+    h = w["wte"][tokens]
+    if not bert:
+        sos = np.ones((len(tokens), 1, 1)) * w["sos"]
+        h = np.concatenate([sos, h[:, :-1]], axis=1)
+    h = h + w["wpe"]
+    mask = np.tril(np.ones((tokens.shape[1],) * 2))
+    for i in range(L):
+        x = norm(h, w[f"h{i}/ln_1/g"])
+        q, k, v = (np.einsum("bsf,hef->bhse", x, w[f"h{i}/attn/{name}_proj"]) for name in "qkv")
+        scores = np.einsum("bhse,bhte->bhst", q, k) / math.sqrt(q.shape[-1])
+        if not bert:
+            scores = scores * mask - 1e10 * (1 - mask)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        mixed = np.einsum("bhst,bhte->bhse", weights, v)
+        h = h + np.einsum("bhse,hef->bsf", mixed, w[f"h{i}/attn/c_proj"])
+        hidden = norm(h, w[f"h{i}/ln_2/g"]) @ w[f"h{i}/mlp/c_fc/w"]
+        h = h + hidden / (1 + np.exp(-1.702 * hidden)) @ w[f"h{i}/mlp/c_proj/w"]
+    h = norm(h, w["ln_f/g"])
+    return h @ w["wtet"].T, h.mean(axis=1)
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory):
+    return write_clusters(tmp_path_factory.mktemp("clusters") / "kmeans_centers.npy")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, clusters):
+    """imported(bert=..., classes=...) -> the released variables, and the run directory made of their checkpoint."""
+    made = {}
+
+    def of(**kind):
+        key = tuple(sorted(kind.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("imported")
+            variables = released(**kind)
+            prefix = write_checkpoint(folder / "model.ckpt-1000000", variables)
+            made[key] = variables, openai.import_checkpoint(prefix, clusters, folder / "run")
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model.ckpt-1000000", released())
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """The prefix of a copy that may be damaged."""
+    for file in checkpoint.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path / checkpoint.name
+
+
+def some_tokens(seed=1):
+    return np.random.default_rng(seed).integers(0, V, (3, T))
+
+
+def test_an_imported_model_computes_the_logits_of_the_released_code(imported):
+    variables, run = imported()
+    model, tokens = igpt.load(run).model, some_tokens()
+    logits, pooled = forward(variables, tokens)
+    np.testing.assert_allclose(model(tokens), logits, atol=1e-5)
+    np.testing.assert_allclose(model.features(tokens)[-1], pooled, atol=1e-5)
+
+
+def test_a_bert_checkpoint_reads_its_tokens_in_place_and_sees_all_of_them(imported):
+    variables, run = imported(bert=True)
+    model, tokens = igpt.load(run).model, some_tokens()
+    assert not model.config.causal
+    np.testing.assert_array_equal(model.token_table[...][-1], np.zeros(D))
+    np.testing.assert_allclose(model(tokens), forward(variables, tokens, bert=True)[0], atol=1e-5)
+
+
+def test_a_fine_tuned_checkpoint_keeps_its_classifier(imported):
+    variables, run = imported(classes=C)
+    model, tokens = igpt.load(run).model, some_tokens()
+    expected = forward(variables, tokens)[1] @ variables["model/clf/wclf"].T
+    np.testing.assert_allclose(model.classify(tokens), expected, atol=1e-5)
+    assert model(tokens).shape == (3, T, V)
+
+
+def test_a_bert_checkpoint_may_have_a_classifier_too(imported):
+    variables, run = imported(bert=True, classes=C)
+    expected = forward(variables, some_tokens(), bert=True)[1] @ variables["model/clf/wclf"].T
+    np.testing.assert_allclose(igpt.load(run).model.classify(some_tokens()), expected, atol=1e-5)
+
+
+def test_the_run_directory_says_what_network_it_holds_and_carries_the_clusters(imported, clusters):
+    config, model, palette, step = igpt.load(imported()[1])
+    assert step == 0 and tuple(config.data.image_size) == (5, 5) and config.data.channels == 3
+    expected = dict(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, use_bias=False, causal=True)
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    np.testing.assert_array_equal(palette.centers, np.load(clusters))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
+
+
+def test_grey_clusters_make_a_grey_model(checkpoint, tmp_path):
+    np.save(tmp_path / "grey.npy", np.linspace(-1, 1, V)[:, None].repeat(3, axis=1))
+    run = openai.import_checkpoint(checkpoint, tmp_path / "grey.npy", tmp_path / "run")
+    assert igpt.load(run).config.data.channels == 1
+
+
+def test_an_imported_model_exported_to_transformers_has_the_same_logits(imported, tmp_path):
+    import torch
+    from transformers import ImageGPTForCausalImageModeling
+
+    variables, run = imported()
+    peer = ImageGPTForCausalImageModeling.from_pretrained(export(run, tmp_path / "hf")).eval()
+    tokens = some_tokens()
+    inputs = np.concatenate([np.full((3, 1), V), tokens[:, :-1]], axis=1)
+    with torch.no_grad():
+        logits = peer(torch.from_numpy(inputs)).logits.numpy()
+    np.testing.assert_allclose(logits, forward(variables, tokens)[0], atol=1e-5)
+    np.testing.assert_allclose(logits, igpt.load(run).model(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["", ".index", ".meta", f".data-00003-of-{SHARDS:05d}"])
+def test_any_file_of_a_checkpoint_names_it(checkpoint, ending):
+    assert openai.find_prefix(f"{checkpoint}{ending}") == checkpoint
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
+def test_other_float_types_become_float32(clusters, tmp_path, dtype):
+    variables = {name: value.astype(dtype) for name, value in released().items() if name.startswith("model/")}
+    run = openai.import_checkpoint(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+    model = igpt.load(run).model
+    assert model.token_table[...].dtype == np.float32
+    np.testing.assert_array_equal(model.position_table[...], variables["model/wpe"].astype(np.float32))
+
+
+def test_little_more_than_one_leaf_is_held_beside_the_parameters_and_the_largest_comes_first():
+    arrays = {name: value for name, value in released().items() if name.startswith("model/")}
+    alive, order = [], []
+
+    def variable(name, value):
+        def read():
+            assert not [reference for reference in alive if reference() is not None]
+            copy = value.copy()
+            alive.append(weakref.ref(copy))
+            order.append(name.removeprefix("model/"))
+            return copy
+
+        return openai.Variable(value.shape, value.dtype, read)
+
+    model = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F)
+    params = openai.read_params({name: variable(name, value) for name, value in arrays.items()}, model)
+    assert params["head"]["kernel"].shape == (D, V)
+    assert all("mlp" in name for name in order[: 2 * L]) and "ln_f/g" in order[-2 * L - 1 :]
+    assert len(order) == 5 + 8 * L
+
+
+def without(*names):
+    return lambda variables: [variables.pop(f"model/{name}") for name in names]
+
+
+def put(name, value):
+    return lambda variables: variables.update({name: value})
+
+
+zeros = np.zeros
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("h1/attn/v_proj"), r"model/h1/attn/v_proj \[2, 10, 20\] is missing"),
+        (without("wte", "wtet"), r"model/wte \[V, 20\] is missing\n  model/wtet \[V, 20\] is missing"),
+        (without("h0/mlp/c_fc/w"), r"model/h0/mlp/c_fc/w \[20, 83\] is missing"),
+        (put("model/h1/mlp/c_fc/b", zeros(F, "f4")), r"model/h1/mlp/c_fc/b \[83\] is unknown"),
+        (put("other/wte", zeros((V, D), "f4")), r"other/wte \[17, 20\] is unknown"),
+        (
+            put("model/h1000000/ln_1/g", zeros(D, "f4")),
+            r"model/h3/ln_1/g \[20\] is missing(.|\n)*model/h1000000/ln_1/g",
+        ),
+        (put("model/h2/ln_2/g", zeros(D + 1, "f4")), r"model/h2/ln_2/g has shape \[21\], the others make it \[20\]"),
+        (put("model/sos", zeros((1, D), "f4")), r"model/sos has shape \[1, 20\], the others make it \[20\]"),
+        (put("model/clf/wclf", zeros((C, D + 1), "f4")), r"model/clf/wclf has shape \[7, 21\].*\[7, 20\]"),
+        (put("model/ln_f/g", zeros(D, "i4")), r"model/ln_f/g is int32; weights are floats"),
+        (put("model/wpe", zeros((23, D), "f4")), r"model/wpe has 23 positions, which is no square"),
+        (
+            lambda variables: [
+                variables.update({name: zeros((3, 5, D), "f4")}) for name in variables if "attn" in name
+            ],
+            "3 heads of 5 do not make up the width 20",
+        ),
+    ],
+)
+def test_variables_that_are_no_image_gpt_are_refused_before_any_is_read(
+    clusters, tmp_path, monkeypatch, change, message
+):
+    monkeypatch.setattr(openai, "read_params", lambda *_: pytest.fail("began to read"))
+    variables = released()
+    change(variables)
+    prefix = write_checkpoint(tmp_path / "model.ckpt-7", variables)
+    with pytest.raises(UserError, match=message):
+        openai.import_checkpoint(prefix, clusters, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_is_wrong_is_said_at_once_and_a_long_list_is_cut(clusters, tmp_path):
+    variables = released()
+    without("wpe", "h0/ln_1/g")(variables)
+    variables["model/h1/ln_1/g"] = zeros(D + 1, "f4")
+    variables |= {f"model/extra{i:02d}": zeros(1, "f4") for i in range(20)}
+    with pytest.raises(UserError) as caught:
+        openai.import_checkpoint(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + openai.SHOWN + 1 and lines[-1].strip() == "... and 11 more"
+    for part in ("model/wpe [T, 20] is missing", "h0/ln_1/g [20] is missing", "h1/ln_1/g has shape", "extra00 [1] is"):
+        assert part in str(caught.value)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda prefix, shard: cut(prefix.with_name(f"{prefix.name}.index"), 100), "is damaged: .*; fetch its .index"),
+        (lambda prefix, shard: cut(prefix.with_name(f"{prefix.name}.index"), 0), "is damaged"),
+        (lambda prefix, shard: flip(prefix.with_name(f"{prefix.name}.index"), 50), "is damaged"),
+        (lambda prefix, shard: flip(shard, 100), "is damaged: .*[Cc]hecksum"),
+        (lambda prefix, shard: cut(shard, 100), "is damaged"),
+        (
+            lambda prefix, shard: shard.unlink(),
+            r"is not whole: model.ckpt-1000000.data-00002-of-00005 should lie beside",
+        ),
+        (lambda prefix, shard: [file.unlink() for file in prefix.parent.glob("*.data-*")], r"\.data-\* should lie"),
+        (
+            lambda prefix, shard: prefix.with_name(f"{prefix.name}.index").unlink(),
+            r"there is no TensorFlow checkpoint .*ckpt-1000000\.index would be its index.*: none\)",
+        ),
+    ],
+)
+def test_damaged_and_missing_files_are_refused(copied, clusters, tmp_path, damage, message):
+    damage(copied, copied.with_name(f"{copied.name}.data-00002-of-{SHARDS:05d}"))
+    with pytest.raises(UserError, match=message):
+        openai.import_checkpoint(copied, clusters, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_place_of_a_prefix_is_told_what_prefixes_it_holds(checkpoint):
+    with pytest.raises(UserError, match=rf"such as model\.ckpt-1000000 \(in .*: {checkpoint}\)"):
+        openai.find_prefix(checkpoint.parent)
+
+
+def test_a_size_is_checked_against_the_checkpoint(checkpoint, clusters, tmp_path, monkeypatch):
+    mistaken = r"--size=s has width 512, depth 24, num_heads 8, seq_len 1024, but .* has width 20, depth 3, num_heads 2"
+    with pytest.raises(UserError, match=mistaken + ".*leave --size out"):
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
+    monkeypatch.setitem(openai.PRESETS, "tiny", dict(width=D, depth=L, num_heads=N, seq_len=T))
+    with pytest.raises(UserError, match=mistaken + ".*give --size=tiny"):
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
+    with pytest.raises(UserError, match="--size=xs is not known; choose one of s, m, l"):
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="xs")
+    assert openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="tiny") == tmp_path / "run"
+
+
+def test_clusters_of_another_network_are_refused(checkpoint, tmp_path):
+    other = write_clusters(tmp_path / "other.npy", colors=13)
+    with pytest.raises(UserError, match=r"other\.npy has 13 colours, .* is of a network with 17"):
+        openai.import_checkpoint(checkpoint, other, tmp_path / "run")
+    with pytest.raises(UserError, match="there is no palette at"):
+        openai.import_checkpoint(checkpoint, tmp_path / "absent.npy", tmp_path / "run")
+
+
+def test_nothing_that_is_there_is_written_over(checkpoint, clusters, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_the_command_says_what_it_made_and_what_to_do_next(checkpoint, clusters, tmp_path, capsys):
+    command = ["import", f"--checkpoint={checkpoint}.index", f"--clusters={clusters}", f"--out={tmp_path}/run"]
+    run_igpt(command)
+    said = capsys.readouterr().out
+    assert "width 20, depth 3, 2 heads, 25 positions, 17 colours, palette head" in said
+    assert f"igpt sample --model={tmp_path}/run" in said and "BERT" not in said
+    with pytest.raises(SystemExit) as caught:
+        run_igpt(command)
+    assert caught.value.code == 2 and "error: --out=" in capsys.readouterr().err
+
+
+def test_the_command_says_that_a_bert_model_cannot_be_sampled(clusters, tmp_path, capsys):
+    prefix = write_checkpoint(tmp_path / "model.ckpt-7", released(bert=True))
+    run_igpt(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
+    said = capsys.readouterr().out
+    assert "BERT objective" in said and "igpt sample" not in said
+
+
+def test_tensorflow_is_asked_for_by_the_name_of_its_extra(checkpoint, clusters, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(UserError, match=r'pip install "igpt\[tfds\]"'):
+        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run")
+
+
+def test_importing_the_modules_loads_no_tensorflow_and_reading_a_checkpoint_starts_no_device(checkpoint):
+    program = f"""
+import sys
+from pathlib import Path
+import igpt.data.batches, igpt.export, igpt.openai
+assert "tensorflow" not in sys.modules
+variables = igpt.openai.open_checkpoint(Path({str(checkpoint)!r}))
+assert variables["model/wte"].read().shape == ({V}, {D})
+from tensorflow.python.eager import context
+assert context._context is None
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "oneDNN" not in done.stderr  # a notice on every import, unless it is kept away

@@ -1,0 +1,262 @@
+"""The image processor's settings: in the constructor, in a call, in files, and those that cannot be meant."""
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+
+from igpt.errors import UserError
+from igpt.interop import load as pretrained
+from igpt.interop.processor import ImageGPTFeatureExtractor, ImageGPTImageProcessor
+from tests.interop.test_processor import CLUSTERS, IMAGES, PICTURE, processor, tokens_as_rgb
+
+# ---- settings
+
+
+def test_an_override_holds_for_its_call_only():
+    ours, saved = processor(), processor().to_dict()
+    other = np.array(CLUSTERS)[:7]
+    overrides = dict(
+        size=5, resample=0, do_rescale=False, image_mean=0.1, image_std=2, clusters=other, do_normalize=True
+    )
+    changed = ours(IMAGES, **overrides, return_tensors="np").input_ids
+    assert changed.shape == (3, 25)
+    np.testing.assert_array_equal(ours(IMAGES, return_tensors="np").input_ids, tokens_as_rgb(IMAGES))
+    np.testing.assert_array_equal(ImageGPTImageProcessor(**overrides)(IMAGES, return_tensors="np").input_ids, changed)
+    assert ours.to_dict() == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("do_resize", False),
+        ("size", 7),
+        ("resample", 0),
+        ("do_rescale", False),
+        ("rescale_factor", 1 / 128),
+        ("do_normalize", False),
+        ("image_mean", 0.25),
+        ("image_std", [0.5, 0.5, 0.25]),
+        ("clusters", CLUSTERS[::-1]),
+        ("do_color_quantize", False),
+    ],
+)
+def test_every_setting_counts_in_the_constructor_as_an_attribute_and_in_the_call(name, value):
+    by_default = processor()(IMAGES, return_tensors="np")
+    as_attribute = processor()
+    setattr(as_attribute, name, value)
+    results = [
+        processor(**{name: value})(IMAGES, return_tensors="np"),
+        processor()(IMAGES, return_tensors="np", **{name: value}),
+        as_attribute(IMAGES, return_tensors="np"),
+    ]
+    for result in results:
+        (key, array), (_, first) = *result.items(), *results[0].items()
+        np.testing.assert_array_equal(array, first)
+        assert key not in by_default or not np.array_equal(array, by_default[key])
+
+
+def test_size_may_be_a_number_a_pair_or_a_dict():
+    for size in (7, (7, 7), [7, 7], {"height": 7, "width": 7}, np.int64(7)):
+        assert processor(size=size).size == {"height": 7, "width": 7}
+    assert processor(size=(5, 7))(PICTURE, do_color_quantize=False).pixel_values[0].shape == (3, 5, 7)
+
+
+def test_the_signature_is_the_documented_one():
+    documented = list(inspect.signature(ImageGPTImageProcessor.preprocess).parameters)
+    assert documented[1:4] == ["images", "do_resize", "size"] and len(documented) == 16
+    with pytest.raises(TypeError, match="do_crop"):
+        processor()(PICTURE, do_crop=True)
+    assert ImageGPTFeatureExtractor is ImageGPTImageProcessor
+    fresh = ImageGPTImageProcessor()
+    theirs = ImageGPTImageProcessorPil().to_dict()
+    assert fresh.to_dict().keys() == theirs.keys()
+    for name, value in fresh.to_dict().items():
+        assert value == (list(theirs[name]) if isinstance(theirs[name], tuple) else theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": {"shortest_edge": 32}}, "size.*shortest_edge.*exact size"),
+        ({"size": 0}, "size is 0"),
+        ({"size": (1 << 13, 1 << 12)}, "16,777,216"),
+        ({"size": "32"}, "size is '32'"),
+        ({"size": (1, 2, 3)}, "size"),
+        ({"size": 32.0}, "size"),
+        ({"resample": 99}, "resample is 99.*2 bilinear"),
+        ({"resample": "bilinear"}, "resample"),
+        ({"do_resize": "yes"}, "do_resize is 'yes'; True or False"),
+        ({"rescale_factor": float("nan")}, "rescale_factor"),
+        ({"rescale_factor": 10**400}, "rescale_factor"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std.*cannot hold 0"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean.*three"),
+        ({"image_mean": "grey"}, "image_mean"),
+        ({"clusters": [[1, 2], [3, 4]]}, r"clusters are int64 \[2, 2\]; numbers \[V, 3\]"),
+        ({"clusters": [[1, 2, 3], [4]]}, "clusters"),
+        ({"clusters": [["a", "b", "c"]]}, "clusters"),
+        ({"clusters": [[0.0, 1.0, float("inf")]]}, "clusters are not finite.*inf"),
+        ({"clusters": []}, "clusters"),
+        ({"do_resise": False}, "no 'do_resise'; did you mean 'do_resize'"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused_and_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        ImageGPTImageProcessor(**settings)
+    if "do_resise" not in settings:
+        with pytest.raises(UserError, match=message):
+            processor()(PICTURE, **settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("cat.png", "'cat.png' is a name.*PIL.Image.open"),
+        (["https://example.org/cat.png"], "is a name"),
+        ([], "no images were given"),
+        (None, "NoneType"),
+        (np.zeros((0, 5, 5, 3), np.uint8), "no pixels"),
+        (np.zeros((7, 5, 5), np.uint8), "no axis.*input_data_format='none'"),
+        (np.zeros(5, np.uint8), r"shape \[5\]"),
+        (np.zeros((1, 1, 5, 5, 3), np.uint8), r"shape \[1, 1, 5, 5, 3\]"),
+        (np.full((5, 5, 3), 256), "int64 from 256 to 256; 0..255 is allowed"),
+        (np.full((5, 5, 3), -1), "from -1"),
+        (np.full((5, 5, 3), np.nan), "from nan to nan"),
+        (np.full((5, 5, 3), -0.5), "from -0.5"),
+        (np.full((5, 5, 3), 1.5), "fractions"),
+        (np.full((5, 5, 3), 300.0), "to 300.0"),
+        ([[["a"]]], "name"),
+        (np.full((5, 5, 3), "a"), "integers, floats or bools"),
+        ([[[1, 2, 3], [4, 5]]], r"shape"),
+        (Image.fromarray(np.full((5, 5), 65536, np.int32)), "65536"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_is_allowed(images, message):
+    with pytest.raises(UserError, match=message):
+        processor()(images)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"return_tensors": "mlx"}, "return_tensors is 'mlx'; choose None, 'np', 'jax', 'pt' or 'tf'"),
+        ({"data_format": "none"}, "data_format"),
+        ({"input_data_format": "last"}, "input_data_format is 'last'"),
+        ({"input_data_format": "channels_first"}, r"channels_first, shape \[23, 19, 3\] has 23 channels"),
+    ],
+)
+def test_a_wrong_word_in_a_call_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        processor()(IMAGES[0], **overrides)
+
+
+def test_quantising_without_clusters_is_refused_and_so_is_a_palette():
+    with pytest.raises(UserError, match="without clusters"):
+        ImageGPTImageProcessor()(PICTURE)
+    with pytest.raises(UserError, match="no clusters"):
+        ImageGPTImageProcessor().palette()
+    with pytest.raises(UserError, match=r"\[-1, 1\]"):
+        processor(clusters=[[0.0, 1.0, 2.0]]).palette()
+
+
+# ---- files
+
+
+def test_ours_to_transformers_and_back_is_the_same(tmp_path):
+    ours = processor(resample=3, image_std=[0.5, 0.25, 0.125], do_convert_rgb=True, note={"from": "a test"})
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "ours")
+    np.testing.assert_array_equal(
+        theirs(IMAGES, return_tensors="np")["input_ids"], ours(IMAGES, return_tensors="np").input_ids
+    )
+    np.testing.assert_array_equal(theirs.clusters, ours.clusters)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = ImageGPTImageProcessor.from_pretrained(tmp_path / "theirs")
+    assert back == ours and back.extra == {"note": {"from": "a test"}} and back.clusters.dtype == np.float64
+    assert ImageGPTImageProcessor.from_pretrained(tmp_path / "ours/preprocessor_config.json") == ours
+    assert ImageGPTImageProcessor.from_dict(json.loads(ours.to_json_string())) == ours != processor()
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["preprocessor_config.json"]
+
+
+def write(tmp_path, settings):
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    return tmp_path
+
+
+def test_a_file_of_2021_is_read_as_it_was_meant(tmp_path):
+    old = {"clusters": CLUSTERS, "do_normalize": True, "do_resize": True, "resample": 2, "size": 32}
+    ours = ImageGPTImageProcessor.from_pretrained(
+        write(tmp_path, old | {"feature_extractor_type": "ImageGPTFeatureExtractor"})
+    )
+    theirs = ImageGPTImageProcessorPil.from_pretrained(tmp_path)
+    assert ours == processor(size=32) and ours.extra == {}
+    np.testing.assert_array_equal(
+        ours(IMAGES, return_tensors="np").input_ids, theirs(IMAGES, return_tensors="np")["input_ids"]
+    )
+
+
+def test_settings_given_when_loading_win_over_the_files(tmp_path):
+    processor().save_pretrained(tmp_path)
+    ours = ImageGPTImageProcessor.from_pretrained(str(tmp_path), size=5, do_color_quantize=False)
+    assert ours.size == {"height": 5, "width": 5} and not ours.do_color_quantize
+    with pytest.raises(UserError, match="cache_dir: no such setting; there are clusters, do_resize"):
+        ImageGPTImageProcessor.from_pretrained(tmp_path, cache_dir="cache")
+
+
+def test_what_is_not_here_is_resolved_as_every_other_model_reference(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pretrained, "resolve", lambda *ref: asked.append(ref) or tmp_path)
+    processor().save_pretrained(tmp_path)
+    assert ImageGPTImageProcessor.from_pretrained("someone/imagegpt", revision="v2") == processor()
+    assert asked == [("someone/imagegpt", "v2")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_processor_type": "ViTImageProcessor"}, "preprocessor_config.json: image_processor_type is 'ViTImage"),
+        ({"feature_extractor_type": "CLIPFeatureExtractor"}, "feature_extractor_type is 'CLIP"),
+        ({"image_processor_type": ["ImageGPTImageProcessor"]}, "image_processor_type"),
+        ('{"size": 32', "preprocessor_config.json cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[1, 2]", "preprocessor_config.json holds a JSON list"),
+        ({"size": "32"}, "preprocessor_config.json: size is '32'"),
+        ({"do_normalize": 1}, "do_normalize is 1"),
+        ({"clusters": [[0.5, 0.5]]}, r"preprocessor_config.json: clusters.*\[1, 2\]"),
+        ({"clusters": [["x", 0, 0]]}, "clusters"),
+        ('{"clusters": [[NaN, 0, 0]]}', "clusters are not finite"),
+        ('{"clusters": "%s"}' % ("a" * (1 << 24)), r"bytes; a file of its kind"),
+    ],
+)
+def test_a_file_that_is_not_an_image_gpt_processors_is_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        ImageGPTImageProcessor.from_pretrained(write(tmp_path, settings))
+
+
+def test_a_directory_without_the_file_is_refused_and_so_is_a_file_to_save_into(tmp_path):
+    with pytest.raises(UserError, match="there is no .*preprocessor_config.json"):
+        ImageGPTImageProcessor.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="JSON object, not a list"):
+        ImageGPTImageProcessor.from_dict([])
+    with pytest.raises(UserError, match="is a file"):
+        processor().save_pretrained(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written as JSON"):
+        processor(note={1, 2}).save_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    processor(size=5).save_pretrained(tmp_path)
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        processor(size=7).save_pretrained(tmp_path)
+    assert ImageGPTImageProcessor.from_pretrained(tmp_path).size == {"height": 5, "width": 5}
+
+
+def test_it_prints_in_one_short_line():
+    assert repr(processor()) == "ImageGPTImageProcessor(512 clusters, size={'height': 13, 'width': 11})"
+    assert repr(ImageGPTImageProcessor()) == "ImageGPTImageProcessor(no clusters)"

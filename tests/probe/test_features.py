@@ -1,0 +1,157 @@
+import errno
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from igpt.data.batches import Drops
+from igpt.data.examples import EncodedImages, Split
+from igpt.data.images import Preprocess
+from igpt.errors import UserError
+from igpt.palette import Palette
+from igpt.probe.features import keep_features, raw_pixels, stream_features
+from igpt.sharding import make_mesh
+from tests.test_model import TINY, random_model, with_config
+
+ONE = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+features_of = jax.jit(lambda model, tokens, keep=None: model.features(tokens, keep=keep))
+
+
+def random_split(count=23, height=1, width=13):
+    palette = Palette(np.linspace(-1, 1, 11)[:, None].repeat(3, axis=1))
+    tokens = np.random.default_rng(0).integers(0, 11, (count, height, width))
+    return palette, Split(palette.decode(tokens), np.arange(count, dtype=np.int32) % 3)
+
+
+def streamed(model, split, palette, batch_size=10, mesh=ONE, **kwargs):
+    """All of a stream at once: features [N, l, M, D] and labels [N]."""
+    batches = list(stream_features(model, split, palette, batch_size, mesh, **kwargs))
+    assert len(batches) == -(-len(split) // batch_size)
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+def at_once(model, split, palette, keep=None):
+    """[N, l, D]"""
+    return np.swapaxes(np.asarray(features_of(model, palette.encode(split.images)[:, 0], keep)), 0, 1)
+
+
+@pytest.mark.parametrize("layers", [None, (0,), (2,), (3, 1)])
+def test_streamed_features_are_those_of_all_images_at_once(layers):
+    model, (palette, split) = random_model(), random_split()
+    features, labels = streamed(model, split, palette, layers=layers)
+    wanted = list(range(TINY.depth + 1)) if layers is None else list(layers)
+    assert features.shape == (23, len(wanted), 1, TINY.width) and features.dtype == np.float32
+    np.testing.assert_allclose(features[:, :, 0], at_once(model, split, palette)[:, wanted], atol=1e-5)
+    np.testing.assert_array_equal(labels, split.labels)
+
+
+def test_eight_devices_stream_what_one_does():
+    model, (palette, split) = random_model(), random_split()
+    features, labels = streamed(model, split, palette, batch_size=8, mesh=make_mesh(2, 2, 2))
+    np.testing.assert_allclose(features[:, :, 0], at_once(model, split, palette), atol=1e-5)
+    np.testing.assert_array_equal(labels, split.labels)
+
+
+def test_bert_is_seen_under_the_same_masks_every_time():
+    model, (palette, split) = with_config(random_model(), causal=False), random_split()
+    drops = Drops(rate=0.4, masks=3, seed=5)
+    features, _ = streamed(model, split, palette, drops=drops)
+    assert features.shape == (23, TINY.depth + 1, 3, TINY.width)
+    keep = drops.of_images(np.arange(23), 13)
+    for m in range(3):
+        np.testing.assert_allclose(features[:, :, m], at_once(model, split, palette, keep[:, m]), atol=1e-5)
+    np.testing.assert_allclose(streamed(model, split, palette, batch_size=7, drops=drops)[0], features, atol=1e-5)
+    assert not np.allclose(features[:, :, 0], features[:, :, 1], atol=1e-2)
+
+
+@pytest.mark.parametrize("bad", [{3, 4, 17}, {0, 22}, set(range(10, 20))])  # the last: a batch whole
+def test_unreadable_images_are_left_out_with_their_labels(bad):
+    model, (palette, split) = random_model(), random_split()
+    files = [(b"no image" if i in bad else split.images[i], f"photo {i}") for i in range(23)]
+    labels = np.arange(23, dtype=np.int32)
+    damaged = Split(EncodedImages(files, Preprocess((1, 13)), skip=True), labels)
+    good = [i for i in range(23) if i not in bad]
+    features, found = streamed(model, damaged, palette)
+    assert found.tolist() == good
+    np.testing.assert_allclose(features[:, :, 0], at_once(model, split, palette)[good], atol=1e-5)
+    pixels = list(raw_pixels(damaged, 3, batch_size=10))
+    assert np.concatenate([labels for _, labels in pixels]).tolist() == good
+    np.testing.assert_allclose(
+        pixels[0][0][:, 0, 0], split.images[[i for i in good if i < 10]].reshape(-1, 39) / 127.5 - 1
+    )
+
+
+def test_features_kept_in_files_are_those_of_the_stream(tmp_path):
+    model, (palette, split) = with_config(random_model(), causal=False), random_split()
+    settings = dict(layers=(3, 1), drops=Drops(masks=2))
+    rows, labels = streamed(model, split, palette, **settings)
+    kept = keep_features(stream_features(model, split, palette, 10, ONE, **settings), (3, 1), tmp_path / "new")
+    for index, layer in enumerate((3, 1)):
+        assert isinstance(kept.layers[layer], np.memmap)
+        np.testing.assert_array_equal(kept.layers[layer], rows[:, index])
+    np.testing.assert_array_equal(kept.labels, labels)
+    np.testing.assert_array_equal(kept.joined([1, 3]), np.concatenate([rows[:, 1], rows[:, 0]], axis=-1))
+    assert isinstance(kept.joined([3]), np.memmap)  # a layer too large for memory stays where it is
+    few = kept.take(np.array([20, 2]))
+    np.testing.assert_array_equal(few.layers[1], rows[[20, 2], 1])
+    np.testing.assert_array_equal(few.labels, labels[[20, 2]])
+
+
+def test_a_full_disk_ends_in_a_sentence(tmp_path):
+    def stream():
+        yield np.zeros((2, 1, 1, 3)), np.zeros(2, np.int32)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device; name another --workdir"):
+        keep_features(stream(), [0], tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="name another --workdir"):
+        keep_features(stream(), [0], tmp_path / "file" / "new")
+
+
+def test_features_below_a_block_ask_nothing_of_it():
+    model, (palette, split) = random_model(), random_split()
+
+    def poison(path, leaf):
+        if path[0] != "blocks":
+            return leaf if path[0].endswith("table") else leaf * jnp.nan
+        first = 3 if path[1] == "attention_norm" else 2  # block 2's own norm makes feature 2
+        return leaf.at[first:].set(jnp.nan)
+
+    graph, params = nnx.split(model)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: poison([key.key for key in path], leaf), nnx.to_pure_dict(params)
+    )
+    poisoned = nnx.merge(graph, params)
+    features, _ = streamed(poisoned, split, palette, layers=(0, 2))
+    np.testing.assert_allclose(features[:, :, 0], at_once(model, split, palette)[:, [0, 2]], atol=1e-5)
+    assert np.isnan(streamed(poisoned, split, palette)[0]).any()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_features_below_a_block_do_not_compute_it(layer):
+    tokens = np.zeros((3, 13), np.int32)
+
+    def features(model, layers):
+        return jax.jit(lambda params: nnx.merge(nnx.graphdef(model), params).features(tokens, layers))
+
+    scanned = str(jax.make_jaxpr(features(random_model(), (layer,)))(nnx.state(random_model())))
+    assert f"length={layer}" in scanned and "length=3" not in scanned
+
+    unrolled = with_config(random_model(), scan_layers=False)  # of a loop, the compiler counts one turn only
+    flops = [
+        features(unrolled, layers).lower(nnx.state(unrolled)).compile().cost_analysis()["flops"]
+        for layers in ((layer,), (TINY.depth,))
+    ]
+    assert flops[0] < flops[1] * (layer + 0.2) / TINY.depth
+
+
+def test_raw_pixels_are_the_channels_that_differ():
+    _, split = random_split()
+    (grey, labels), (colour, _) = (next(raw_pixels(split, channels)) for channels in (1, 3))
+    assert grey.shape == (23, 1, 1, 13) and colour.shape == (23, 1, 1, 39)
+    np.testing.assert_allclose(grey, colour[..., ::3])
+    assert grey.min() == -1.0 and grey.max() == 1.0
+    np.testing.assert_array_equal(labels, split.labels)

@@ -1,0 +1,128 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from igpt.probe.features import Features, keep_features
+from igpt.probe.fit import Solver, fit_probe, neighbours
+from igpt.sharding import make_mesh
+
+ONE = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def blobs(count, seed, noise=0.3):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count).astype(np.int32)
+    features = 100 * np.eye(3)[labels] + 100 * noise * rng.normal(size=(count, 3)) + 1000
+    return features[:, None].astype(np.float32), labels
+
+
+def fit(parts, solver, mesh=ONE):
+    return fit_probe([features for features, _ in parts], [labels for _, labels in parts], solver, mesh)
+
+
+SOLVERS = [Solver("lbfgs", (1.0,)), Solver("sgd", learning_rates=(0.3,), steps=200, batch_size=32)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.kind)
+def test_a_probe_separates_what_is_separable_whatever_its_scale(solver):
+    result = fit([blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))], solver)
+    assert result["test_accuracy"] == result["validation_accuracy"] == 1.0
+    assert result["converged"] and result["interval"][0] > 0.9
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.kind)
+def test_a_probe_of_noise_is_at_chance(solver):
+    rng = np.random.default_rng(0)
+    parts = [(rng.normal(size=(n, 1, 4)).astype(np.float32), rng.integers(0, 3, n)) for n in (300, 100, 600)]
+    low, high = fit(parts, solver)["interval"]
+    assert low < 1 / 3 < high
+
+
+def test_the_penalty_is_chosen_on_validation_never_on_test():
+    rng = np.random.default_rng(0)
+    parts = []
+    for count in (40, 200, 200):  # few examples, many useless features: a strong penalty generalises better
+        x, y = blobs(count, count, noise=0.8)
+        parts.append((np.concatenate([x, 1000 * rng.normal(size=(count, 1, 60))], axis=-1).astype(np.float32), y))
+    penalties = (1e3, 1e-1, 1e-3)
+    alone = {C: fit(parts, Solver("lbfgs", (C,)))["validation_accuracy"] for C in penalties}
+    chosen = fit(parts, Solver("lbfgs", penalties))
+    assert len(set(alone.values())) > 1
+    assert chosen["validation_accuracy"] == max(alone.values()) == alone[chosen["C"]]
+    # A test set on which each of the others is better: what another penalty finds there is called the truth.
+    for C in penalties:
+        if chosen["C"] != C:
+            assert fit([*parts[:2], relabelled(parts, C)], Solver("lbfgs", penalties))["C"] == chosen["C"]
+
+
+def relabelled(parts, C):
+    (features, labels), _, (tested, _) = parts
+    _, _, classifiers = Solver("lbfgs", (C,)).fit(features[:, 0], labels, 3, ONE)
+    return tested, classifiers.predict(tested[:, 0])[0]
+
+
+def test_of_penalties_that_do_equally_well_the_strongest_is_chosen():
+    parts = [blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))]
+    assert fit(parts, Solver("lbfgs", (100.0, 1.0, 10.0)))["C"] == 1.0
+
+
+def test_a_learning_rate_that_diverged_is_never_chosen():
+    train, (features, labels), test = [blobs(count, seed, noise=0.8) for seed, count in enumerate((90, 60, 60))]
+    zeros = labels == 0  # the class that an argmax over nothing but NaN would find
+    solver = Solver("sgd", learning_rates=(1e30, 0.1), steps=40, batch_size=32, weight_decay=0.01)
+    result = fit([train, (features[zeros], labels[zeros]), test], solver)
+    assert result["learning_rate"] == 0.1 and result["converged"] and result["validation_accuracy"] < 1.0
+    alone = fit([train, (features[zeros], labels[zeros]), test], dataclasses.replace(solver, learning_rates=(1e30,)))
+    assert alone["test_accuracy"] == alone["validation_accuracy"] == 0.0 and not alone["converged"]
+
+
+def test_classes_are_whatever_numbers_they_are_and_those_unseen_in_training_are_never_found():
+    train, validation, (features, labels) = [blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))]
+    names = np.array([-5, 7, 1000], np.int32)
+    result = fit([(x, names[y]) for x, y in (train, validation, (features, labels))], SOLVERS[0])
+    assert result["test_accuracy"] == result["validation_accuracy"] == 1.0
+    unseen = np.array([-5, 8, 1000], np.int32)  # 8 is called 7 in training
+    result = fit([(x, names[y]) for x, y in (train, validation)] + [(features, unseen[labels])], SOLVERS[0])
+    assert result["validation_accuracy"] == 1.0 and result["test_accuracy"] == np.mean(labels != 1)
+
+
+def test_the_masks_of_an_image_vote():
+    train, *others = [blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))]
+
+    def under(masks):  # 1: features as they are; 0: those of another class
+        return [(np.concatenate([x if m else np.roll(x, 1, axis=-1) for m in masks], axis=1), y) for x, y in others]
+
+    right, wrong = fit([train, *under([0, 1, 1])], SOLVERS[0]), fit([train, *under([1, 0, 0])], SOLVERS[0])
+    assert right["test_accuracy"] == right["validation_accuracy"] == 1.0
+    assert wrong["test_accuracy"] == wrong["validation_accuracy"] == 0.0
+
+
+def test_a_probe_of_features_in_files_is_one_of_features_in_memory(tmp_path):
+    parts = [blobs(count, seed, noise=0.8) for seed, count in enumerate((90, 30, 60))]
+    kept = [keep_features([(x[:, None], y)], [4], tmp_path / str(i)) for i, (x, y) in enumerate(parts)]
+    assert all(isinstance(part, Features) for part in kept)
+    for solver in SOLVERS:
+        assert fit([(part.joined([4]), part.labels) for part in kept], solver) == fit(parts, solver)
+
+
+@pytest.mark.parametrize(
+    ("best", "count", "expected"),
+    [
+        (5, 1, [5]),
+        (5, 3, [4, 5, 6]),
+        (5, 4, [3, 4, 5, 6]),
+        (0, 5, [0, 1, 2, 3, 4]),
+        (1, 5, [0, 1, 2, 3, 4]),
+        (8, 5, [4, 5, 6, 7, 8]),
+        (7, 5, [4, 5, 6, 7, 8]),
+        (3, 99, list(range(9))),
+    ],
+)
+def test_neighbours_stay_within_the_network(best, count, expected):
+    assert neighbours(best, count, list(range(9))) == expected
+
+
+def test_neighbours_are_among_the_layers_that_were_asked_for():
+    assert neighbours(6, 3, [0, 2, 6, 8]) == [2, 6, 8]

@@ -1,0 +1,219 @@
+"""Several real processes on one machine, connected as hosts are: gloo over loopback, a few CPU devices each."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from igpt.run import checkpoint
+from tests.test_train import ROOT, assert_bitwise_equal, losses
+
+
+def options(workdir, devices, *fields):
+    return [
+        "--config=configs/digits.py", f"--workdir={workdir}",
+        "--config.train.log_every=1", "--config.train.num_samples=0", "--config.train.batch_size=16",
+        "--config.model.width=16", "--config.model.depth=2", "--config.model.num_heads=4",
+        "--config.optim.warmup_steps=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+        "--config.model.residual_dropout=0.1", f"--config.mesh.cpu_devices={devices}", *fields,
+    ]  # fmt: skip
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def python(*arguments):
+    """A Python process on CPU devices, with its own output."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def start(workdir, processes, *fields, program=("train.py",)):
+    """Eight devices in so many processes. `workdir` may be one of each process."""
+    address, started = free_address(), []
+    for index in range(processes):
+        place = [f"--coordinator={address}", f"--processes={processes}", f"--process={index}"]
+        own = workdir[index] if isinstance(workdir, list) else workdir
+        arguments = [*options(own, 8 // processes, *fields), *(place if processes > 1 else [])]
+        started.append(python(*program, *arguments))
+    return started
+
+
+def ended(started, timeout=400):
+    """(exit code, output, errors) of each."""
+    texts = [process.communicate(timeout=timeout) for process in started]
+    return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    return max(abs(one[step] - other[step]) for step in one) < 1e-5
+
+
+def test_two_processes_learn_what_one_does_and_only_the_first_speaks_and_writes(tmp_path):
+    fields = ("--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6")
+    alone = start(tmp_path / "one", 1, *fields)
+    together = start(tmp_path / "two", 2, *fields)
+    [(code, output, errors)] = ended(alone)
+    assert code == 0, errors
+    (code, output, errors), (other_code, other_output, other_errors) = ended(together)
+    assert code == other_code == 0, errors + other_errors
+    assert "2 process(es), mesh data 2 x fsdp 2 x tensor 2" in output and "finished step 6" in output
+    assert "step" not in other_output and "step/s" not in other_errors  # only process 0 speaks
+    assert close(losses(tmp_path / "one"), losses(tmp_path / "two"))
+    written = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(written) == len(set(written)) == 7  # six steps and an evaluation, each once
+
+
+def test_sigterm_to_one_of_two_saves_and_stops_both_at_the_same_step(tmp_path):
+    fields = (
+        "--config.train.eval_every=1000",
+        "--config.train.checkpoint_every=1000",
+        "--config.optim.schedule=constant",
+    )
+    started = start(tmp_path / "run", 2, *fields, "--config.train.steps=100000")
+    lines = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (lines.exists() and lines.read_text().count("\n") > 3):
+        assert all(process.poll() is None for process in started), ended(started)
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    outcomes = ended(started)
+    assert [code for code, _, _ in outcomes] == [75, 75], outcomes
+    [step] = checkpoint.finished_steps(tmp_path / "run")
+    assert all(f"the run is saved after step {step}" in errors for _, _, errors in outcomes)
+
+
+FILLS_UP = """
+import resource, runpy, sys
+from igpt.run import checkpoint
+
+def save(self, state, step, real=checkpoint.Checkpoints.save):
+    if step > 4:
+        self.newest()
+        if "--process=1" in sys.argv:  # it may write no more than small files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    real(self, state, step)
+
+checkpoint.Checkpoints.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_one_process_ends_it_with_a_message_and_does_not_wait_for_the_others(tmp_path):
+    fields = ("--config.train.steps=8", "--config.train.eval_every=8", "--config.train.checkpoint_every=4")
+    started = start(tmp_path / "run", 2, *fields, program=("-c", FILLS_UP, "train.py"))
+    error = started[1].communicate(timeout=90)[1]  # orbax would wait for 20 minutes
+    started[0].kill()  # it learns of it by the runtime's heartbeat, after 100 seconds
+    started[0].communicate()
+    assert started[1].returncode == 1
+    assert "error: the checkpoint of step 8 could not be written" in error and "That of step 4 is untouched" in error
+    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
+
+
+def test_hosts_with_workdirs_of_their_own_are_told_before_anything_is_trained(tmp_path):
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    outcomes = ended(start(folders, 2, "--config.train.steps=2"), timeout=120)
+    assert all(code in (2, -signal.SIGABRT) for code, _, _ in outcomes), outcomes  # aborted if the other was quicker
+    assert any("not every process sees" in error and "that all hosts share" in error for _, _, error in outcomes)
+    assert not any(path.is_file() for folder in folders for path in folder.rglob("*"))
+
+
+SLEEPS = """
+import sys, time
+from igpt.run import cluster as launch
+
+launch.join(sys.argv[1], "2", sys.argv[2])
+launch.meet()
+print("met", flush=True)
+time.sleep(300)
+"""
+
+
+def test_sigterm_ends_a_command_that_would_save_nothing():
+    address = free_address()
+    started = [python("-c", SLEEPS, address, index) for index in range(2)]
+    for process in started:
+        assert "met\n" in iter(process.stdout.readline, "")
+    for process in started:
+        process.terminate()
+    assert [code for code, _, _ in ended(started, timeout=60)] == [-signal.SIGTERM] * 2
+
+
+INTERLEAVED = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from igpt import sharding
+from igpt.run import cluster as launch
+
+jax.config.update("jax_num_cpu_devices", 4)
+launch.join(sys.argv[1], "2", sys.argv[2])
+devices = np.array(jax.devices())[[0, 4, 1, 5, 6, 2, 3, 7]].reshape(4, 2, 1)
+mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+rows = sharding.process_rows(24, mesh)
+assert len(rows) == 12 and np.diff(rows).max() > 1, rows
+x = np.arange(72).reshape(24, 3)
+there = sharding.to_devices({"x": x[rows]}, 24, mesh)["x"]
+with jax.set_mesh(mesh):
+    np.testing.assert_array_equal(jax.jit(sharding.replicate)(there), x)
+"""
+
+
+def test_hosts_whose_rows_of_a_batch_do_not_lie_together_put_them_where_they_belong():
+    """As on a pod, where a host is a block of the torus."""
+    address = free_address()
+    outcomes = ended([python("-c", INTERLEAVED, address, index) for index in range(2)])
+    assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fifty_steps_of_several_processes_are_those_of_one_and_each_goes_on_from_the_others(tmp_path, processes):
+    fields = ("--config.train.eval_every=25", "--config.train.checkpoint_every=25")
+    for name, count in (("one", 1), ("several", processes)):
+        assert [code for code, _, _ in ended(start(tmp_path / name, count, *fields, "--config.train.steps=50"))] == [
+            0
+        ] * count
+    assert close(losses(tmp_path / "one"), losses(tmp_path / "several"))
+    assert len(losses(tmp_path / "one")) == 50
+    for name, count in (("one", processes), ("several", 1)):  # swapped: from step 25 on the other number goes on
+        (tmp_path / name / "checkpoints" / "50").rename(tmp_path / f"{name}-50")
+        before = losses(tmp_path / name)
+        outcomes = ended(start(tmp_path / name, count, *fields, "--config.train.steps=50"))
+        assert [code for code, _, _ in outcomes] == [0] * count, outcomes
+        assert "resumed after step 25" in outcomes[0][1]
+        assert close(before, losses(tmp_path / name))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_that_are_killed_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path):
+    fields = ("--config.train.steps=60", "--config.train.eval_every=20", "--config.train.checkpoint_every=10")
+    assert [code for code, _, _ in ended(start(tmp_path / "whole", 2, *fields))] == [0, 0]
+    started = start(tmp_path / "killed", 2, *fields)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not checkpoint.finished_steps(tmp_path / "killed"):
+        time.sleep(0.1)
+    for process in started:
+        process.kill()
+    assert [code for code, _, _ in ended(started)] == [-signal.SIGKILL] * 2
+    assert [code for code, _, _ in ended(start(tmp_path / "killed", 2, *fields))] == [0, 0]
+    assert_bitwise_equal(
+        checkpoint.read_arrays(tmp_path / "whole", 60), checkpoint.read_arrays(tmp_path / "killed", 60)
+    )

@@ -1,0 +1,80 @@
+"""Runs that are continued or killed end bitwise where uninterrupted ones end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+from igpt.run import checkpoint
+from tests.test_train import ROOT, assert_bitwise_equal, losses
+
+
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pixels", "bert"])
+def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path, monkeypatch, causal):
+    tiny_config.model.update(residual_dropout=0.1, causal=causal)
+    train.run(tiny_config, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def save_then_stop(checkpoints, *arguments):
+        real_save(checkpoints, *arguments)
+        raise Interrupted
+
+    real_save = checkpoint.Checkpoints.save
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(checkpoint.Checkpoints, "save", save_then_stop)
+        train.run(tiny_config, tmp_path / "parts")
+    train.run(tiny_config, tmp_path / "parts")
+    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "whole", 6), checkpoint.read_arrays(tmp_path / "parts", 6))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["digits", pytest.param("finetune_digits", marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path, name):
+    """Real processes, a real SIGKILL, two devices."""
+    steps = {"digits": 120, "finetune_digits": 80}[name]
+    command = [
+        sys.executable, "train.py", f"--config=configs/{name}.py", f"--config.train.steps={steps}",
+        "--config.optim.warmup_steps=5", "--config.train.checkpoint_every=10", "--config.train.eval_every=30",
+        "--config.train.num_samples=0", "--config.train.log_every=1", "--config.model.width=24",
+        "--config.model.depth=2", "--config.model.num_heads=2", "--config.model.residual_dropout=0.1",
+        "--config.train.batch_size=16", "--config.train.patience=0",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+    def start(workdir):
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted, process = start(whole), start(killed)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.name.isdigit() for path in killed.glob("checkpoints/*")):  # one is finished
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 10 <= max(losses(killed)) < steps
+    output = uninterrupted.communicate(timeout=300)[0]
+    assert uninterrupted.returncode == 0, output.decode()
+    again = start(killed)
+    output = again.communicate(timeout=300)[0].decode()
+    assert again.returncode == 0, output
+    assert "resumed after step " in output
+    assert_bitwise_equal(checkpoint.read_arrays(whole, steps), checkpoint.read_arrays(killed, steps))
+    assert losses(killed) == losses(whole)
+    if name == "finetune_digits":
+        assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
+        assert (killed / "finetune.json").read_bytes() == (whole / "finetune.json").read_bytes()
+        assert checkpoint.finished_steps(killed) == checkpoint.finished_steps(whole)

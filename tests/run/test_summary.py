@@ -1,0 +1,23 @@
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from igpt.run.summary import _learns
+from tests.test_model import TINY
+
+
+@pytest.mark.parametrize(
+    ("generative", "classification", "causal", "said"),
+    [
+        (1.0, 0.0, True, "the next pixel"),
+        (1.0, 0.0, False, "15% of the pixels, dropped (BERT)"),
+        (1.0, 1.0, True, "the next pixel + 7 classes"),
+        (0.5, 2.0, True, "0.5 x the next pixel + 2 x 7 classes"),
+        (0.0, 1.0, True, "7 classes"),
+    ],
+)
+def test_what_is_learnt_is_said_with_every_weight_but_one(generative, classification, causal, said):
+    objective = ConfigDict(dict(generative=generative, classification=classification, drop_rate=0.15))
+    model = dataclasses.replace(TINY, causal=causal, num_classes=7)
+    assert _learns(objective, model) == said
