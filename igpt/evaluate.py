@@ -23,9 +23,8 @@ from igpt.errors import UserError
 from igpt.files import write_text
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, check_same_palette, load, outline
-from igpt.loss import bits_per_dim, make_loss
+from igpt.loss import bits_per_dim, make_loss, wilson_interval
 from igpt.run import cluster as launch
-from igpt.run.journal import wilson_interval
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate, to_devices
 
 

@@ -18,10 +18,9 @@ from ml_collections import ConfigDict
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Source, check_labels, few_labels
 from igpt.files import write_text
-from igpt.loss import masks_of, vote
+from igpt.loss import masks_of, vote, wilson_interval
 from igpt.palette import Palette
 from igpt.plots import confusion_picture
-from igpt.run.journal import wilson_interval
 from igpt.sharding import process_rows, replicate, to_devices
 
 

@@ -1,5 +1,6 @@
 """Losses, one number an image so that any weighting can follow; those of pixels in nats per token."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -93,3 +94,11 @@ def marginal_entropy(tokens: Int[np.ndarray, "N T"], vocab_size: int) -> float:
     counts = np.stack([np.bincount(column, minlength=vocab_size) for column in tokens.T])
     frequency = counts / len(tokens)
     return float(-np.sum(frequency * np.log(np.where(counts > 0, frequency, 1.0))) / tokens.shape[1])
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927): sensible up to 0 and 1, unlike the normal one."""
+    share, spread = correct / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return centre - half, centre + half

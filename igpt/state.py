@@ -1,7 +1,7 @@
 """The training state, its sharded creation, and the pure steps that move it on."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from igpt.model import ImageGPT, ModelConfig
-from igpt.sharding import shard_batch, shardings
+from igpt.sharding import shard_batch, shardings, to_devices
 
 
 @jax.tree_util.register_dataclass
@@ -121,3 +121,15 @@ def make_eval_step(loss: Callable) -> Callable:
         return {name: jnp.sum(value * batch["mask"]) for name, value in values.items()}, jnp.sum(batch["mask"])
 
     return jax.jit(eval_step)
+
+
+def run_batches(step: Callable, params: dict, batches: Iterable[dict], batch_size: int, mesh: Mesh) -> Iterator[Any]:
+    """Yields step(params, batch) of each host batch, as NumPy arrays. The device works one batch ahead of the host."""
+    waiting = None
+    for batch in batches:
+        newest = step(params, to_devices(batch, batch_size, mesh))
+        if waiting is not None:
+            yield jax.device_get(waiting)
+        waiting = newest
+    if waiting is not None:
+        yield jax.device_get(waiting)

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 from igpt import config as configuration
 from igpt.attention import block_size
 from igpt.errors import UserError
+from igpt.flops import train_flops_per_image
 from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.plan.hlo import Program
-from igpt.run.journal import train_flops_per_image
 from igpt.sharding import AXES, BATCH, check_batch_size, make_mesh, mesh_sizes, path_of
 from igpt.state import abstract_state, make_train_step
 

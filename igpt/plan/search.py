@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.flops import attention_flops_per_image, train_flops_per_image
 from igpt.model import ModelConfig, count_params
 from igpt.plan.compiled import CHIPS, KERNEL_SHARE, Chip, kernel_flops, plan, topology_devices
-from igpt.run.journal import attention_flops_per_image, train_flops_per_image
 
 COMPILED = 8  # programs at most
 ENOUGH = 4  # plans that fit

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from igpt.data.batches import Drops
 from igpt.data.examples import Source, Split, few_labels
 from igpt.interop.load import Pretrained
-from igpt.loss import vote
+from igpt.loss import vote, wilson_interval
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
 from igpt.probe.logistic import fit_lbfgs, fit_sgd
-from igpt.run.journal import wilson_interval
 
 SPLITS = ("train", "validation", "test")
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from igpt.flops import PEAK_FLOPS, train_flops_per_image
+from igpt.loss import wilson_interval
 from igpt.model import PRESETS, ModelConfig
-from igpt.run.journal import PEAK_FLOPS, Speed, Writer, train_flops_per_image, wilson_interval
+from igpt.run.journal import Speed, Writer
 
 
 def lines(path):
