@@ -6,8 +6,8 @@
     python train.py --config=configs/digits.py --workdir=runs/mine --config.data.source=npz:images.npz \\
         --config.data.image_size="(28,28)" --config.palette.colors=256
 
-Run it again with the same --workdir and it goes on where it stopped. configs/base.py explains every field. At SIGTERM
-it saves and ends with code 75. On several hosts the same command runs on each: docs/pods.md.
+The same command with the same --workdir resumes the run. configs/base.py explains every field. At SIGTERM the run saves
+and exits with code 75. On several hosts, start the same command on each: docs/pods.md.
 """
 
 import dataclasses
@@ -15,341 +15,253 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt import config as configuration
-from igpt import finetune, sample
-from igpt.attention import check_dropout
+from igpt import finetune
 from igpt.command import Parser
-from igpt.data import batches as data
-from igpt.data import sources
-from igpt.data.examples import Source
+from igpt.config import Config
+from igpt.data.batches import Augmentation, Drops, TrainBatches, eval_batches
+from igpt.data.examples import SPLITS, Source
 from igpt.data.palette_fit import fit
-from igpt.errors import NonFiniteError, UserError, reported
-from igpt.files import check_workdir, told_of_storage
-from igpt.interop import load as pretrained
+from igpt.data.sources import open_source
+from igpt.errors import reported
+from igpt.files import storage_errors
 from igpt.interop.hub import resolve
-from igpt.loss import bits_per_dim, make_loss
-from igpt.optim import make_optimizer
+from igpt.interop.load import (
+    Pretrained,
+    check_palette_size,
+    check_same_network,
+    check_same_palette,
+    palette_of,
+    starting_params,
+)
+from igpt.loss import bits_per_dim
 from igpt.palette import Palette
 from igpt.plots import image_grid
 from igpt.run import checkpoint
-from igpt.run import cluster as launch
+from igpt.run.cluster import add_process_arguments, exists, join_from
+from igpt.run.directory import RunDirectory
 from igpt.run.flags import parse_with_config
-from igpt.run.journal import Speed, Writer, progress_bar
+from igpt.run.journal import Journal
 from igpt.run.preemption import PreemptedError, StopSignal
+from igpt.run.profile import Profile
 from igpt.run.summary import describe, farewell
-from igpt.sharding import check_batch_size, make_mesh, process_rows, to_devices
-from igpt.state import abstract_state, create_state, make_eval_step, make_train_step
-
-PROFILED = 3  # steps
-MOST_SKIPPED = 20  # bad steps in a row: nothing good will come any more
+from igpt.sample import sample_images
+from igpt.sharding import check_batch_size, process_rows, to_devices
+from igpt.state import TrainProgram, TrainState, build_program, create_state, run_batches
 
 
-def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> dict:
-    """Trains to config.train.steps and returns the last evaluation's metrics (none if it had already finished).
+def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = False) -> dict:
+    """Trains to config.train.steps and returns the last evaluation's metrics (empty if the run had already finished).
 
-    Raises UserError for mistakes before anything is written, and for an unreadable image when it is met;
-    NonFiniteError when training diverges, PreemptedError when it was told to stop and has saved, StorageError when it
-    cannot save.
+    Raises UserError for a mistake, before anything is written, and for an unreadable image when it is met;
+    NonFiniteError if training diverges, PreemptedError after SIGTERM, once saved, StorageError if it cannot save.
     """
-    workdir = check_workdir(workdir)
-    configuration.check(config)
-    resuming = not start_over and bool(launch.agreed(np.array((workdir / "config.json").exists())))
-    if resuming:
-        launch.check_seen(workdir / "config.json")
-        configuration.check_resumable(config, workdir)
-    elif not start_over and checkpoint.agreed_steps(workdir):
-        raise UserError(f"{workdir} has checkpoints but no config.json; --start_over sets them aside and begins anew")
-    train = config.train
+    config = Config.of(config, trains=True)
+    run = RunDirectory(workdir, config, start_over)  # fresh or resumed; writes nothing yet
+    train, mesh = config.train, config.mesh.make()
 
-    # The mesh, and which rows of every batch are this process's to read.
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, dcn_data=config.mesh.dcn_data)
-    check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
-    check_batch_size("train.eval_batch_size", train.eval_batch_size, 1, mesh)
-    rows, eval_rows = process_rows(train.batch_size, mesh), process_rows(train.eval_batch_size, mesh)
+    # Images become tokens; a batch is a function of (seed, step).
+    source = finetune.labelled(open_source(config.data), config)
+    palette = choose_palette(config, run, source)
+    batches = training_batches(config, source, palette, mesh)
 
-    # Images become tokens.
-    source = finetune.labelled(sources.open_source(config.data), config)
-    palette = find_palette(config, workdir if resuming else None, source)
-    if jax.process_count() > 1:  # k-means on another machine may differ in a last bit
-        palette = Palette(launch.agreed(palette.centers))
-    augmentation = data.Augmentation(
-        config.data.pad, config.data.pad_mode, config.data.flip, config.data.augment_probability
-    )
-    drops = eval_drops = None
-    if not config.model.causal:  # BERT
-        drops = data.Drops(config.objective.drop_rate, 1, config.seed)
-        eval_drops = dataclasses.replace(drops, masks=config.objective.eval_masks if config.model.num_classes else 1)
-    batches = data.TrainBatches(source.train, palette, train.batch_size, config.seed, augmentation, rows, drops)
+    # Shapes, shardings and compiled steps: the same program that igpt plan compiles.
+    program = build_program(config, mesh)
 
-    # Everything about the state but its values: shapes, shardings, the compiled steps to be.
-    model_config = configuration.model_config(config)
-    check_dropout(model_config.attention, model_config.attention_dropout)
-    optimizer, schedule = make_optimizer(config.optim, train.steps)
-    graph, abstract = abstract_state(model_config, optimizer, mesh)
-    loss = make_loss(graph, config.objective.generative, config.objective.classification)
-    train_step = make_train_step(
-        loss,
-        optimizer,
-        schedule,
-        abstract,
-        accumulate=train.accumulate,
-        dropout_seed=config.seed if model_config.has_dropout else None,
-    )
-    eval_step = make_eval_step(loss)
-
-    # Where the values come from: 1. this run's newest sound checkpoint; 2. config.init_from; 3. a fresh start.
-    first_step = checkpoint.sound_step(workdir) if resuming else 0
-    progress = checkpoint.Progress(evaluated_step=first_step)
-    origin, starting_params = "fresh", None
-    if first_step:
-        state = checkpoint.restore(workdir, abstract, first_step)
-        progress = checkpoint.progress_at(workdir, first_step) or progress
-        origin = f"resumed after step {first_step}"
-    elif config.init_from:
-        pretrained.check_same_network(config.init_from, config)
-        starting_params = pretrained.starting_params(config.init_from, mesh)
-        origin = f"weights of {config.init_from}"
-        if model_config.num_classes and "classifier" not in starting_params:
-            origin += ", a new classifier"
-
-    def due(step: int, every: int) -> bool:
-        return step == train.steps or step % every == 0
-
-    def ended_early() -> bool:
-        return 0 < train.patience <= progress.evaluations_since
-
-    unfinished = progress.evaluated_step < first_step and due(first_step, train.eval_every)
-    stop = first_step if ended_early() else train.steps
+    # Values: 1. this run's newest sound checkpoint; 2. config.init_from; 3. a fresh start.
+    state, origin = starting_state(config, run, program)
 
     # From here on the run writes.
-    launch.meet()  # nobody is still looking at what is there
-    writes = jax.process_index() == 0
-    with told_of_storage(workdir):
-        if writes:
-            if start_over:
-                set_aside(workdir)
-            workdir.mkdir(parents=True, exist_ok=True)
-        launch.check_shared(workdir)
-        if writes:
-            configuration.save(config, workdir)
-            palette.save(workdir / "palette.npy")
-            if stop > first_step or unfinished:
-                (workdir / "finetune.json").unlink(missing_ok=True)  # of an earlier end
-        launch.meet()
-        checkpoints = checkpoint.Checkpoints(workdir, train.max_to_keep, progress)
-        writer = Writer(workdir, first_step, unfinished)
-    if not first_step:
-        state = create_state(model_config, optimizer, mesh, config.seed)
-        if starting_params is not None:
-            state = dataclasses.replace(state, params=finetune.merge_params(state.params, starting_params))
-    if writes:
-        describe(workdir, origin, config, model_config, state, mesh, source, palette)
+    with StopSignal() as signal, run.opened(palette), storage_errors(run.path), jax.set_mesh(mesh):
+        describe(run.path, origin, config, program.model, state, mesh, source, palette)
+        started = time.perf_counter()
+        profile = Profile(run.path, train.profile_at, train.steps)
+        with Journal(run, config, program.model, source, int(state.opt_state.skipped)) as journal, profile:
+            evaluator = Evaluator(config, run, program, source, palette, journal, signal)
+            step, last_step = run.first_step, run.last_step
+            if run.evaluation_is_missing:  # the run was stopped before or during it
+                evaluator(state.params, step)
+                if not run.evaluation_is_missing:
+                    run.save(state, step)  # again, with the result of the evaluation
+                last_step = step if signal.requested() else run.last_step
 
-    speed = Speed(model_config, train.batch_size)
-    bar = progress_bar(first_step, train.steps)
-    tell = bar.write if writes else lambda text: None
-    started = time.perf_counter()
-    evaluation, step = {}, first_step
-    draws = train.num_samples and model_config.causal and config.objective.generative
-    skipping = config.data.on_unreadable == "skip"
-    skipped, skipped_in_a_row = int(state.opt_state.skipped), 0
-    waiting = None  # (step, metrics) of the newest update: read only once the next one is under way
+            for step, batch in enumerate(batches.iterate(step, last_step, config.data.threads), step + 1):
+                profile.before(step)
+                state, metrics = program.train_step(state, to_devices(batch, train.batch_size, mesh))
+                profile.after(step, state)
+                journal.add(step, metrics)  # reads the step before: the device never waits
 
-    def report(step: int, metrics: dict) -> None:
-        nonlocal skipped, skipped_in_a_row
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = metrics["train/skipped"] > skipped
-        skipped, skipped_in_a_row = int(metrics["train/skipped"]), skipped_in_a_row + 1 if bad else 0
-        if bad:
-            what = f"step {step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}"
-            if train.on_bad_step == "stop" or skipped_in_a_row == MOST_SKIPPED:
-                raise NonFiniteError(bad_step(what, checkpoints.newest(), train.on_bad_step, skipped_in_a_row))
-            tell(f"{what}: skipped, {skipped} so far")
-        bar.update(step - bar.n)
-        if step == first_step + 1:
-            speed.restart(step)  # the first update waited for the compiler
-            tell(f"step {step}: train/loss {metrics['train/loss']:.4f}")
-        if bad or step % train.log_every == 0 or step in (first_step + 1, train.steps):
-            metrics |= speed.read(step)
-            if skipping:
-                metrics["data/unreadable"] = len(source.unreadable)
-            writer.write(step, metrics)
-            rate = metrics.get("perf/images_per_sec")
-            bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
-
-    def look(step: int, signal: StopSignal) -> bool:
-        """Evaluates and samples as is due; whether there is something new that has to be saved."""
-        nonlocal evaluation
-        improved = False
-        if progress.evaluated_step < step and due(step, train.eval_every):
-            held_out = data.eval_batches(source.validation, palette, train.eval_batch_size, eval_rows, eval_drops)
-            found = evaluate(eval_step, state.params, held_out, train.eval_batch_size, mesh, signal)
-            if found is None:  # told to stop: a resumed run begins with this evaluation
-                return False
-            evaluation, progress.evaluated_step = found, step
-            if model_config.causal and config.objective.generative:
-                nats = evaluation.get("eval/generative_loss", evaluation["eval/loss"])
-                bits = bits_per_dim(nats, model_config.seq_len, *source.image_size, source.channels)
-                evaluation["eval/bits_per_dim"] = bits
-            writer.write(step, evaluation)
-            if config.objective.classification:
-                improved = progress.note(step, evaluation["eval/accuracy"])
-            tell(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluation.items()))
-            if ended_early():
-                tell(f"step {step}: no better accuracy in {train.patience} evaluations, so training ends")
-        if draws and due(step, train.sample_every) and not signal.requested():
-            with_palette = pretrained.Pretrained(config, nnx.merge(graph, state.params), palette)
-            images = sample.sample_images(with_palette, train.num_samples, config.seed)
-            writer.write_samples(step, image_grid(images))
-        return improved or ended_early()
-
-    with jax.set_mesh(mesh), StopSignal() as signal, told_of_storage(workdir):
-        profiling = False
-        try:
-            if unfinished:
-                look(first_step, signal)
-                if progress.evaluated_step == first_step:
-                    checkpoints.save(state, first_step)  # again, with what the evaluation found
-                if signal.requested() or ended_early():
-                    stop = first_step
-            for step, batch in enumerate(batches.iterate(first_step, stop, config.data.threads), first_step + 1):
-                if step == train.profile_at:
-                    jax.profiler.start_trace(workdir / "profile")
-                    profiling = True
-                state, metrics = train_step(state, to_devices(batch, train.batch_size, mesh))
-                if profiling and step == min(train.profile_at + PROFILED - 1, stop):
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                    profiling = False
-                if waiting is not None:
-                    report(*waiting)
-                waiting = step, metrics
-                told = signal.requested()
-                if not (told or any(due(step, train[f"{what}_every"]) for what in ("eval", "sample", "checkpoint"))):
+                stopping = signal.requested()
+                every = (train.eval_every, train.sample_every, train.checkpoint_every)
+                if not (stopping or any(train.is_due(step, steps) for steps in every)):
                     continue
-                report(*waiting)  # nothing is evaluated, shown or kept before it is known to be good
-                waiting = None
-                new = False if told else look(step, signal)
-                told = signal.requested()
-                if told or new or due(step, train.checkpoint_every):
-                    checkpoints.save(state, step)
-                if told:
-                    break
-                speed.restart(step)
-                if ended_early():
-                    break
-            interrupted = signal.requested()
-        finally:
-            if profiling:
-                jax.profiler.stop_trace()
-            bar.close()
-            writer.close()
-            checkpoints.close()  # waits for the checkpoint that is being written
-    if interrupted and not (step == train.steps == progress.evaluated_step or ended_early()):
-        raise PreemptedError(
-            f"SIGTERM came; the run is saved after step {step}, and the same command goes on from there"
-        )
+                journal.settle()  # a bad step is neither evaluated nor saved
 
-    if source.unreadable and writes:
-        print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
-    unreported = step > first_step or unfinished or not launch.agreed(np.array((workdir / "finetune.json").exists()))
-    if config.objective.classification and unreported and source.test.labels is not None:
-        with told_of_storage(workdir):
-            evaluation |= test_classifier(config, workdir, graph, abstract.params, source, palette, eval_drops, mesh)
-    if writes:
-        farewell(config, workdir, evaluation, time.perf_counter() - started, first_step, step)
+                is_new = not stopping and evaluator(state.params, step)
+                stopping = signal.requested()
+                if stopping or is_new or train.is_due(step, train.checkpoint_every):
+                    run.save(state, step)
+                if stopping or run.has_ended_early:
+                    break
+                journal.restart_clock(step)
+            stopping = signal.requested()
+
+    is_complete = step == train.steps == run.progress.evaluated_step or run.has_ended_early
+    if stopping and not is_complete:
+        raise PreemptedError(
+            f"SIGTERM came; the run is saved after step {step}. The same command resumes it from there"
+        )
+    evaluation = evaluator.latest
+    if config.objective.classification and source.test.labels is not None:
+        if step > run.first_step or evaluation or not exists(run.path / "finetune.json"):
+            evaluation |= test_classifier(config, run, program, source, palette)
+    farewell(config, run.path, evaluation, time.perf_counter() - started, run.first_step, step, source.unreadable)
     return evaluation
 
 
-def set_aside(workdir: Path) -> None:
-    """Renames an earlier run to WORKDIR.old-N, so that starting over loses nothing."""
-    if not (workdir.is_dir() and any(workdir.iterdir())):
-        return
-    workdir = workdir.absolute()  # "." has no name to extend
-    number = 1
-    while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
-        number += 1
-    workdir.rename(aside)
-    print(f"set the earlier run aside as {aside}")
+def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette:
+    """The palette of: 1. the resumed run; 2. config.init_from; 3. palette.path; 4. the source's tokens; 5. a new fit.
 
-
-def find_palette(config: ConfigDict, resumed: Path | None, source: Source) -> Palette:
-    """That of the run resumed, else of the model it starts from, else the file given, else the source's, else a fit.
-
-    UserError where a model's palette is not that of the file or of the source's tokens.
+    Raises UserError if the palette of a model differs from the one of the file or of the source's tokens.
     """
-    if resumed and (resumed / "palette.npy").exists():
-        origin, palette = resumed, pretrained.palette_of(resumed)
-    elif config.init_from:
-        origin, palette = config.init_from, pretrained.palette_of(resolve(config.init_from))
-        named = Palette.load(config.palette.path) if config.palette.path else None
-        pretrained.check_same_palette(palette, f"init_from={origin}", named, f"palette.path={config.palette.path}")
-        pretrained.check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
-    elif config.palette.path:
-        origin, palette = config.palette.path, Palette.load(config.palette.path)
+    resumed, init_from, path = run.palette(), config.init_from, config.palette.path
+    if resumed:
+        origin, palette = run.path, resumed
+    elif init_from:
+        origin, palette = init_from, palette_of(resolve(init_from))
+        check_same_palette(palette, f"init_from={origin}", Palette.load(path) if path else None, f"palette.path={path}")
+        check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
+    elif path:
+        origin, palette = path, Palette.load(path)
     elif source.palette is not None:
         origin, palette = source.name, source.palette
     else:
-        return fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
-    pretrained.check_palette_size(palette, config, origin)
+        palette = fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
+        return run.same_palette(palette)
+    check_palette_size(palette, config, origin)
     return palette
 
 
-def bad_step(what: str, newest: int | None, on_bad_step: str, in_a_row: int) -> str:
-    """The message for a step that ends a run, with the ways to go on."""
-    there = f"The newest checkpoint is that of step {newest}" if newest else "There is no checkpoint yet"
-    if on_bad_step == "skip":
-        return f"{what}. It was the last of {in_a_row} bad steps in a row, so that training ends. {there}."
-    return (
-        f"{what}. {there}. To resume past it, run the same command with --config.train.on_bad_step=skip. If it comes "
-        "again, try a lower optim.learning_rate, a longer optim.warmup_steps or optim.clip_norm=1 in a new --workdir."
-    )
+def training_batches(config: Config, source: Source, palette: Palette, mesh) -> TrainBatches:
+    """This process's rows of every training batch."""
+    data, batch_size = config.data, config.train.batch_size
+    check_batch_size("train.batch_size", batch_size, config.train.accumulate, mesh)
+    check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
+    augmentation = Augmentation(data.pad, data.pad_mode, data.flip, data.augment_probability)
+    drops = None if config.model.causal else Drops(config.objective.drop_rate, 1, config.seed)
+    rows = process_rows(batch_size, mesh)
+    return TrainBatches(source.train, palette, batch_size, config.seed, augmentation, rows, drops)
 
 
-def evaluate(eval_step, params, batches, batch_size: int, mesh, signal: StopSignal) -> dict | None:
-    """eval/...: means over every held-out image; None when told to stop meanwhile."""
-    sums = []
-    for batch in batches:
-        sums.append(eval_step(params, to_devices(batch, batch_size, mesh)))
-        if len(sums) > 1:
-            sums[-2] = jax.device_get(sums[-2])  # the device is one batch ahead, not an evaluation
+def evaluation_drops(config: Config) -> Drops | None:
+    """BERT's masks in evaluation: several, which vote, where there are classes; None for next pixels."""
+    if config.model.causal:
+        return None
+    masks = config.objective.eval_masks if config.model.num_classes else 1
+    return Drops(config.objective.drop_rate, masks, config.seed)
+
+
+def starting_state(config: Config, run: RunDirectory, program: TrainProgram) -> tuple[TrainState, str]:
+    """The state that training starts from, and where it comes from in words."""
+    if (state := run.restore(program)) is not None:
+        return state, f"resumed after step {run.first_step}"
+    if not config.init_from:
+        return create_state(program.model, program.optimizer, program.mesh, config.seed), "fresh"
+    check_same_network(config.init_from, config)
+    pretrained = starting_params(config.init_from, program.mesh)
+    state = create_state(program.model, program.optimizer, program.mesh, config.seed)
+    state = dataclasses.replace(state, params=finetune.merge_params(state.params, pretrained))
+    new = ", a new classifier" if program.model.num_classes and "classifier" not in pretrained else ""
+    return state, f"weights of {config.init_from}{new}"
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Evaluates and samples after a step, as each is due. `latest` holds the metrics of the last evaluation."""
+
+    config: Config
+    run: RunDirectory
+    program: TrainProgram
+    source: Source
+    palette: Palette
+    journal: Journal
+    signal: StopSignal
+    latest: dict = dataclasses.field(default_factory=dict)
+
+    def __call__(self, params: dict, step: int) -> bool:
+        """Returns whether the checkpoint of this step must be saved: it is the best one, or training ends early.
+
+        At SIGTERM the evaluation is left to the resumed run.
+        """
+        train, progress, improved = self.config.train, self.run.progress, False
+        if progress.evaluated_step < step and train.is_due(step, train.eval_every):
+            metrics = evaluate(self.config, self.program, params, self.source, self.palette, self.signal)
+            if metrics is None:
+                return False
+            self.latest, progress.evaluated_step = metrics, step
+            self.journal.evaluated(step, metrics)
+            if self.config.objective.classification:
+                improved = progress.note(step, metrics["eval/accuracy"])
+            if self.run.has_ended_early:
+                self.journal.print(f"step {step}: no better accuracy in {train.patience} evaluations: training ends")
+        draws = train.num_samples and self.config.model.causal and self.config.objective.generative
+        if draws and train.is_due(step, train.sample_every) and not self.signal.requested():
+            model = Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
+            self.journal.sampled(step, image_grid(sample_images(model, train.num_samples, self.config.seed)))
+        return improved or self.run.has_ended_early
+
+
+def evaluate(config: Config, program: TrainProgram, params: dict, source: Source, palette, signal) -> dict | None:
+    """eval/...: means over every validation image; None if SIGTERM came meanwhile."""
+    batch_size, mesh, sums = config.train.eval_batch_size, program.mesh, []
+    rows = process_rows(batch_size, mesh)
+    batches = eval_batches(source.validation, palette, batch_size, rows, evaluation_drops(config))
+    for sums_of_batch in run_batches(program.eval_step, params, batches, batch_size, mesh):
+        sums.append(sums_of_batch)
         if signal.requested():
             return None
-    sums[-1] = jax.device_get(sums[-1])
     count = sum(number for _, number in sums)
-    return {f"eval/{name}": float(sum(values[name] for values, _ in sums) / count) for name in sums[0][0]}
+    metrics = {f"eval/{name}": float(sum(values[name] for values, _ in sums) / count) for name in sums[0][0]}
+    if config.model.causal and config.objective.generative:
+        nats = metrics.get("eval/generative_loss", metrics["eval/loss"])
+        bits = bits_per_dim(nats, program.model.seq_len, *source.image_size, source.channels)
+        metrics["eval/bits_per_dim"] = bits
+    return metrics
 
 
-def test_classifier(config, workdir, graph, abstract_params, source: Source, palette, drops, mesh) -> dict:
-    """test/...: of a fine-tuned network's best checkpoint. Writes finetune.json and confusion.png."""
-    params, step = checkpoint.restore_params(workdir, abstract_params)
-    counts = finetune.confusion(graph, params, source, palette, drops, config.train.eval_batch_size, mesh)
-    best = checkpoint.progress_at(workdir, checkpoint.finished_steps(workdir)[-1])
-    images = {name: len(getattr(source, name)) for name in ("train", "validation", "test")}
-    details = {"source": source.name, "images": images, "step": step, "validation_accuracy": best.best_accuracy}
-    return {"test/accuracy": finetune.report(workdir, counts, details)["test_accuracy"]}
+def test_classifier(config: Config, run: RunDirectory, program: TrainProgram, source: Source, palette) -> dict:
+    """test/...: the test accuracy of the best checkpoint. Writes finetune.json and confusion.png."""
+    with storage_errors(run.path):
+        params, step = checkpoint.restore_params(run.path, program.abstract.params)
+        drops, batch_size = evaluation_drops(config), config.train.eval_batch_size
+        counts = finetune.confusion(program.graph, params, source, palette, drops, batch_size, program.mesh)
+        images = {name: len(getattr(source, name)) for name in SPLITS}
+        accuracy = run.progress.best_accuracy
+        details = {"source": source.name, "images": images, "step": step, "validation_accuracy": accuracy}
+        return {"test/accuracy": finetune.report(run.path, counts, details)["test_accuracy"]}
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> Parser:
+    """The flags besides --config."""
     parser = Parser("train.py", __doc__)
     parser.add_argument(
         "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"
     )
-    parser.add_argument(
-        "--start_over", action="store_true", help="set an earlier run in --workdir aside (renamed) and begin anew"
-    )
-    launch.add_arguments(parser)
+    parser.add_argument("--start_over", action="store_true", help="rename an earlier run in --workdir and begin anew")
+    add_process_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
     with reported():
-        args = parse_with_config(parser, argv)
-        launch.join_from(args, saves_at_sigterm=True)
-        configuration.check(args.config)
-        if args.config.mesh.cpu_devices:
-            jax.config.update("jax_num_cpu_devices", args.config.mesh.cpu_devices)
-        run(args.config, args.workdir, args.start_over)
+        args = parse_with_config(parser(), argv)
+        join_from(args, saves_at_sigterm=True)
+        config = Config.of(args.config, trains=True)
+        if config.mesh.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        run(config, args.workdir, args.start_over)
 
 
 if __name__ == "__main__":

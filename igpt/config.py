@@ -1,221 +1,190 @@
-"""A run's configuration: from the command line to checked values, and to and from config.json."""
+"""A run's configuration: one frozen dataclass a section, made from the ConfigDict of a config file once, and checked.
+
+configs/base.py explains every field. The sections live beside the code that they configure: DataConfig in
+data/settings.py, ModelConfig in model.py, OptimConfig in optim.py, MeshConfig in sharding.py; the others are here.
+"""
 
 import dataclasses
-import json
-from pathlib import Path
+from collections.abc import Mapping
 
 import jax
-from ml_collections import ConfigDict
 
 from igpt.attention import resolve_backend
+from igpt.data.settings import DataConfig
 from igpt.errors import UserError
-from igpt.files import write_text
+from igpt.fields import check_at_least, check_choice, make_section
 from igpt.model import ModelConfig
-
-# Fields that change how a run is carried out, not what it computes: free to change when it is resumed.
-FREE_ON_RESUME = (
-    "data.data_dir",
-    "data.on_unreadable",
-    "data.threads",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.dcn_data",
-    "mesh.cpu_devices",
-    "model.attention",
-    "model.remat",
-    "model.scan_layers",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batch_size",
-    "train.sample_every",
-    "train.num_samples",
-    "train.checkpoint_every",
-    "train.max_to_keep",
-    "train.patience",
-    "train.on_bad_step",
-    "train.profile_at",
-    "optim.spike_sigma",
-)
+from igpt.optim import OptimConfig
+from igpt.sharding import MeshConfig
 
 
-# What a run means that is older than these fields; and, of data, how the images of a model from elsewhere are read.
-READING = dict(
-    validation_fraction=0.1,
-    test_fraction=0.2,
-    split_seed=0,
-    preprocess="none",
-    short_side=(256, 384),
-    crop=224,
-    filter="bicubic",
-    split_file="",
-    data_dir="",
-    on_unreadable="stop",
-    labels_per_class=0,
-    subset_seed=0,
-)
-OBJECTIVE = dict(generative=1.0, classification=0.0, drop_rate=0.15, eval_masks=5)
-TRAIN = dict(patience=0, on_bad_step="stop", profile_at=0)
-OPTIM = dict(spike_sigma=0.0)
-MESH = dict(dcn_data=1)
-ADDED = {"data": READING, "objective": OBJECTIVE, "train": TRAIN, "optim": OPTIM, "mesh": MESH}
+@dataclasses.dataclass(frozen=True)
+class PaletteConfig:
+    """Which colours the tokens stand for."""
+
+    colors: int
+    path: str = ""
+    max_pixels: int = 1_000_000
+
+    def __post_init__(self):
+        check_at_least(self, "palette.", colors=1, max_pixels=1)
 
 
-def check_network(config: ConfigDict) -> None:
-    """Raises UserError unless `config` says what network it is of, on which images: enough to load one."""
-    missing = [name for name in ("data", "palette", "model") if name not in config]
-    if missing:
-        raise UserError(f"this is no configuration of ours: it has no {', '.join(missing)}; start from configs/base.py")
-    size = config.data.image_size
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise UserError(f"data.image_size is {size}; give (height, width), such as '(28,28)'")
-    if config.data.channels not in (1, 3):
-        raise UserError(f"data.channels is {config.data.channels}; choose 1 (grey) or 3 (colour)")
-    if config.palette.colors < 1:
-        raise UserError(f"palette.colors is {config.palette.colors}; it must be at least 1")
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the loss is made of."""
+
+    generative: float = 1.0
+    classification: float = 0.0
+    drop_rate: float = 0.15
+    eval_masks: int = 5
+
+    def __post_init__(self):
+        check_at_least(self, "objective.", generative=0.0, classification=0.0, eval_masks=1)
+        if not self.classification and self.generative not in (0.0, 1.0):
+            raise UserError(
+                f"objective.generative is {self.generative}; without objective.classification it is the only loss, and "
+                "its weight must be 1"
+            )
+        if not self.generative + self.classification > 0:
+            raise UserError("objective.generative and objective.classification are both 0: there is nothing to learn")
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for values that no part of a training run could use. Parts check what only they know."""
-    check_network(config)
-    missing = [name for name in ("objective", "optim", "train", "mesh") if name not in config]
-    if missing:
-        raise UserError(
-            f"this is no training configuration: it has no {', '.join(missing)}; start from configs/base.py"
-        )
-    least = {
-        "seed": 0,
-        "data.split_seed": 0,
-        "data.threads": 1,
-        "palette.max_pixels": 1,
-        "optim.warmup_steps": 0,
-        "optim.weight_decay": 0.0,
-        "optim.clip_norm": 0.0,
-        "optim.eps": 0.0,
-        "train.steps": 1,
-        "train.batch_size": 1,
-        "train.accumulate": 1,
-        "train.log_every": 1,
-        "train.eval_every": 1,
-        "train.eval_batch_size": 1,
-        "train.sample_every": 1,
-        "train.num_samples": 0,
-        "train.checkpoint_every": 1,
-        "train.max_to_keep": 1,
-        "train.patience": 0,
-        "train.profile_at": 0,
-        "data.labels_per_class": 0,
-        "data.subset_seed": 0,
-        "objective.generative": 0.0,
-        "objective.classification": 0.0,
-        "objective.eval_masks": 1,
-        "mesh.dcn_data": 1,
-        "mesh.cpu_devices": 0,
-    }
-    values = flatten(config)
-    for name, smallest in least.items():
-        if values[name] < smallest:
-            raise UserError(f"{name} is {values[name]}; it must be at least {smallest}")
-    if config.train.on_bad_step not in ("stop", "skip"):
-        raise UserError(f"train.on_bad_step is {config.train.on_bad_step!r}; choose stop or skip")
-    _check_objective(config)
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long a run trains, and how often it logs, evaluates, samples and saves."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    log_every: int
+    eval_every: int
+    eval_batch_size: int
+    sample_every: int
+    num_samples: int
+    checkpoint_every: int
+    max_to_keep: int
+    profile_at: int
+    on_bad_step: str
+    patience: int
+
+    def __post_init__(self):
+        every = dict(log_every=1, eval_every=1, sample_every=1, checkpoint_every=1)
+        check_at_least(self, "train.", steps=1, batch_size=1, accumulate=1, eval_batch_size=1, max_to_keep=1, **every)
+        check_at_least(self, "train.", num_samples=0, profile_at=0, patience=0)
+        check_choice(self, "train.", on_bad_step=("stop", "skip"))
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last one, happens after `step`."""
+        return step == self.steps or step % every == 0
 
 
-def _check_objective(config: ConfigDict) -> None:
-    """Raises UserError unless there is something to learn, and a head for it."""
-    objective, model = config.objective, config.model
-    if not objective.classification and objective.generative not in (0.0, 1.0):
-        raise UserError(f"objective.generative is {objective.generative}; the only loss that there is has weight 1")
-    if not objective.generative + objective.classification > 0:
-        raise UserError("objective.generative and objective.classification are both 0: there is nothing to learn")
-    if objective.generative and not model.pixel_head:
-        raise UserError(
-            f"objective.generative is {objective.generative}, but model.pixel_head is False, so that no pixel can be "
-            "predicted; set objective.generative=0 to learn classes only, or model.pixel_head=True"
-        )
-    if objective.classification and model.num_classes < 2:
-        raise UserError(
-            f"objective.classification is {objective.classification}, but model.num_classes is {model.num_classes}; "
-            "set it to the number of classes, 2 or more"
-        )
-    if model.num_classes and not objective.classification:
-        raise UserError(
-            f"model.num_classes is {model.num_classes}, but objective.classification is 0: the classifier would learn "
-            "nothing; set objective.classification=1, or model.num_classes=0"
-        )
-    if not model.causal and not 0.0 < objective.drop_rate < 1.0:
-        raise UserError(f"objective.drop_rate is {objective.drop_rate}; BERT drops a share between 0 and 1")
-    if config.train.patience and not objective.classification:
-        raise UserError(
-            "train.patience waits for a better validation accuracy, which only fine-tuning has; set train.patience=0, "
-            "or objective.classification=1"
-        )
+SECTIONS = {
+    "data": DataConfig,
+    "palette": PaletteConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+}
+OF_TRAINING = ("optim", "train", "mesh")  # the sections that a model from elsewhere lacks
 
 
-def model_config(config: ConfigDict, device: jax.Device | None = None) -> ModelConfig:
-    """The network that a run's configuration means on a device, by default this machine's: settles every "auto"."""
-    device = device or jax.devices()[0]
-    height, width = config.data.image_size  # the palette's grid: a token a pixel
-    fields = dict(config.model, attention="chunked", vocab_size=config.palette.colors, seq_len=height * width)
-    if fields["dtype"] == "auto":
-        fields["dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
-    model = ModelConfig(**fields)
-    attention = resolve_backend(config.model.attention, device, model.dtype, model.head_size, model.seq_len)
-    return dataclasses.replace(model, attention=attention)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole configuration. `model` may hold "auto" in dtype and attention; `network` settles them for a device."""
 
+    data: DataConfig
+    palette: PaletteConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig | None = None
+    train: TrainConfig | None = None
+    mesh: MeshConfig | None = None
+    seed: int = 0
+    init_from: str = ""
 
-def of_network(model: ModelConfig, image_size: tuple[int, int], channels: int) -> ConfigDict:
-    """The configuration of a network that was not trained here: no data source, no training."""
-    fields = dataclasses.asdict(model) | {"dtype": "auto", "attention": "auto"}
-    del fields["vocab_size"], fields["seq_len"]
-    data = dict(source="", image_size=image_size, channels=channels) | READING
-    return ConfigDict(dict(data=data, palette=dict(colors=model.vocab_size), model=fields, objective=OBJECTIVE))
+    def __post_init__(self):
+        check_at_least(self, "", seed=0)
+        objective, model = self.objective, self.model
+        if not model.causal and not 0.0 < objective.drop_rate < 1.0:
+            raise UserError(f"objective.drop_rate is {objective.drop_rate}; BERT drops a share between 0 and 1")
+        if self.train is not None:
+            self._check_heads()
 
+    def _check_heads(self) -> None:
+        """Raises UserError unless each weight of the loss has its head, and each head a weight."""
+        objective, model = self.objective, self.model
+        if objective.generative and not model.pixel_head:
+            raise UserError(
+                f"objective.generative is {objective.generative}, but model.pixel_head is False: no pixel can be "
+                "predicted; set objective.generative=0 to learn classes only, or model.pixel_head=True"
+            )
+        if objective.classification and model.num_classes < 2:
+            raise UserError(
+                f"objective.classification is {objective.classification}, but model.num_classes is "
+                f"{model.num_classes}; set it to the number of classes, 2 or more"
+            )
+        if model.num_classes and not objective.classification:
+            raise UserError(
+                f"model.num_classes is {model.num_classes}, but objective.classification is 0: the classifier would "
+                "learn nothing; set objective.classification=1, or model.num_classes=0"
+            )
+        if self.train.patience and not objective.classification:
+            raise UserError(
+                "train.patience waits for a better validation accuracy, which only fine-tuning has; set "
+                "train.patience=0, or objective.classification=1"
+            )
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict:
-    """{"a.b": value} of all fields, tuples as lists, so that it compares equal before and after JSON."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
+    @classmethod
+    def of(cls, values: "Mapping | Config", trains: bool = False) -> "Config":
+        """From a ConfigDict or nested dict; a Config is returned as it is.
 
+        Raises UserError naming a field that is unknown, missing, or has a value that makes no sense. `trains`: the
+        sections that only training reads must be there, too.
+        """
+        if isinstance(values, cls):
+            return values
+        needed = ("data", "palette", "model", *(("objective", *OF_TRAINING) if trains else ()))
+        if missing := [name for name in needed if name not in values]:
+            kind = "training configuration" if trains else "configuration of igpt"
+            raise UserError(f"this is no {kind}: it has no {', '.join(missing)}; start from configs/base.py")
+        fields = dict(values.items())
+        for name in (name for name in SECTIONS if name in fields and name != "model"):
+            fields[name] = make_section(SECTIONS[name], f"{name}.", fields[name])
+        height, width = fields["data"].image_size  # the palette's grid has a token a pixel
+        derived = dict(vocab_size=fields["palette"].colors, seq_len=height * width)
+        fields["model"] = make_section(ModelConfig, "model.", dict(fields["model"].items()) | derived)
+        return make_section(cls, "", fields)
 
-def save(config: ConfigDict, workdir: Path) -> None:
-    """Writes workdir/config.json, whole or not at all."""
-    write_text(workdir / "config.json", config.to_json(indent=2) + "\n")
+    @classmethod
+    def of_network(cls, model: ModelConfig, image_size: tuple[int, int], channels: int) -> "Config":
+        """The configuration of a network that was not trained here: it has no data source and no training."""
+        model = dataclasses.replace(model, dtype="auto", attention="auto")
+        return cls(DataConfig("", image_size, channels), PaletteConfig(model.vocab_size), model)
 
+    def network(self, device: jax.Device | None = None) -> ModelConfig:
+        """The network on a device, by default this machine's first: every "auto" is settled.
 
-def load(workdir: Path) -> ConfigDict:
-    """Reads workdir/config.json."""
-    path = workdir / "config.json"
-    try:
-        config = ConfigDict(json.loads(path.read_text()))
-        check_network(config)
-        config.objective = config.get("objective", ConfigDict())
-        for section, defaults in ADDED.items():
-            for name in defaults.keys() - config.get(section, defaults).keys():
-                config[section][name] = defaults[name]
-        return config
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not a run directory: it has no config.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or not ours: {error!r}") from None
+        Raises UserError for an attention back end that cannot run there.
+        """
+        device = device or jax.devices()[0]
+        model, dtype = self.model, self.model.dtype
+        if dtype == "auto":
+            dtype = "float32" if device.platform == "cpu" else "bfloat16"
+        attention = resolve_backend(model.attention, device, dtype, model.head_size, model.seq_len)
+        return dataclasses.replace(model, dtype=dtype, attention=attention)
 
+    def to_dict(self) -> dict:
+        """Nested dicts as config.json holds them. Vocabulary and sequence length follow from palette and data."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields["model"] = {k: v for k, v in fields["model"].items() if k not in ("vocab_size", "seq_len")}
+        return fields
 
-def check_resumable(new: ConfigDict, workdir: Path) -> None:
-    """Raises UserError when `workdir` holds a run of another configuration, naming every field that differs."""
-    old, new = flatten(load(workdir)), flatten(new)
-    differing = [
-        f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in FREE_ON_RESUME
-    ]
-    if differing:
-        raise UserError(
-            f"{workdir} holds a run with another configuration:\n" + "\n".join(differing) + "\n"
-            "Give another --workdir, or --start_over to set the old run aside and begin anew, or "
-            f"--config.init_from={workdir} with another --workdir to start from its weights."
-        )
+    def flat(self) -> dict:
+        """{"section.field": value} of all fields."""
+        flat = {}
+        for name, value in self.to_dict().items():
+            flat |= {f"{name}.{field}": item for field, item in value.items()} if name in SECTIONS else {name: value}
+        return flat

@@ -1,53 +1,51 @@
-"""Where a run writes: a folder that can be written to, small files that are there whole or not at all."""
+"""Files that are complete or absent, directories that are new, and JSON of strangers."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from igpt.errors import StorageError, UserError
 
 MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
-MAX_JSON_DEPTH = 32  # lists and objects inside each other; deeper ones could be read, but not copied or written
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of writing, and of nothing else
-
-
-def check_workdir(workdir: str | Path) -> Path:
-    """The workdir as a path that this run can write to, or UserError."""
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
-    workdir = Path(workdir)
-    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
-    return workdir
+MAX_JSON_DEPTH = 32  # deeper nesting could be read, but not copied or written
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing raises these
 
 
 @contextlib.contextmanager
-def told_of_storage(workdir: Path):
-    """What the file system says of a run's files and its data as a StorageError; a checkpoint tells for itself."""
+def whole(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write that gets its name when the block ends; if the block fails, nothing is left and `path` is as before.
+
+    Raises OSError.
+    """
+    partial = Path(f"{path}.partial")
     try:
-        yield
-    except OSError as error:
-        where = error.filename or (workdir if error.errno in NO_ROOM else "a file of the run, or of its data")
-        raise StorageError(
-            f"{where}: {error.strerror or error}. Finished checkpoints are as they were; make "
-            "room, or mend the place, and run the same command again."
-        ) from error
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, in UTF-8. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def write_text(path: Path | str, text: str) -> None:
+    """Writes UTF-8 text, complete or not at all. Raises OSError."""
+    with whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path | str, content: dict, indent: int = 1) -> None:
+    """Writes a JSON object, complete or not at all. Raises OSError."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a stranger's file of bounded size; UserError when it is missing, too large or damaged."""
+    """A JSON object from a stranger's file of bounded size. Raises UserError if it is missing, too large or damaged."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file")
@@ -70,8 +68,32 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def check_workdir(workdir: str | Path) -> Path:
+    """The workdir as a path. Raises UserError unless this process can write there."""
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
+    workdir = Path(workdir)
+    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
+    return workdir
+
+
+@contextlib.contextmanager
+def storage_errors(workdir: Path):
+    """Turns an OSError of a run's files or data into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        place = workdir if error.errno in STORAGE_ERRORS else "a file of the run, or of its data"
+        raise StorageError(
+            f"{error.filename or place}: {error.strerror or error}. Finished checkpoints are unchanged; make room, or "
+            "repair the storage, and run the same command again."
+        ) from error
+
+
 def check_new(out: str | Path) -> None:
-    """Raises UserError unless `out` is free: nothing that is there is ever written over."""
+    """Raises UserError unless `out` is free: absent, or an empty directory. Nothing that exists is overwritten."""
     if "://" in str(out):
         raise UserError(f"--out={out} is a bucket; write to a local or mounted path")
     out = Path(out)
@@ -84,15 +106,15 @@ def check_new(out: str | Path) -> None:
 
 
 def write_new(out: str | Path, write: Callable[[Path], None]) -> Path:
-    """Has `write` fill a folder beside `out`, and renames it when it is whole. If `write` fails, nothing is left."""
+    """Calls `write` with a folder beside `out` and renames it when it is complete. If `write` fails, nothing is left."""
     out = Path(out).absolute()
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # nobody else's
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # no other process uses this name
     try:
         partial.mkdir(parents=True)
         try:
             write(partial)
             if out.exists():
-                out.rmdir()  # empty: `check_new` has seen to it
+                out.rmdir()  # `check_new` made sure that it is empty
             os.rename(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,31 +1,36 @@
-"""Fine-tuning: a classifier on the pooled final norm, learnt with the whole network (Chen et al. 2020, section 2.3).
+"""Fine-tuning: a classifier on the pooled final norm, trained with the whole network (Chen et al. 2020, section 2.3).
 
 The network's head is `model.num_classes`, the joint objective `igpt.loss.make_loss`, early stopping
-`igpt.checkpoint.Progress`; the loop is train.py's. Here is what comes before the first step and after the last.
+`igpt.run.checkpoint.Progress`; train.py has the loop. Here is what comes before the first step and after the last.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Int
-from ml_collections import ConfigDict
 
+from igpt.config import Config
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Source, check_labels, few_labels
-from igpt.files import write_text
+from igpt.files import write_json
 from igpt.loss import masks_of, vote, wilson_interval
 from igpt.palette import Palette
 from igpt.plots import confusion_picture
-from igpt.sharding import process_rows, replicate, to_devices
+from igpt.run.cluster import is_first_process
+from igpt.sharding import process_rows, replicate
+from igpt.state import run_batches
 
 
-def labelled(source: Source, config: ConfigDict) -> Source:
-    """The source with its training images cut down to `data.labels_per_class`; UserError where labels do not serve."""
+def labelled(source: Source, config: Config) -> Source:
+    """The source with `data.labels_per_class` training images a class (0: all).
+
+    Raises UserError if the labels do not suit the classifier.
+    """
     if config.objective.classification:
         tested = [source.test] if source.test.labels is not None else []
         check_labels(source.train, source.validation, *tested, num_classes=config.model.num_classes)
@@ -36,16 +41,23 @@ def labelled(source: Source, config: ConfigDict) -> Source:
     return dataclasses.replace(source, train=source.train.take(chosen))
 
 
-def merge_params(fresh: dict, starting: dict) -> dict:
-    """Parameters to start from: a head that `starting` does not have is fresh, one that `fresh` has not is left."""
-    return fresh | {name: part for name, part in starting.items() if name in fresh}
+def merge_params(fresh: dict, pretrained: dict) -> dict:
+    """Pretrained parameters win. A head that exists on one side only is taken from `fresh`, or dropped."""
+    return fresh | {name: part for name, part in pretrained.items() if name in fresh}
 
 
 def confusion(
-    graph: nnx.GraphDef, params: dict, source: Source, palette: Palette, drops: Drops | None, batch_size: int, mesh
+    graph: nnx.GraphDef,
+    params: dict,
+    source: Source,
+    palette: Palette,
+    drops: Drops | None,
+    batch_size: int,
+    mesh: Mesh,
 ) -> Int[np.ndarray, "C C"]:
-    """How many test images of each class (row) were taken for each (column); with `drops`, by its masks' votes."""
+    """How many test images of each true class (row) were given each class (column). With `drops`, the masks vote."""
 
+    @jax.jit
     def count(params, batch):
         model = nnx.merge(graph, params)
         classes = jnp.stack([jnp.argmax(model.classify(batch["tokens"], keep), axis=-1) for keep in masks_of(batch)])
@@ -53,14 +65,10 @@ def confusion(
         true = jax.nn.one_hot(batch["label"], C) * batch["mask"][:, None]
         return replicate(jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes, C), C), precision="highest"))
 
-    count = jax.jit(count)
-    rows = process_rows(batch_size, mesh)
-    batches = eval_batches(source.test, palette, batch_size, rows, drops)
+    batches = eval_batches(source.test, palette, batch_size, process_rows(batch_size, mesh), drops)
     with jax.set_mesh(mesh):
-        return sum(
-            np.asarray(jax.device_get(count(params, to_devices(batch, batch_size, mesh)))).astype(np.int64)
-            for batch in batches
-        )
+        counts = run_batches(count, params, batches, batch_size, mesh)
+        return sum(np.asarray(one).astype(np.int64) for one in counts)
 
 
 def report(workdir: Path, counts: Int[np.ndarray, "C C"], details: dict) -> dict:
@@ -71,7 +79,7 @@ def report(workdir: Path, counts: Int[np.ndarray, "C C"], details: dict) -> dict
         "interval": wilson_interval(correct, total),
         "confusion": counts.tolist(),
     }
-    if jax.process_index() == 0:
-        write_text(workdir / "finetune.json", json.dumps(results, indent=1) + "\n")
+    if is_first_process():
+        write_json(workdir / "finetune.json", results)
         confusion_picture(counts, workdir / "confusion.png")
     return results

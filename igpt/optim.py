@@ -1,38 +1,48 @@
-"""Adam as the paper uses it (Chen et al. 2020, section 3.3), with the schedule, from the config; and its guard."""
+"""Adam as the paper uses it (Chen et al. 2020, section 3.3), with its schedule, and a guard against bad steps."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
+from jaxtyping import Array, Int
 
 from igpt.errors import UserError
+from igpt.fields import check_at_least, check_choice
 from igpt.sharding import path_of
 
-RECENT = 128  # losses by which a spike is told, as many as MaxText and Levanter keep
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Adam and its schedule. Raises UserError naming the field when a value makes no sense."""
+
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise UserError(f"optim.learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("b1", "b2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"optim.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        check_at_least(self, "optim.", warmup_steps=0, eps=0.0, weight_decay=0.0, clip_norm=0.0)
+        check_choice(self, "optim.", schedule=("cosine", "constant"))
 
 
-def make_optimizer(optim: ConfigDict, steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+def make_optimizer(optim: OptimConfig, steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The guarded optimizer of `steps` updates and its schedule, update number -> learning rate."""
-    if not (optim.spike_sigma == 0.0 or 1.0 <= optim.spike_sigma < float("inf")):
-        raise UserError(
-            f"optim.spike_sigma is {optim.spike_sigma}; give 0 (no spikes are told), or 1 or more, such as 6"
-        )
     peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
-    if not peak > 0:
-        raise UserError(f"optim.learning_rate is {peak}; it must be above 0")
-    for name in ("b1", "b2"):
-        if not 0.0 <= optim[name] < 1.0:
-            raise UserError(f"optim.{name} is {optim[name]}; it must lie in [0, 1)")
-    match optim.schedule:
-        case "cosine":
-            decay = optax.cosine_decay_schedule(peak, steps - warmup)
-        case "constant":
-            decay = optax.constant_schedule(peak)
-        case _:
-            raise UserError(f"optim.schedule is {optim.schedule!r}; choose cosine or constant")
+    if optim.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, steps - warmup)
+    else:
+        decay = optax.constant_schedule(peak)
     # From peak / (warmup + 1): a first update of zero would waste a batch.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     schedule = optax.join_schedules([rise, decay], [warmup]) if warmup else decay
@@ -42,45 +52,35 @@ def make_optimizer(optim: ConfigDict, steps: int) -> tuple[optax.GradientTransfo
 
     adam = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=is_kernel)
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
-    return guarded(optax.chain(*clip, adam), optim.spike_sigma), schedule
+    return guarded(optax.chain(*clip, adam)), schedule
 
 
 class GuardState(NamedTuple):
-    """What the guard remembers, in the checkpoint like the moments, so that a resumed run judges alike."""
+    """The optimizer's state, and how many updates were made and how many skipped."""
 
     inner: Any
-    losses: Float[Array, "128"]  # the last ones of updates that were made, in a ring
     updates: Int[Array, ""]
     skipped: Int[Array, ""]
 
 
-def guarded(inner: optax.GradientTransformation, spike_sigma: float) -> optax.GradientTransformationExtraArgs:
-    """Leaves parameters and moments as they are where the loss or a gradient is not finite, or the loss spikes.
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Leaves parameters and moments as they are where the loss or a gradient is not finite.
 
-    A spike lies `spike_sigma` standard deviations above the mean of the last 128 losses; 0: there are none. `update`
-    needs the keyword `loss`.
+    `update` needs the keyword `loss`. (optax.apply_if_finite applies a bad update in the end; this never does.)
     """
 
     def init(params):
         zero = jnp.zeros((), jnp.int32)
-        return GuardState(inner.init(params), jnp.zeros(RECENT, jnp.float32), zero, zero)
+        return GuardState(inner.init(params), zero, zero)
 
     def update(grads, state, params=None, *, loss, **_):
         good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        if spike_sigma:
-            limit = jnp.mean(state.losses) + spike_sigma * jnp.std(state.losses)
-            good &= (loss <= limit) | (state.updates < RECENT)
         updates, inner_state = inner.update(grads, state.inner, params)
 
-        def chosen(new, old):
+        def where_good(new, old):
             return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
-        remembered = state.losses.at[state.updates % RECENT].set(loss.astype(jnp.float32))
-        return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf)), updates), GuardState(
-            chosen(inner_state, state.inner),
-            jnp.where(good, remembered, state.losses),
-            state.updates + good,
-            state.skipped + ~good,
-        )
+        updates = where_good(updates, jax.tree.map(jnp.zeros_like, updates))
+        return updates, GuardState(where_good(inner_state, state.inner), state.updates + good, state.skipped + ~good)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and every large parameter
 splits heads and mlp channels inside a block (Shoeybi et al. 2019). Their product is the number of devices.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from igpt.errors import UserError
+from igpt.fields import check_at_least
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -32,8 +34,26 @@ RULES = (
     (r"blocks\.(out|down)\.bias", P()),  # [L, D]
     (r"(blocks\.attention_norm|blocks\.mlp_norm|final_norm)\.gain", P()),  # [L, D], [D]
     (r"(head|classifier)\.kernel", P("fsdp", None)),  # [D, V], [D, C]
-    (r"step|count|losses|updates|skipped", P()),  # counters, and the guard's memory
+    (r"step|count|updates|skipped", P()),  # counters
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The sizes of the mesh's axes; `make` says when they do not fit the devices."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    cpu_devices: int
+    dcn_data: int = 1
+
+    def __post_init__(self):
+        check_at_least(self, "mesh.", dcn_data=1, cpu_devices=0)
+
+    def make(self, devices=None) -> Mesh:
+        """The mesh over all devices, or those given."""
+        return make_mesh(self.data, self.fsdp, self.tensor, devices, self.dcn_data)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, dcn_data: int = 1) -> Mesh:

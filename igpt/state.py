@@ -1,8 +1,11 @@
-"""The training state, its sharded creation, and the pure steps that move it on."""
+"""The training state, and all that a configuration compiles to: shapes, shardings, the training step, the evaluation step.
+
+train.py runs this program and `igpt plan` compiles it for machines that are not here: it is one piece of code.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +14,59 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from igpt.attention import check_dropout
+from igpt.config import Config
+from igpt.loss import make_loss
 from igpt.model import ImageGPT, ModelConfig
-from igpt.sharding import shard_batch, shardings, to_devices
+from igpt.optim import make_optimizer
+from igpt.sharding import check_batch_size, shard_batch, shardings, to_devices
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an update changes: how many there were, the parameters (nested dicts), the optimizer's moments."""
+    """All that an update changes: the number of updates, the parameters (nested dicts), the optimizer's state."""
 
     step: Int[Array, ""]
     params: dict
     opt_state: Any
 
 
+class TrainProgram(NamedTuple):
+    """What a configuration compiles to on a mesh. Nothing here holds an array."""
+
+    model: ModelConfig  # with every "auto" settled for the mesh's devices
+    graph: nnx.GraphDef
+    optimizer: optax.GradientTransformationExtraArgs
+    abstract: TrainState  # shapes with their shardings
+    train_step: Callable  # (state, batch) -> (state, metrics); the old state's memory is reused
+    eval_step: Callable  # (params, batch) -> (sums over the batch, number of examples)
+    mesh: Mesh
+
+
+def build_program(config: Config, mesh: Mesh) -> TrainProgram:
+    """Model, optimizer, loss and steps of a training configuration. Raises UserError for what cannot run on the mesh."""
+    train = config.train
+    check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
+    model = config.network(mesh.devices.flat[0])
+    check_dropout(model.attention, model.attention_dropout)
+    optimizer, schedule = make_optimizer(config.optim, train.steps)
+    graph, abstract = abstract_state(model, optimizer, mesh)
+    loss = make_loss(graph, config.objective.generative, config.objective.classification)
+    dropout_seed = config.seed if model.has_dropout else None
+    train_step = make_train_step(loss, optimizer, schedule, abstract, train.accumulate, dropout_seed)
+    return TrainProgram(model, graph, optimizer, abstract, train_step, make_eval_step(loss), mesh)
+
+
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """(graph, state of shapes with shardings). No array is made: what `create_state` and a restore both follow."""
+    """(graph, abstract TrainState with shardings): what `create_state` and a restored checkpoint follow."""
     graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
     state = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(params))
     return graph, with_shardings(state, mesh)
 
 
 def with_shardings(tree, mesh: Mesh):
-    """Abstract leaves, each with the sharding that the rule table gives its path."""
+    """The tree's abstract leaves, each with the sharding that the rule table gives its path."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -42,7 +75,7 @@ def with_shardings(tree, mesh: Mesh):
 
 
 def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A new state, every leaf made on the devices that will hold it."""
+    """A new state; every leaf is made on the devices that hold it."""
     _, abstract = abstract_state(config, optimizer, mesh)
 
     def create():
@@ -63,10 +96,10 @@ def make_train_step(
     accumulate: int = 1,
     dropout_seed: int | None = None,
 ) -> Callable:
-    """train_step(state, batch) -> (state, metrics), jitted; the old state's memory is given to the new one.
+    """train_step(state, batch) -> (state, metrics), jitted. The old state is donated to the new one.
 
-    `loss` is one of `igpt.loss.make_loss`. The batch is worked through in `accumulate` micro-batches, their gradients
-    averaged. `dropout_seed` None: none.
+    `loss` comes from `igpt.loss.make_loss`. The batch is computed in `accumulate` micro-batches, whose gradients are
+    averaged. Without a `dropout_seed` there is no dropout.
     """
 
     def loss_and_grads(params, batch, key):
@@ -96,7 +129,9 @@ def make_train_step(
 
 
 def _averaged(loss_and_grads, params, batch, key, accumulate):
-    def micro_batches(x):  # every device keeps its own rows: micro-batch i is rows i, i + A, i + 2A, ...
+    """The mean of loss_and_grads over micro-batches, one after the other."""
+
+    def micro_batches(x):  # micro-batch i is rows i, i + A, i + 2A, ...: every device keeps its own rows
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
     parts = jax.tree.map(micro_batches, batch)
@@ -114,7 +149,7 @@ def _averaged(loss_and_grads, params, batch, key, accumulate):
 
 
 def make_eval_step(loss: Callable) -> Callable:
-    """eval_step(params, batch) -> (sums over the unmasked examples of what `loss` gives of each, their number)."""
+    """eval_step(params, batch) -> (sums of the loss's values over the unmasked examples, number of these), jitted."""
 
     def eval_step(params, batch):
         values = loss(params, batch)

@@ -1,21 +1,17 @@
-"""Checkpoints on disk (Orbax: atomic, asynchronous, resharded on restore).
+"""Checkpoints on disk (Orbax: atomic, asynchronous, resharded when restored).
 
-    WORKDIR/config.json, palette.npy, checkpoints/STEP/{params, optimizer, progress, sha256.json}
+    WORKDIR/checkpoints/STEP/{params, optimizer, progress, sha256.json}
 
-Parameters and optimizer are separate items, so that whoever only wants the model never reads the moments. `progress`
-is what else a run has to know to go on. A checkpoint carries the digests of its files, written before it is given its
-name: one that is damaged is told from a sound one before it is read.
+Parameters and optimizer are separate items: a reader who wants the model never reads the optimizer's moments.
+`progress` holds the rest of what a resumed run must know.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import shutil
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -23,20 +19,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from igpt.errors import StorageError, UserError, reported
-from igpt.run.cluster import agreed, everywhere, meet
+from igpt.errors import StorageError, UserError, first_line, reported
+from igpt.run.cluster import all_processes, barrier, broadcast, exists, is_first_process
+from igpt.run.digests import damage, write_digests
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
-DIGESTS = "sha256.json"
 REPLACED = "replaced-"
-FILE_BYTES = 64 << 20  # Orbax holds a data file in memory until it is written: its own 2 GiB would weigh as much as L
+FILE_BYTES = 64 << 20  # Orbax holds a data file in memory while it writes it; its default of 2 GiB is as large as L
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far evaluations have come; of fine-tuning, also which had the highest accuracy, and how many came since."""
+    """The last evaluation, the best validation accuracy of fine-tuning, and how many evaluations came after it."""
 
     evaluated_step: int = 0
     best_step: int = 0
@@ -44,17 +40,21 @@ class Progress:
     evaluations_since: int = 0
 
     def note(self, step: int, accuracy: float) -> bool:
-        """Takes in an evaluation; whether it is the best so far."""
+        """Records an evaluation of a classifier; returns whether it is the best so far."""
         if accuracy <= self.best_accuracy:
             self.evaluations_since += 1
             return False
         self.best_step, self.best_accuracy, self.evaluations_since = step, accuracy, 0
         return True
 
+    def is_over(self, patience: int) -> bool:
+        """Whether the run has ended early: that many evaluations without a better accuracy (0: never)."""
+        return 0 < patience <= self.evaluations_since
+
 
 @dataclasses.dataclass
-class _BestToo(preservation_policy.PreservationPolicy):
-    """Keeps, besides the newest, the checkpoint of the best step."""
+class _KeepBest(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoint of the best step, besides the newest ones."""
 
     progress: Progress
 
@@ -64,46 +64,40 @@ class _BestToo(preservation_policy.PreservationPolicy):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        return False  # igpt.preemption asks the runtime, which expects one caller that counts
+        return False  # StopSignal polls the runtime, which expects a single caller
 
 
 class Checkpoints:
-    """Those that a run writes; close them (or use `with`) so that the last save finishes.
+    """The checkpoints that a run writes. Close them, or use `with`, so that the last save finishes.
 
-    The newest `max_to_keep` are kept, and that of `progress.best_step` as it is at the time of a save. All raise
-    StorageError when a save fails, also one that was under way in the background.
+    The newest `max_to_keep` are kept, and the one of `progress.best_step` at the time of a save. All methods raise
+    StorageError when a save fails, also one that runs in the background.
     """
 
     def __init__(self, workdir: Path, max_to_keep: int, progress: Progress | None = None):
         self.workdir, self.progress = workdir.absolute(), progress or Progress()
-        policies = [preservation_policy.LatestN(max_to_keep), _BestToo(self.progress)]
+        policies = [preservation_policy.LatestN(max_to_keep), _KeepBest(self.progress)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, barrier_sync_fn=self._meet),
-            cleanup_tmp_directories=True,  # of saves that a kill cut short
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, barrier_sync_fn=self._barrier),
+            cleanup_tmp_directories=True,  # of saves that a kill interrupted
             create=True,
         )
         self._saving = None
         self._manager = _Manager(self.workdir / FOLDER, options=options)
 
     def save(self, state: TrainState, step: int) -> None:
-        """Starts writing the state after `step` updates; returns once it is copied off the devices.
+        """Starts to write the state after `step` updates; returns once it is copied off the devices.
 
-        A checkpoint of that step, whose progress is then an older one, is replaced: it is kept beside the others until
-        the new one is finished.
+        An existing checkpoint of that step, which has an older progress, is replaced. It is kept under another name
+        until the new one is finished.
         """
-        with self._told():
+        with self._storage_errors():
             self._finish()
             self._saving = step
             if step in self._manager.all_steps():
-                if jax.process_index() == 0:
-                    (self.workdir / FOLDER / str(step)).rename(self.workdir / f"{REPLACED}{step}")
-                meet()
-                self._manager.reload()
-                while not everywhere(step not in self._manager.all_steps()):
-                    time.sleep(1)  # a network file system may show what was there
-                    self._manager.reload()
+                self._put_aside(step)
             items = dict(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -111,19 +105,29 @@ class Checkpoints:
             )
             self._manager.save(step, args=ocp.args.Composite(**items))
 
+    def _put_aside(self, step: int) -> None:
+        if is_first_process():
+            (self.workdir / FOLDER / str(step)).rename(self.workdir / f"{REPLACED}{step}")
+        barrier()
+        self._manager.reload()
+        while not all_processes(step not in self._manager.all_steps()):
+            time.sleep(1)  # a network file system may show the old name for a while
+            self._manager.reload()
+
     def newest(self) -> int | None:
-        """The step of the newest that is finished; waits for one that is being written."""
-        with self._told():
+        """The step of the newest finished checkpoint; waits for one that is being written."""
+        with self._storage_errors():
             self._finish()
         return max(finished_steps(self.workdir), default=None)
 
     def close(self) -> None:
-        with self._told():
+        """Waits for the save that is running and frees its threads."""
+        with self._storage_errors():
             self._finish()
             self._manager.close()
 
     def _finish(self) -> None:
-        """Waits for the save that is under way."""
+        """Waits for the save that is running."""
         self._manager.wait_until_finished()
         _settle_replaced(self.workdir)
 
@@ -134,123 +138,63 @@ class Checkpoints:
         self.close()
 
     def _seal(self) -> None:
-        """Adds the digests; called in the background when all is written and only the directory's name is missing."""
+        """Adds the digests. Orbax calls it in the background before it gives the directory its final name."""
         for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
-            files = _files(unnamed)
-            with ThreadPoolExecutor() as threads:  # hashlib leaves the interpreter to others
-                found = threads.map(_digest, files)
-                digests = {str(path.relative_to(unnamed)): digest for path, digest in zip(files, found, strict=True)}
-            (unnamed / DIGESTS).write_text(json.dumps(digests, indent=0))
+            write_digests(unnamed)
 
-    def _meet(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's meeting point of the processes within a save.
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier among the processes of a save.
 
-        One whose save has failed comes here from the background with the error in flight, to wait for others that
-        wait for it elsewhere, all of them 20 minutes: it tells the error and leaves instead, at which they end.
+        A process whose background save has failed would wait here for 20 minutes, since the others wait at another
+        barrier. It reports its error and exits instead; the runtime then ends the others.
         """
         failed = sys.exception() if threading.current_thread() is not threading.main_thread() else None
         if failed and jax.process_count() > 1:
-            with reported(), self._told():
+            with reported(), self._storage_errors():
                 raise failed
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     @contextlib.contextmanager
-    def _told(self):
+    def _storage_errors(self):
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # of a device, or the others: not of storage
+        except jax.errors.JaxRuntimeError:  # of a device or another process, not of storage
             raise
-        except Exception as error:  # of Orbax, TensorStore and the file system, each in its own words
+        except Exception as error:  # Orbax, TensorStore and the file system each raise types of their own
             kept = sorted(int(path.name) for path in (self.workdir / FOLDER).glob("*") if path.name.isdigit())
             raise StorageError(
                 f"the checkpoint of step {self._saving} could not be written to {self.workdir / FOLDER}: "
-                f"{_first_line(error)[-200:]}. "
-                + (f"That of step {kept[-1]} is untouched; " if kept else "There is none yet; ")
-                + "make room, or mend the place, and run the same command again."
+                f"{first_line(error)[-200:]}. "
+                + (f"The one of step {kept[-1]} is unchanged; " if kept else "There is no other yet; ")
+                + "make room, or repair the storage, and run the same command again."
             ) from error
 
 
 def _settle_replaced(workdir: Path) -> None:
-    """Of a checkpoint that is being replaced one stays: the new one where it is finished, else the old."""
-    if jax.process_index() > 0:
+    """Keeps one of a replaced checkpoint and its successor: the successor if it is finished, else the old one."""
+    if not is_first_process():
         return
     for old in workdir.glob(f"{REPLACED}*"):
         new = workdir / FOLDER / old.name.removeprefix(REPLACED)
         if new.exists():
-            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes the next time
+            shutil.rmtree(old, ignore_errors=True)  # files that cannot be removed now are removed the next time
         else:
             old.rename(new)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _files(folder: Path) -> list[Path]:
-    """Those of the items; beside them Orbax keeps a note that it has yet to finish."""
-    return sorted(path for path in folder.glob("*/**/*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def damage(workdir: Path, step: int, item: str = "") -> str:
-    """What is wrong with the files of a checkpoint, or of one item of it; "" where nothing is.
-
-    Of several processes each reads its share of the files; all have to ask. Weights alone (`save_params`) have no
-    digests; of a training state they are missing only where it was being removed. Raises StorageError where a sound
-    file cannot be read, or not by all.
-    """
-    folder = workdir / FOLDER / str(step)
-    found = _flaw(folder, item, jax.process_index(), jax.process_count())
-    if everywhere(not found):
-        return ""
-    if jax.process_count() > 1:  # what only another host does not see is that host's trouble
-        whole = _flaw(folder, item) if jax.process_index() == 0 else ""
-        if not agreed(np.array(bool(whole))):
-            raise StorageError(
-                f"{folder} is whole as process 0 sees it, but not as another does ({found or 'nothing here'}); see "
-                "whether all hosts see the same directory, and start again"
-            )
-        found = whole or found or "as process 0 found"
-    return found
-
-
-def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
-    try:
-        digests = json.loads((folder / DIGESTS).read_text())
-        for name in sorted(name for name in digests if name.startswith(item))[first::every]:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if _digest(folder / name) != digests[name]:
-                return f"{name} is not what was written"
-    except FileNotFoundError:
-        if [path.name for path in folder.glob("*") if path.is_dir()] != ["params"] or not any(_files(folder)):
-            return f"{DIGESTS} is missing"
-    except OSError as error:
-        raise StorageError(
-            f"the checkpoint {folder} cannot be read ({error}). If it is lost, move it away, and the one before is used"
-        ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        return f"{DIGESTS}: {error}"
-    return ""
-
-
 def finished_steps(workdir: Path) -> list[int]:
-    """The steps of a run's finished checkpoints, oldest first; reads only."""
+    """The steps of a run's finished checkpoints as this process sees them, oldest first; only reads."""
     if not (workdir / FOLDER).is_dir():
         return []
     with _reader(workdir) as checkpoints:
         return sorted(checkpoints.all_steps())
 
 
-def agreed_steps(workdir: Path) -> list[int]:
-    """The finished steps as process 0 sees them, of a run that may still be training; all processes have to ask."""
+def common_steps(workdir: Path) -> list[int]:
+    """The finished steps as process 0 sees them, for a run that may still be training. Every process must call it."""
     steps = np.array(finished_steps(workdir), np.int32)
-    count = int(agreed(np.array(len(steps))))
-    return agreed(np.resize(steps, count)).tolist() if count else []
+    count = int(broadcast(len(steps)))
+    return np.asarray(broadcast(np.resize(steps, count))).tolist() if count else []
 
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
@@ -258,37 +202,42 @@ def _reader(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=ITEMS)
 
 
-def sound_step(workdir: Path) -> int:
-    """The step of the newest checkpoint that is whole, 0 where there has been none. Damaged ones are moved away.
+def folder_of(workdir: Path, step: int) -> Path:
+    """The directory of a checkpoint."""
+    return workdir / FOLDER / str(step)
 
-    Raises UserError where all are damaged.
+
+def newest_sound_step(workdir: Path) -> int:
+    """The step of the newest undamaged checkpoint, 0 if there has been none. Damaged ones are moved away.
+
+    Raises UserError if all are damaged.
     """
     _settle_replaced(workdir)
-    meet()
-    steps = agreed_steps(workdir)
+    barrier()
+    steps = common_steps(workdir)
     for step in reversed(steps):
-        reason = damage(workdir, step)
+        reason = damage(folder_of(workdir, step))
         if not reason:
             return step
-        if jax.process_index() == 0:
+        if is_first_process():
             number = 1
             while (aside := workdir / f"damaged-{step}-{number}").exists():
                 number += 1
-            (workdir / FOLDER / str(step)).rename(aside)
-            print(f"the checkpoint of step {step} is damaged ({reason}): moved to {aside}, going on from an older one")
-        meet()
-    if steps or agreed(np.array(any(workdir.glob("damaged-*")))):  # now, or when the run was last started
+            folder_of(workdir, step).rename(aside)
+            print(f"the checkpoint of step {step} is damaged ({reason}): moved to {aside}, resuming from an older one")
+        barrier()
+    if steps or broadcast(any(workdir.glob("damaged-*"))):  # found now, or by an earlier start
         raise UserError(
-            f"every checkpoint of {workdir} is damaged, and so they were moved to {workdir}/damaged-STEP; restore one "
-            "from a copy, or run with --start_over to begin anew"
+            f"every checkpoint of {workdir} is damaged, and was moved to {workdir}/damaged-STEP; restore one from a "
+            "copy, or run with --start_over to begin anew"
         )
     return 0
 
 
 def save_params(workdir: Path, params: dict, step: int) -> None:
-    """Writes parameters alone, as a checkpoint that can be loaded and started from, but not resumed.
+    """Writes parameters alone: a checkpoint to load or to start from, but not to resume.
 
-    It needs hardly any memory besides theirs; jax.Arrays, that is: of numpy's Orbax makes a copy first.
+    Needs little memory besides theirs if they are jax.Arrays; Orbax copies NumPy arrays first.
     """
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)  # no second copy in memory
     with ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options) as checkpoints:
@@ -297,8 +246,8 @@ def save_params(workdir: Path, params: dict, step: int) -> None:
 
 
 def progress_at(workdir: Path, step: int) -> Progress | None:
-    """What a checkpoint says of its run's progress; None of one that has only weights, or is older than that."""
-    if not agreed(np.array((workdir / FOLDER / str(step) / "progress").is_dir())):
+    """The progress that a checkpoint holds; None for a checkpoint of weights alone."""
+    if not exists(folder_of(workdir, step) / "progress"):
         return None
     with _reader(workdir) as checkpoints:
         return Progress(**checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
@@ -306,29 +255,24 @@ def progress_at(workdir: Path, step: int) -> Progress | None:
 
 def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
     """The state after `step` updates, onto the shardings of `abstract`, whatever mesh wrote it."""
+    optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
-        optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+        # Partial: earlier versions also saved the last 128 losses.
+        optimizer=ocp.args.PyTreeRestore(
+            optimizer, ocp.checkpoint_utils.construct_restore_args(optimizer), partial_restore=True
+        ),
     )
     found = _restored(workdir, step, items)
     return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
 
 
-def read_arrays(workdir: Path, step: int) -> dict:
-    """Every array of a checkpoint as NumPy's, whatever devices wrote it: {"params": ..., "optimizer": ...}."""
-    found = {}
-    with ocp.StandardCheckpointer() as reader:
-        for item in ("params", "optimizer"):
-            path = workdir.absolute() / FOLDER / str(step) / item
-            shapes = reader.metadata(path).item_metadata.tree
-            found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
-    return found
-
-
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
-    """The parameters alone, and the step they are of: `step`, or that of the best checkpoint of a fine-tuning run, or
-    the newest of any other."""
-    steps = agreed_steps(workdir)
+    """The parameters alone, and their step: `step`, or the best step of a fine-tuning run, or the newest of any other.
+
+    Raises UserError for a missing or damaged checkpoint.
+    """
+    steps = common_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} has no finished checkpoint yet: train first, or name another run directory")
     if step is None:
@@ -336,7 +280,7 @@ def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tu
         step = progress.best_step if progress and progress.best_step in steps else steps[-1]
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
-    if reason := damage(workdir, step, "params/"):
+    if reason := damage(folder_of(workdir, step), "params/"):
         raise UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
     return _restored(workdir, step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params, step
 
@@ -345,9 +289,8 @@ def _restored(workdir: Path, step: int, items):
     with _reader(workdir) as checkpoints:
         try:
             return checkpoints.restore(step, args=items)
-        except Exception as error:  # of Orbax and TensorStore; digests tell damage, so that this is mostly another tree
-            reason = _first_line(error)[:300]
+        except Exception as error:  # damage was excluded by the digests: mostly this is another tree of arrays
             raise UserError(
-                f"the checkpoint of step {step} of {workdir} cannot be read as this network's: {reason}. It may be of "
-                "another version of igpt; its weights alone may still serve another run, as init_from"
+                f"the checkpoint of step {step} of {workdir} does not fit this network: {first_line(error)[:300]}. It "
+                "may come from another version of igpt; another run can still start from its weights with init_from"
             ) from error

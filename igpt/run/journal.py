@@ -1,6 +1,6 @@
-"""What a run reports: JSON lines and TensorBoard on disk, a progress bar on the terminal, and its speed.
+"""A run's journal: JSON lines and TensorBoard on disk, a progress bar on the terminal, speed, and bad steps.
 
-Names are `split/name`. Only process 0 of a multi-process run writes.
+Names are `split/name`. Of several processes only process 0 writes.
 """
 
 import contextlib
@@ -16,30 +16,133 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
+from igpt.config import Config
+from igpt.data.examples import Source
+from igpt.errors import NonFiniteError
+from igpt.files import write_text
 from igpt.flops import PEAK_FLOPS, train_flops_per_image
 from igpt.model import ModelConfig
 from igpt.plots import save_png
+from igpt.run.cluster import is_first_process
+from igpt.run.directory import RunDirectory
 
-FLUSH_SECONDS = 30  # that TensorBoard may be behind
+FLUSH_SECONDS = 30  # TensorBoard may be so far behind
+MAX_SKIPPED = 20  # bad steps in a row, after which training ends
+
+
+class Journal:
+    """Records every step of a run. The metrics of a step are read when the next step runs: the device never waits.
+
+    `skipped`: the number of bad steps in the state that the run starts from.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, model: ModelConfig, source: Source, skipped: int):
+        self.run, self.train, self.first_step = run, config.train, run.first_step
+        self.unreadable = source if config.data.on_unreadable == "skip" else None
+        self.skipped, self.skipped_in_a_row = skipped, 0
+        self.writer = Writer(run.path, run.first_step, run.evaluation_is_missing)
+        self.speed = Speed(model, config.train.batch_size)
+        self.bar = tqdm(
+            total=config.train.steps,
+            initial=run.first_step,
+            unit="step",
+            disable=not is_first_process(),
+            dynamic_ncols=True,
+        )
+        self._unread = None  # (step, metrics) of the newest step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.writer.close()
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step that was just dispatched, and reads those of the step before."""
+        self.settle()
+        self._unread = step, metrics
+
+    def settle(self) -> None:
+        """Reads the metrics of the newest step, and waits for them. Raises NonFiniteError for a bad step."""
+        if self._unread is not None:
+            (step, metrics), self._unread = self._unread, None
+            self._record(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
+
+    def _record(self, step: int, metrics: dict) -> None:
+        is_bad = self._check(step, metrics)
+        self.bar.update(step - self.bar.n)
+        if step == self.first_step + 1:
+            self.speed.restart(step)  # the first step waited for the compiler
+            self.print(f"step {step}: train/loss {metrics['train/loss']:.4f}")
+        if is_bad or step % self.train.log_every == 0 or step in (self.first_step + 1, self.train.steps):
+            metrics |= self.speed.read(step)
+            if self.unreadable:
+                metrics["data/unreadable"] = len(self.unreadable.unreadable)
+            self.writer.write(step, metrics)
+            rate = metrics.get("perf/images_per_sec")
+            self.bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
+
+    def _check(self, step: int, metrics: dict) -> bool:
+        """Whether the optimizer skipped this step. Raises NonFiniteError if training ends here."""
+        is_bad = metrics["train/skipped"] > self.skipped
+        self.skipped = int(metrics["train/skipped"])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_bad else 0
+        if not is_bad:
+            return False
+        what = f"step {step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}"
+        if self.train.on_bad_step == "stop" or self.skipped_in_a_row == MAX_SKIPPED:
+            raise NonFiniteError(self._how_to_continue(what))
+        self.print(f"{what}: skipped, {self.skipped} so far")
+        return True
+
+    def _how_to_continue(self, what: str) -> str:
+        newest = self.run.newest_checkpoint()
+        there = f"The newest checkpoint is that of step {newest}" if newest else "There is no checkpoint yet"
+        if self.train.on_bad_step == "skip":
+            return f"{what}. It is bad step {self.skipped_in_a_row} in a row, so training ends. {there}."
+        return (
+            f"{what}. {there}. To resume past it, run the same command with --config.train.on_bad_step=skip. If it "
+            "happens again, try a lower optim.learning_rate, a longer optim.warmup_steps or optim.clip_norm=1 in a new "
+            "--workdir."
+        )
+
+    def evaluated(self, step: int, metrics: dict) -> None:
+        """Records an evaluation."""
+        self.writer.write(step, metrics)
+        self.print(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
+
+    def sampled(self, step: int, picture) -> None:
+        """Records a grid of samples, uint8 [H, W, 3]."""
+        self.writer.write_samples(step, picture)
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves out of the speed what was done since the last step: evaluating, sampling, saving."""
+        self.speed.restart(step)
+
+    def print(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if is_first_process():
+            self.bar.write(text)
 
 
 class Speed:
-    """Images per second, and the share of the devices' peak, since the last reading."""
+    """Images per second, and the share of the devices' peak FLOP/s, since the last reading."""
 
     def __init__(self, config: ModelConfig, batch_size: int):
         self.flops, self.batch_size = train_flops_per_image(config), batch_size
         device = jax.devices()[0].device_kind
-        # Longest name first: "TPU v5 lite" is not a "TPU v5".
+        # The longest name first: "TPU v5 lite" also begins with "TPU v5".
         known = [name for name in sorted(PEAK_FLOPS, key=len, reverse=True) if device.startswith(name)]
         self.peak = PEAK_FLOPS[known[0]] * jax.device_count() if known and config.dtype != "float32" else None
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Starts a new interval: after anything that is not training, such as compiling or evaluating."""
+        """Starts a new interval after `step`."""
         self.step, self.time = step, time.perf_counter()
 
     def read(self, step: int) -> dict:
-        """perf/... of the steps since the last reading or restart; nothing when there were none."""
+        """perf/... of the steps since the last reading or restart; empty if there were none."""
         if step == self.step:
             return {}
         rate = (step - self.step) * self.batch_size / (time.perf_counter() - self.time)
@@ -49,76 +152,67 @@ class Speed:
 
 
 class Writer:
-    """metrics.jsonl (a record a line), TensorBoard events and sample grids of one run; silent but on process 0."""
+    """metrics.jsonl (one record a line), TensorBoard events and sample grids; does nothing except on process 0."""
 
-    def __init__(self, workdir: Path, first_step: int, unfinished: bool = False):
-        """A run that resumes after `first_step`; `unfinished`: that step's evaluation is still to come."""
-        self.active = jax.process_index() == 0
+    def __init__(self, workdir: Path, first_step: int, evaluation_is_missing: bool = False):
+        """For a run that starts after `first_step`, whose evaluation may still be missing."""
+        self.active = is_first_process()
         if not self.active:
             return
         path = workdir / "metrics.jsonl"
-        _forget_after(path, first_step, unfinished)
+        _drop_records_after(path, first_step, evaluation_is_missing)
         self.lines = path.open("a")
-        # Written here and now: a thread, as of tensorboardX's SummaryWriter, ends when the disk is full, unnoticed.
+        # Events are written in this thread: the thread of tensorboardX's SummaryWriter dies silently on a full disk.
         self.events = EventsWriter(str(workdir / "events"))
-        self._tell_tensorboard(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides an earlier end
+        self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later old events
         self.flush_at = 0.0
         self.samples = workdir / "samples"
 
     def write(self, step: int, values: dict) -> None:
-        """Numbers of one step, on disk when this returns."""
+        """Writes the numbers of one step; the JSON line is on disk when this returns."""
         if not self.active:
             return
         values = {name: float(value) for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         self.lines.write(json.dumps({"step": step} | values) + "\n")
         self.lines.flush()
         for name, value in values.items():
-            self._tell_tensorboard(step, summary=scalar(name, value))
+            self._write_event(step, summary=scalar(name, value))
         if time.monotonic() > self.flush_at:
             self._flush()
 
     def write_samples(self, step: int, picture) -> None:
-        """A grid, uint8 [H, W, 3], as samples/STEP.png and in TensorBoard."""
+        """Writes a grid, uint8 [H, W, 3], as samples/STEP.png and to TensorBoard."""
         if not self.active:
             return
         self.samples.mkdir(exist_ok=True)
         save_png(picture, self.samples / f"{step:07d}.png")
-        self._tell_tensorboard(step, summary=image("samples", picture, dataformats="HWC"))
+        self._write_event(step, summary=image("samples", picture, dataformats="HWC"))
         self._flush()
 
     def close(self) -> None:
+        """Closes the files. A full disk was reported when it was first met."""
         if self.active:
             for file in (self.lines, self.events):
-                with contextlib.suppress(OSError):  # of what could not be written before, and was told then
+                with contextlib.suppress(OSError):
                     file.close()
 
-    def _tell_tensorboard(self, step: int, **content) -> None:
+    def _write_event(self, step: int, **content) -> None:
         self.events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def _flush(self) -> None:
-        self.events.flush()  # to the disk itself, which takes its time
-        os.fsync(self.lines.fileno())  # a mounted bucket keeps what was synced or closed
+        self.events.flush()
+        os.fsync(self.lines.fileno())  # a mounted bucket keeps only what was synced or closed
         self.flush_at = time.monotonic() + FLUSH_SECONDS
 
 
-def _forget_after(path: Path, step: int, unfinished: bool) -> None:
-    """Drops what a killed run wrote and its successor will write again: records later than `step`, and perhaps its
-    evaluation."""
+def _drop_records_after(path: Path, step: int, evaluation_is_missing: bool) -> None:
+    """Removes the records that a killed run wrote and the resumed run will write again."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError):  # a line that the kill interrupted
             record = json.loads(line)
-            if record["step"] < step + 1 - (unfinished and "eval/loss" in record):
+            if record["step"] < step + 1 - (evaluation_is_missing and "eval/loss" in record):
                 kept.append(line + "\n")
-        except (ValueError, KeyError):  # the line that was being written when the run was killed
-            continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
-def progress_bar(first_step: int, steps: int) -> tqdm:
-    """Steps done and time left. Silent but on process 0."""
-    return tqdm(total=steps, initial=first_step, unit="step", disable=jax.process_index() != 0, dynamic_ncols=True)
+    write_text(path, "".join(kept))

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers and clouds send before they take a machine away: heard now, obeyed at a good moment."""
+"""SIGTERM, which schedulers and clouds send before they take a machine away: noticed at once, obeyed between steps."""
 
 import signal
 import threading
@@ -10,35 +10,36 @@ from igpt.errors import PREEMPTED, UserError
 
 
 class PreemptedError(UserError):
-    """A run was asked to stop; it has been saved and can be continued."""
+    """A run was asked to stop. It is saved and can be resumed."""
 
     exit_code = PREEMPTED
     label = "stopped"
 
 
 class StopSignal:
-    """Within `with`, SIGTERM does not end the process but makes `requested()` true; a second one ends it.
+    """Within `with`, the first SIGTERM makes `requested()` true; a second one ends the process.
 
-    Of several processes one signal suffices. JAX's runtime hears it then, on whichever host, and names a check that
-    all have still before them: all have to call `requested()` equally often.
+    Of several processes, one signal to any of them is enough. JAX's runtime receives it and chooses a later call of
+    `requested()` at which all processes return true; so all must call it equally often.
     """
 
     def __enter__(self):
-        self._heard, self._checks, self._previous = False, 0, None
+        self._received, self._calls, self._previous = False, 0, None
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._hear)
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *_):
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    def _hear(self, *_):
-        self._heard = True
+    def _receive(self, *_):
+        self._received = True
         signal.signal(signal.SIGTERM, self._previous)
 
     def requested(self) -> bool:
-        if jax.process_count() > 1 and not self._heard:
-            self._checks += 1
-            self._heard = multihost_utils.reached_preemption_sync_point(self._checks)
-        return self._heard
+        """Whether the run should save and stop now."""
+        if jax.process_count() > 1 and not self._received:
+            self._calls += 1
+            self._received = multihost_utils.reached_preemption_sync_point(self._calls)
+        return self._received

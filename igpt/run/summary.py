@@ -1,63 +1,75 @@
-"""What train.py says on the terminal: before a run, what is about to happen; after it, what came of it."""
+"""What train.py prints: before a run, what is about to happen; after it, the result and the next commands."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from igpt.config import Config, ObjectiveConfig
 from igpt.data.examples import EncodedImages, Source
+from igpt.files import read_json
 from igpt.loss import marginal_entropy
 from igpt.model import ModelConfig
 from igpt.palette import Palette
+from igpt.run.cluster import is_first_process
 
 
-def describe(
-    workdir, origin, config: ConfigDict, model: ModelConfig, state, mesh, source: Source, palette: Palette
-) -> None:
-    """Says what is about to run: nothing that was chosen automatically stays unsaid."""
+def describe(workdir, origin: str, config: Config, model: ModelConfig, state, mesh, source: Source, palette: Palette):
+    """Prints what is about to run, with everything that was chosen automatically. Only process 0 prints."""
+    if not is_first_process():
+        return
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    in_files = isinstance(source.train.images, EncodedImages)
-    tokens = palette.encode(source.train.images[: 1000 if in_files else 10_000])  # for each pixel's histogram
+    images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # decoding files takes longer
+    tokens = palette.encode(source.train.images[:images])
+    marginal = marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run      {workdir} ({origin})\n"
         f"data     {source.name}: {len(source.train)} images for training, {len(source.validation)} for validation, "
         f"{len(source.test)} for test\n"
         f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
-        f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: "
-        f"{marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size):.4f}\n"
+        f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: {marginal:.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
         f"{count:,} parameters\n"
-        f"learns   {_learns(config.objective, model)}: {config.train.steps:,} steps of {config.train.batch_size} "
-        "images\n"
+        f"learns   {learning_goal(config.objective, model)}: {config.train.steps:,} steps of "
+        f"{config.train.batch_size} images\n"
         f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
         flush=True,
     )
 
 
-def _learns(objective: ConfigDict, model: ModelConfig) -> str:
-    """What the loss is made of."""
+def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
+    """What the loss consists of."""
     pixels = "the next pixel" if model.causal else f"{objective.drop_rate:.0%} of the pixels, dropped (BERT)"
     parts = ((objective.generative, pixels), (objective.classification, f"{model.num_classes} classes"))
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
-def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, first_step: int, step: int) -> None:
-    """The result, and what one would want to run next."""
-    model = config.model
+def farewell(
+    config: Config,
+    workdir: Path,
+    evaluation: dict,
+    seconds: float,
+    first_step: int,
+    step: int,
+    unreadable: list[str],
+) -> None:
+    """Prints the result, and the commands that usually come next. Only process 0 prints."""
+    if not is_first_process():
+        return
+    if unreadable:
+        print(f"passed over {len(unreadable)} unreadable images, such as: {unreadable[0]}")
     if first_step == step:
         print(f"{workdir} had already finished its {step} steps.")
     else:
         minutes, seconds = divmod(round(seconds), 60)
         unit = "" if config.objective.classification else " nats a token"
         print(f"finished step {step} in {minutes}:{seconds:02d}; validation loss {evaluation['eval/loss']:.4f}{unit}")
-        if (grid := Path(workdir) / "samples" / f"{step:07d}.png").exists():
+        if (grid := workdir / "samples" / f"{step:07d}.png").exists():
             print(f"samples: {grid}")
     if (workdir / "finetune.json").exists():
-        results = json.loads((workdir / "finetune.json").read_text())
+        results = read_json(workdir / "finetune.json")
         low, high = results["interval"]
         print(
             f"best on validation after step {results['step']}: test accuracy {100 * results['test_accuracy']:.1f} % "
@@ -65,8 +77,8 @@ def farewell(config: ConfigDict, workdir, evaluation: dict, seconds: float, firs
         )
     print("next:")
     print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
-    if model.causal and config.objective.classification:
+    if config.model.causal and config.objective.classification:
         print(f"  igpt export --model={workdir} --out=hf_classifier")
-    elif model.causal:
+    elif config.model.causal:
         print(f"  igpt sample --model={workdir} --num=16 --out=samples.png")
         print(f"  igpt sample --model={workdir} --complete=test --num=7 --out=completions.png")

@@ -1,0 +1,65 @@
+"""Sections of a configuration as frozen dataclasses: every field is known, has its type and lies in its range."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from igpt.errors import UserError
+
+Section = TypeVar("Section")
+
+
+def make_section(kind: type[Section], name: str, values: Mapping | Section) -> Section:
+    """The dataclass `kind` from the fields of a ConfigDict or dict; an instance of `kind` is returned as it is.
+
+    `name` is the section's prefix in messages, such as "data." or "". Lists become tuples. Raises UserError for an
+    unknown field, suggesting the nearest, for a missing one, and for a value of another type.
+    """
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{name.rstrip('.')} is {values!r}; a section of fields is needed, as in configs/base.py")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for given in values:
+        if given not in fields:
+            close = difflib.get_close_matches(given, fields, 1)
+            hint = f"did you mean {name}{close[0]}?" if close else f"there are {', '.join(fields)}"
+            raise UserError(f"{name}{given} is no field of a configuration; {hint}")
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    if missing := [f"{name}{field}" for field in required if field not in values]:
+        raise UserError(f"the configuration has no {', '.join(missing)}; start from configs/base.py")
+    plain = {given: tuple(value) if isinstance(value, list) else value for given, value in values.items()}
+    for given, value in plain.items():
+        if not _fits(value, fields[given].type):
+            wanted = getattr(fields[given].type, "__name__", fields[given].type)
+            raise UserError(f"{name}{given} is {value!r}; its type is {wanted}")
+    return kind(**plain)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def check_at_least(settings: Any, name: str, **least: float) -> None:
+    """Raises UserError for the first field below its smallest value; NaN is below every value."""
+    for field, smallest in least.items():
+        value = getattr(settings, field)
+        if not value >= smallest:
+            raise UserError(f"{name}{field} is {value}; it must be at least {smallest}")
+
+
+def check_choice(settings: Any, name: str, **allowed: tuple) -> None:
+    """Raises UserError for the first field whose value is not among those allowed."""
+    for field, choices in allowed.items():
+        value = getattr(settings, field)
+        if value not in choices:
+            raise UserError(f"{name}{field} is {value!r}; choose {', '.join(map(str, choices))}")

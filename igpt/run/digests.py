@@ -1,0 +1,77 @@
+"""SHA-256 digests of a checkpoint's files: how a damaged checkpoint is recognised before it is read.
+
+The digests are written when all files of a checkpoint are complete and only its final name is missing.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from igpt.errors import StorageError
+from igpt.run.cluster import all_processes, broadcast, is_first_process
+
+DIGESTS = "sha256.json"
+
+
+def write_digests(folder: Path) -> None:
+    """Adds the digests of all files to the folder of a checkpoint."""
+    files = _files(folder)
+    with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter's lock
+        digests = dict(zip(files, threads.map(_digest, files), strict=True))
+    by_name = {str(path.relative_to(folder)): digest for path, digest in digests.items()}
+    (folder / DIGESTS).write_text(json.dumps(by_name, indent=0))
+
+
+def damage(folder: Path, item: str = "") -> str:
+    """What is wrong with the files of a checkpoint, or of one item of it; "" if nothing is.
+
+    Each process reads a share of the files; every process must call this. A checkpoint of weights alone has no digests;
+    any other checkpoint without them was being removed. Raises StorageError for a file that cannot be read at the
+    moment, or not by every process: that is no damage.
+    """
+    found = _flaw(folder, item, jax.process_index(), jax.process_count())
+    if all_processes(not found):
+        return ""
+    if jax.process_count() > 1:  # a file that only another host misses is that host's problem
+        whole = _flaw(folder, item) if is_first_process() else ""
+        if not broadcast(bool(whole)):
+            raise StorageError(
+                f"{folder} is complete on process 0, but not on another process ({found or 'complete here'}); check "
+                "that all hosts see the same directory, and start again"
+            )
+        found = whole or found or "as process 0 found"
+    return found
+
+
+def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
+    """The first flaw among every `every`-th file; "" if there is none."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        for name in sorted(name for name in digests if name.startswith(item))[first::every]:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _digest(folder / name) != digests[name]:
+                return f"{name} differs from what was written"
+    except FileNotFoundError:
+        if [path.name for path in folder.glob("*") if path.is_dir()] != ["params"] or not any(_files(folder)):
+            return f"{DIGESTS} is missing"
+    except OSError as error:
+        raise StorageError(
+            f"the checkpoint {folder} cannot be read ({error}). If it is lost, move it away; the one before is then used"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"{DIGESTS}: {error}"
+    return ""
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of the checkpoint's items. Orbax's own notes beside them may still change."""
+    return sorted(path for path in folder.glob("*/**/*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,35 @@
+"""A few steps of a run, recorded by JAX's profiler for TensorBoard or XProf."""
+
+from pathlib import Path
+
+import jax
+
+
+class Profile:
+    """Records the steps `first`, first + 1 and first + 2 into WORKDIR/profile with JAX's profiler; 0 records none."""
+
+    STEPS = 3
+
+    def __init__(self, workdir: Path, first: int, last_step: int):
+        self.folder, self.first, self.last = workdir / "profile", first, min(first + self.STEPS - 1, last_step)
+        self.is_running = False
+
+    def before(self, step: int) -> None:
+        """Starts the recording if `step` is the first recorded step."""
+        if step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.is_running = True
+
+    def after(self, step: int, state) -> None:
+        """Ends the recording if `step` is the last recorded step."""
+        if self.is_running and step == self.last:
+            jax.block_until_ready(state)
+            self.__exit__()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.is_running:
+            jax.profiler.stop_trace()
+            self.is_running = False
