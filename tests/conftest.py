@@ -42,3 +42,23 @@ def write_npz(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def write_openai(tmp_path):
+    """write_openai(trX=...) -> PREFIX of a small data set in OpenAI's files; None leaves one out."""
+
+    def write(clusters=None, **arrays):
+        rng = np.random.default_rng(0)
+        if clusters is None:
+            clusters = rng.uniform(-1, 1, (17, 3)).astype(np.float32)
+        for split, count in (("tr", 43), ("va", 11), ("te", 7)):
+            arrays.setdefault(f"{split}X", rng.integers(0, len(clusters), (count, 25), np.uint16))
+            arrays.setdefault(f"{split}Y", np.eye(3, dtype=np.float32)[rng.integers(0, 3, count)])
+        np.save(tmp_path / "kmeans_centers.npy", clusters)
+        for suffix, array in arrays.items():
+            if array is not None:
+                np.save(tmp_path / f"small_{suffix}.npy", array)
+        return f"{tmp_path}/small"
+
+    return write

@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -20,8 +19,8 @@ from igpt.model import PRESETS, ImageGPT
 from igpt.optim import make_optimizer
 from igpt.sharding import check_batch_size, make_mesh
 from igpt.state import abstract_state
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 TRAINABLE = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("probe_")]
 BERT = ["s:bert", "m:bert", "l:bert"]
 PROBES = [("probe_digits", ()), ("probe_imagenet", ())]

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ import eval_probe
 import train
 from configs import digits, probe_digits
 from igpt.__main__ import main as run_igpt
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

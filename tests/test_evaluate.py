@@ -13,12 +13,12 @@ from igpt.errors import UserError
 from igpt.evaluate import evaluate
 from igpt.interop.load import Pretrained
 from igpt.palette import Palette
-from tests.test_model import TINY, random_model
+from tests.helpers import TINY_MODEL, random_model
 
 
 def pretrained_and_split(count=23, labels=True, **changes):
     palette = Palette(np.linspace(-1, 1, 11)[:, None].repeat(3, axis=1))
-    network = dataclasses.replace(TINY, **changes)
+    network = dataclasses.replace(TINY_MODEL, **changes)
     config = configuration.of_network(network, (1, 13), 1)
     tokens = np.random.default_rng(0).integers(0, 11, (count, 1, 13))
     split = Split(palette.decode(tokens), np.arange(count, dtype=np.int32) % 3 if labels else None)

@@ -26,12 +26,20 @@ from igpt.interop import openai
 from igpt.interop.export import export
 from igpt.palette import Palette
 from igpt.run import checkpoint
-from tests.data.test_sources import write_openai  # noqa: F401 - a fixture
-from tests.interop.test_export import CLUSTERS, SIZE, load_strictly, save_run
-from tests.interop.test_openai import V, released, write_checkpoint
-from tests.test_train import assert_bitwise_equal, losses, records
+from tests.helpers import (
+    HF_CLUSTERS,
+    HF_IMAGE_SIZE,
+    OPENAI_DIMS,
+    assert_bitwise_equal,
+    load_hf_strictly,
+    losses,
+    openai_variables,
+    records,
+    write_imported_run,
+    write_tf_checkpoint,
+)
 
-NETWORK = dict(depth=2, use_bias=True)  # of every model to start from, beside what save_run says
+NETWORK = dict(depth=2, use_bias=True)  # of every model to start from, beside what write_imported_run says
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,7 @@ def images(tmp_path_factory):
     """An .npz of 97 images in three classes, which differ in brightness."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 97)
-    pixels = rng.normal(50 + 80 * labels[:, None, None, None], 50, (97, *SIZE, 3))
+    pixels = rng.normal(50 + 80 * labels[:, None, None, None], 50, (97, *HF_IMAGE_SIZE, 3))
     path = tmp_path_factory.mktemp("images") / "images.npz"
     np.savez(path, images=pixels.clip(0, 255).astype(np.uint8), labels=labels)
     return path
@@ -48,14 +56,14 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A run of random parameters without a classifier; not to be changed."""
-    return save_run(tmp_path_factory.mktemp("start") / "run", **NETWORK)
+    return write_imported_run(tmp_path_factory.mktemp("start") / "run", **NETWORK)
 
 
 def tuning(images, init_from="", **changes):
     """The configuration of a short fine-tuning run."""
     config = base.get_config()
     config.init_from = str(init_from)
-    config.data.update(source=f"npz:{images}", image_size=SIZE, channels=3)
+    config.data.update(source=f"npz:{images}", image_size=HF_IMAGE_SIZE, channels=3)
     config.data.update(validation_fraction=0.25, test_fraction=0.25)
     config.palette.colors = 17
     config.model.update(dict(width=22, num_heads=2, mlp_width=46, num_classes=3) | NETWORK)
@@ -83,7 +91,7 @@ def joint(images, start, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bert(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    begin = save_run(folder / "start", causal=False, num_classes=3, depth=2)
+    begin = write_imported_run(folder / "start", causal=False, num_classes=3, depth=2)
     config = tuning(images, begin, model__causal=False, model__use_bias=False, seed=5)
     config.objective.update(drop_rate=0.8, eval_masks=3)  # at which masks disagree
     return tuned(config, folder / "run")
@@ -130,21 +138,23 @@ def test_a_run_starts_from_all_weights_of_the_model_with_a_new_classifier(images
     assert not params.pop("classifier")["kernel"].any()
     expected = nnx.to_pure_dict(nnx.state(igpt.load(start).model))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    np.testing.assert_array_equal(Palette.load(tmp_path / "run" / "palette.npy").centers, CLUSTERS.astype(np.float32))
+    np.testing.assert_array_equal(
+        Palette.load(tmp_path / "run" / "palette.npy").centers, HF_CLUSTERS.astype(np.float32)
+    )
 
 
 def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, write_openai):
     prefix = write_openai()  # 5 x 5 tokens of 17 colours, with labels, and the clusters beside them
     clusters = tmp_path / "kmeans_centers.npy"
     begin = openai.import_checkpoint(
-        write_checkpoint(tmp_path / "model.ckpt-7", released()), clusters, tmp_path / "start"
+        write_tf_checkpoint(tmp_path / "model.ckpt-7", openai_variables()), clusters, tmp_path / "start"
     )
     config = tuning(None, begin, data__source=f"openai:{prefix}", data__image_size=(5, 5), model__depth=3)
     config.model.update(width=20, mlp_width=83, use_bias=False)
     _, params = first_params(config, tmp_path / "run", monkeypatch)
     assert not params.pop("classifier")["kernel"].any()
     jax.tree.map(np.testing.assert_array_equal, params, nnx.to_pure_dict(nnx.state(igpt.load(begin).model)))
-    np.save(clusters, np.random.default_rng(9).uniform(-1, 1, (V, 3)).astype(np.float32))
+    np.save(clusters, np.random.default_rng(9).uniform(-1, 1, (OPENAI_DIMS["V"], 3)).astype(np.float32))
     with pytest.raises(UserError, match=r"data\.source=openai:.* has another palette than init_from=.*--palette"):
         train.run(config, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -153,7 +163,7 @@ def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, w
 def test_a_classifier_that_the_model_has_is_gone_on_with_and_a_pixel_head_may_stay_behind(
     images, tmp_path, monkeypatch
 ):
-    begin = save_run(tmp_path / "start", num_classes=3, **NETWORK)
+    begin = write_imported_run(tmp_path / "start", num_classes=3, **NETWORK)
     config = tuning(images, begin, model__pixel_head=False, objective__generative=0.0)
     origin, params = first_params(config, tmp_path / "run", monkeypatch)
     expected = nnx.to_pure_dict(nnx.state(igpt.load(begin).model))
@@ -195,7 +205,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint_by_an_independent_eval
 
 
 def test_a_fine_tuned_run_is_the_same_classifier_in_transformers(joint, tmp_path):
-    theirs = load_strictly(export(joint[0], tmp_path / "hf"), "classes")
+    theirs = load_hf_strictly(export(joint[0], tmp_path / "hf"), "classes")
     tokens = np.random.default_rng(4).integers(0, 17, (5, 35))
     with torch.no_grad():
         logits = theirs(torch.from_numpy(np.concatenate([np.full((5, 1), 17), tokens[:, :-1]], axis=1))).logits
@@ -312,7 +322,7 @@ def test_a_report_that_was_not_written_is_made_up_for(joint):
     ids=str,
 )
 def test_a_mistake_is_told_before_anything_is_written(images, start, tmp_path, changes, message):
-    Palette(-CLUSTERS).save(tmp_path / "other.npy")
+    Palette(-HF_CLUSTERS).save(tmp_path / "other.npy")
     changes = {name: str(tmp_path / "other.npy") if value == "OTHER" else value for name, value in changes.items()}
     with pytest.raises(UserError, match=message):
         train.run(tuning(images, start, **changes), tmp_path / "run")
@@ -327,7 +337,7 @@ def test_a_mistake_is_told_before_anything_is_written(images, start, tmp_path, c
     ],
 )
 def test_a_start_with_other_heads_is_refused(images, tmp_path, fields, message):
-    begin = save_run(tmp_path / "start", **NETWORK, **fields)
+    begin = write_imported_run(tmp_path / "start", **NETWORK, **fields)
     with pytest.raises(UserError, match=message):
         train.run(tuning(images, begin), tmp_path / "run")
     assert not (tmp_path / "run").exists()

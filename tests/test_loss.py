@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from igpt.loss import bits_per_dim, cross_entropy, dropped_pixels, make_loss, marginal_entropy, next_pixel, vote
-from tests.test_model import TINY, random_model, random_tokens
+from tests.helpers import TINY_MODEL, random_model, random_tokens
 
 
 def test_next_pixel_is_the_mean_cross_entropy_of_each_image_with_its_gradient():
@@ -64,10 +64,10 @@ def test_dropped_pixels_is_the_mean_cross_entropy_over_an_image_s_dropped_positi
 
 def network_and_batch(masks=0, **fields):
     """A random network of five classes, as (graph, params), and a batch with labels and `masks` masks an image."""
-    model = random_model(dataclasses.replace(TINY, num_classes=5, causal=not masks, **fields))
+    model = random_model(dataclasses.replace(TINY_MODEL, num_classes=5, causal=not masks, **fields))
     batch = {"tokens": random_tokens(), "label": jnp.array([4, 0, 2])}
     if masks:
-        batch["keep"] = jax.random.bernoulli(jax.random.key(3), 0.7, (3, masks, TINY.seq_len))
+        batch["keep"] = jax.random.bernoulli(jax.random.key(3), 0.7, (3, masks, TINY_MODEL.seq_len))
     return model, nnx.to_pure_dict(nnx.state(model)), batch
 
 

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,37 +11,12 @@ from igpt.errors import UserError
 from igpt.loss import next_pixel
 from igpt.model import PRESETS, ImageGPT, ModelConfig, Norm, count_params
 from igpt.plan import compiled as planned
+from tests.helpers import TINY_MODEL, random_model, random_tokens, with_config
 
 # Compiled: op by op, a forward pass takes seconds the first time.
 logits_of = jax.jit(lambda model, tokens, key=None: model(tokens, key))
 features_of = jax.jit(lambda model, tokens, keep=None: model.features(tokens, keep=keep))
 masked_logits_of = jax.jit(lambda model, tokens, keep: model.logits(model.normed(tokens, keep=keep)))
-
-TINY = ModelConfig(width=14, depth=3, num_heads=2, vocab_size=11, seq_len=13, mlp_width=17)
-
-
-@functools.cache
-def random_model(config=TINY):
-    """A model whose every parameter, the zero head and biases too, is random."""
-
-    def noisy(key):
-        leaves, tree = jax.tree.flatten(nnx.state(ImageGPT(config, nnx.Rngs(0))))
-        keys = jax.random.split(key, len(leaves))
-        noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(tree, jax.tree.map(jnp.add, leaves, noise))
-
-    graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
-    return nnx.merge(graph, jax.jit(noisy)(jax.random.key(100)))
-
-
-def with_config(model, **changes):
-    """The same parameters in a network that computes differently."""
-    target, _ = nnx.split(nnx.eval_shape(lambda: ImageGPT(dataclasses.replace(model.config, **changes), nnx.Rngs(0))))
-    return nnx.merge(target, nnx.to_pure_dict(nnx.state(model)))
-
-
-def random_tokens(config=TINY, batch=3, seed=7):
-    return jax.random.randint(jax.random.key(seed), (batch, config.seq_len), 0, config.vocab_size)
 
 
 def by_hand(model, tokens, keep=1.0):
@@ -98,7 +72,7 @@ def test_published_sizes_have_the_published_parameter_counts(preset, expected):
 
 
 def test_the_first_loss_is_exactly_ln_v():
-    config = dataclasses.replace(TINY, vocab_size=512)
+    config = dataclasses.replace(TINY_MODEL, vocab_size=512)
     tokens = random_tokens(config)
     losses = next_pixel(logits_of(ImageGPT(config, nnx.Rngs(0)), tokens), tokens)
     np.testing.assert_allclose(losses, np.log(512), atol=1e-6)
@@ -134,7 +108,7 @@ def test_initialisation_has_the_released_standard_deviations():
     ids=str,
 )
 def test_logits_and_features_equal_the_released_arithmetic(fields):
-    model = random_model(dataclasses.replace(TINY, **fields))
+    model = random_model(dataclasses.replace(TINY_MODEL, **fields))
     tokens = random_tokens()
     logits, features = by_hand(model, np.asarray(tokens))
     np.testing.assert_allclose(logits_of(model, tokens), logits, atol=5e-5)
@@ -159,11 +133,11 @@ def test_logits_at_i_depend_on_no_token_from_i_on(monkeypatch, backend):
     assert (influence[np.tril_indices(model.config.seq_len, -1)] > 0).all()
 
 
-BERT = dataclasses.replace(TINY, causal=False, num_classes=5)
+BERT = dataclasses.replace(TINY_MODEL, causal=False, num_classes=5)
 
 
 def random_keep(rate=0.6, seed=8):
-    return jax.random.bernoulli(jax.random.key(seed), rate, (3, TINY.seq_len))
+    return jax.random.bernoulli(jax.random.key(seed), rate, (3, TINY_MODEL.seq_len))
 
 
 def test_bert_computes_the_released_arithmetic_with_tokens_dropped():
@@ -193,7 +167,7 @@ def test_a_dropped_token_influences_nothing_but_its_position_does_and_so_does_ev
     assert (difference[image] > 1e-6).all() and (difference[jnp.array([0, 2])] == 0).all()
 
 
-@pytest.mark.parametrize("config", [TINY, BERT], ids=["causal", "bert"])
+@pytest.mark.parametrize("config", [TINY_MODEL, BERT], ids=["causal", "bert"])
 def test_features_of_any_layers_in_any_order_are_the_rows_of_all_of_them(config):
     model, tokens, keep = random_model(config), random_tokens(), None if config.causal else random_keep()
     whole = features_of(model, tokens, keep)
@@ -295,14 +269,14 @@ def test_bfloat16_computes_close_to_float32_and_returns_float32():
 
 
 def test_the_classifier_reads_the_pooled_final_norm():
-    model = random_model(dataclasses.replace(TINY, num_classes=5))
+    model = random_model(dataclasses.replace(TINY_MODEL, num_classes=5))
     tokens = random_tokens()
     expected = features_of(model, tokens)[-1] @ model.classifier.kernel[...]
     np.testing.assert_allclose(jax.jit(lambda m, t: m.classify(t))(model, tokens), expected, rtol=0, atol=1e-5)
 
 
 def test_a_head_that_is_not_there_is_missed_with_a_sentence():
-    bare = random_model(dataclasses.replace(TINY, pixel_head=False))
+    bare = random_model(dataclasses.replace(TINY_MODEL, pixel_head=False))
     assert features_of(bare, random_tokens()).shape == (4, 3, 14)
     with pytest.raises(UserError, match="no pixel head"):
         bare(random_tokens())
@@ -329,4 +303,4 @@ def test_the_norm_neither_centres_nor_shifts():
 )
 def test_impossible_networks_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(TINY, **change)
+        dataclasses.replace(TINY_MODEL, **change)

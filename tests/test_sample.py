@@ -15,8 +15,7 @@ from igpt.model import ModelConfig
 from igpt.palette import Palette
 from igpt.sample import Sampling, complete_images, image_keys, kept_rows, sample_images, sample_tokens, truncate
 from igpt.sharding import make_mesh, shardings
-from tests.probe.test_eval_probe import write_run
-from tests.test_model import TINY, random_model
+from tests.helpers import TINY_MODEL, random_model, write_run
 
 
 def nothing(count):
@@ -55,7 +54,7 @@ def test_a_completion_keeps_what_was_given_and_conditions_on_it():
 def test_drawn_tokens_follow_the_models_distribution():
     model = random_model()
     count = 20_000
-    prefix = np.tile(np.arange(TINY.seq_len - 2, dtype=np.int32) % 11, (count, 1))
+    prefix = np.tile(np.arange(TINY_MODEL.seq_len - 2, dtype=np.int32) % 11, (count, 1))
     tokens = np.asarray(sample_tokens(model, prefix, image_keys(3, count), Sampling(temperature=1.7)))
     expected = jax.nn.softmax(model(tokens[:1])[0, -2] / 1.7) * count
     observed = np.bincount(tokens[:, -2], minlength=11)
@@ -145,7 +144,7 @@ def test_at_least_one_row_is_left_to_complete():
 
 
 def test_a_bert_model_does_not_sample():
-    model = random_model(dataclasses.replace(TINY, causal=False))
+    model = random_model(dataclasses.replace(TINY_MODEL, causal=False))
     with pytest.raises(UserError, match="BERT objective"):
         sample_tokens(model, np.zeros((1, 0), np.int32), image_keys(0, 1))
 

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,23 +9,7 @@ import pytest
 
 import train
 from igpt.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    return {record["step"]: record["train/loss"] for record in records(workdir) if "train/loss" in record}
-
-
-def assert_bitwise_equal(one, other):
-    paths_one, paths_other = (jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other))
-    assert len(paths_one) == len(paths_other) > 20
-    for (path, a), (_, b) in zip(paths_one, paths_other, strict=True):
-        assert a.tobytes() == b.tobytes(), f"{path} differs"
+from tests.helpers import ROOT, losses, records
 
 
 def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys):

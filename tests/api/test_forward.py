@@ -8,45 +8,10 @@ import numpy as np
 import optax
 import pytest
 import torch
-import transformers
 
-from igpt.api import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from igpt.api import ImageGPTForCausalImageModeling
 from igpt.interop import hf_weights
-
-SOS = 17
-SIZES = dict(vocab_size=SOS + 1, n_positions=37, n_embd=22, n_layer=3, n_head=2)
-PAIRS = {
-    "pixels": (transformers.ImageGPTForCausalImageModeling, ImageGPTForCausalImageModeling),
-    "classes": (transformers.ImageGPTForImageClassification, ImageGPTForImageClassification),
-    "none": (transformers.ImageGPTModel, ImageGPTModel),
-}
-
-
-def both(directory, head="pixels", **config):
-    """A transformers model with random weights, and ours loaded from the directory that it saved."""
-    theirs, ours = PAIRS[head]
-    torch.manual_seed(0)
-    model = theirs(transformers.ImageGPTConfig(**SIZES | config)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(0, 0.3)
-    model.save_pretrained(directory)
-    return model, ours.from_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory):
-    return both(tmp_path_factory.mktemp("causal"))
-
-
-def tokens(batch=3, length=23, seed=0):
-    drawn = np.random.default_rng(seed).integers(0, SOS, (batch, length))
-    drawn[:, 0] = SOS
-    return drawn
-
-
-def labels_of(tokens):
-    return np.where(tokens == SOS, -100, tokens)
+from tests.helpers import API_PADDING, API_SOS, api_labels, api_tokens, hf_and_ours
 
 
 def call_both(models, **inputs):
@@ -80,36 +45,34 @@ def close(theirs, ours, tolerance):
 
 EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 FLAGS = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
-PADDING = np.ones((3, 23), np.int64)
-PADDING[0, :4] = PADDING[1, 10:12] = PADDING[2, -1] = 0
 
 
 @pytest.mark.parametrize("values", list(itertools.product((False, True), repeat=4)))
 def test_every_product_of_the_flags_computes_what_transformers_does(values, tmp_path):
-    models = both(tmp_path, n_inner=29, **dict(zip(FLAGS, values, strict=True)))
-    x = tokens()
-    assert_close(*call_both(models, input_ids=x, labels=labels_of(x), attention_mask=PADDING, **EVERYTHING))
+    models = hf_and_ours(tmp_path, n_inner=29, **dict(zip(FLAGS, values, strict=True)))
+    x = api_tokens()
+    assert_close(*call_both(models, input_ids=x, labels=api_labels(x), attention_mask=API_PADDING, **EVERYTHING))
     assert_close(*call_both(models, input_ids=x))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu", "swish", "tanh"])
 def test_every_activation_computes_what_transformers_does(name, tmp_path):
-    assert_close(*call_both(both(tmp_path, activation_function=name), input_ids=tokens()))
+    assert_close(*call_both(hf_and_ours(tmp_path, activation_function=name), input_ids=api_tokens()))
 
 
 def test_positions_token_types_and_embeddings_can_be_given(causal):
     theirs, _ = causal
     rng = np.random.default_rng(1)
-    positions, types = rng.integers(0, 37, (3, 23)), rng.integers(0, SOS + 1, (3, 23))
-    assert_close(*call_both(causal, input_ids=tokens(), position_ids=positions, token_type_ids=types, **EVERYTHING))
-    assert_close(*call_both(causal, input_ids=tokens(), position_ids=positions[:1]))
-    embeds = theirs.transformer.wte(torch.tensor(tokens())).detach().numpy()
-    assert_close(*call_both(causal, inputs_embeds=embeds, token_type_ids=types, labels=labels_of(tokens())))
+    positions, types = rng.integers(0, 37, (3, 23)), rng.integers(0, API_SOS + 1, (3, 23))
+    assert_close(*call_both(causal, input_ids=api_tokens(), position_ids=positions, token_type_ids=types, **EVERYTHING))
+    assert_close(*call_both(causal, input_ids=api_tokens(), position_ids=positions[:1]))
+    embeds = theirs.transformer.wte(torch.tensor(api_tokens())).detach().numpy()
+    assert_close(*call_both(causal, inputs_embeds=embeds, token_type_ids=types, labels=api_labels(api_tokens())))
 
 
 def test_a_sequence_in_pieces_through_the_cache_is_the_whole_sequence(causal):
     theirs, ours = causal
-    x = tokens(length=37)
+    x = api_tokens(length=37)
     whole = ours(x)
     past, logits = None, []
     for piece in np.split(x, [5, 6, 7, 20, 36], axis=1):
@@ -139,11 +102,13 @@ def test_a_masked_head_is_a_head_whose_output_is_nothing(causal):
     mask = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 0.5]])
     out = ours.params["blocks"]["out"]["kernel"] * mask[:, :, None, None]
     blocks = ours.params["blocks"] | {"out": ours.params["blocks"]["out"] | {"kernel": out}}
-    expected = ours(tokens(), params=ours.params | {"blocks": blocks})
-    masked = ours(tokens(), head_mask=mask, output_attentions=True)
+    expected = ours(api_tokens(), params=ours.params | {"blocks": blocks})
+    masked = ours(api_tokens(), head_mask=mask, output_attentions=True)
     np.testing.assert_allclose(masked.logits, expected.logits, rtol=0, atol=1e-5)
     assert not np.any(masked.attentions[1][:, 0])
-    np.testing.assert_allclose(ours(tokens(), head_mask=[1, 1]).logits, ours(tokens()).logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        ours(api_tokens(), head_mask=[1, 1]).logits, ours(api_tokens()).logits, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,24 +125,24 @@ def test_a_masked_head_is_a_head_whose_output_is_nothing(causal):
     ids=["classes", "one number", "several classes at once", "several numbers"],
 )
 def test_the_classifier_gives_the_logits_and_the_loss_of_its_problem(config, labels, tmp_path):
-    models = both(tmp_path, head="classes", **config)
-    assert_close(*call_both(models, input_ids=tokens()[:, 1:], labels=labels, **EVERYTHING))
+    models = hf_and_ours(tmp_path, head="classes", **config)
+    assert_close(*call_both(models, input_ids=api_tokens()[:, 1:], labels=labels, **EVERYTHING))
 
 
 def test_the_bare_model_gives_hidden_states(tmp_path):
-    models = both(tmp_path, head="none")
-    assert_close(*call_both(models, input_ids=tokens(), attention_mask=PADDING, **EVERYTHING))
-    assert_close(*call_both(models, input_ids=tokens(), use_cache=False))
+    models = hf_and_ours(tmp_path, head="none")
+    assert_close(*call_both(models, input_ids=api_tokens(), attention_mask=API_PADDING, **EVERYTHING))
+    assert_close(*call_both(models, input_ids=api_tokens(), use_cache=False))
 
 
 def test_gradients_and_one_adamw_step_are_those_of_pytorch(tmp_path):
-    theirs, ours = both(tmp_path)
-    x = tokens()
+    theirs, ours = hf_and_ours(tmp_path)
+    x = api_tokens()
     step = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
     optimizer = torch.optim.AdamW(theirs.parameters(), **step)
-    theirs(torch.tensor(x), labels=torch.tensor(labels_of(x))).loss.backward()
+    theirs(torch.tensor(x), labels=torch.tensor(api_labels(x))).loss.backward()
 
-    gradients = jax.jit(jax.grad(lambda params: ours(x, labels=labels_of(x), params=params).loss))(ours.params)
+    gradients = jax.jit(jax.grad(lambda params: ours(x, labels=api_labels(x), params=params).loss))(ours.params)
     named = hf_weights.named_tensors(gradients, ours._network)
     expected = dict(theirs.named_parameters())
     assert named.keys() == expected.keys()
@@ -196,7 +161,7 @@ def test_gradients_and_one_adamw_step_are_those_of_pytorch(tmp_path):
 
 def test_dropout_is_off_unless_a_key_is_given(causal):
     _, ours = causal
-    x = tokens()
+    x = api_tokens()
     off, again = ours(x).logits, ours(x).logits
     on = [ours(x, dropout_key=jax.random.key(seed)).logits for seed in (0, 0, 1)]
     np.testing.assert_array_equal(off, again)
@@ -212,6 +177,6 @@ def test_bfloat16_is_near_float32_and_keeps_float32_logits(causal, tmp_path):
     _, ours = causal
     ours.save_pretrained(tmp_path)
     half = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, dtype=jnp.bfloat16)
-    output = half(tokens(), output_hidden_states=True)
+    output = half(api_tokens(), output_hidden_states=True)
     assert output.logits.dtype == jnp.float32 and output.hidden_states[1].dtype == jnp.bfloat16
-    assert 1e-4 < np.abs(output.logits - ours(tokens()).logits).max() < 0.5
+    assert 1e-4 < np.abs(output.logits - ours(api_tokens()).logits).max() < 0.5

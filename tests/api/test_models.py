@@ -13,13 +13,12 @@ from igpt.api.forward import forward
 from igpt.errors import UserError
 from igpt.interop import weight_files
 from igpt.sample import _generate
-from tests.api.test_forward import PADDING, SIZES, SOS, causal, labels_of, tokens  # noqa: F401 - causal is a fixture
-from tests.interop.test_load import run_directory
+from tests.helpers import API_PADDING, API_SIZES, API_SOS, api_labels, api_tokens, write_run_config
 
 
 def test_greedy_generation_is_that_of_transformers_token_by_token(causal):
     theirs, ours = causal
-    x = tokens(length=5)
+    x = api_tokens(length=5)
     for stop in (6, 38):
         expected = theirs.generate(torch.tensor(x), max_length=stop, do_sample=False)
         np.testing.assert_array_equal(ours.generate(x, max_length=stop), expected)
@@ -37,13 +36,13 @@ def test_draws_have_the_distribution_of_transformers_draws(how, tmp_path_factory
     theirs, ours = request.getfixturevalue("causal")
     draws = 5_000
     torch.manual_seed(1)
-    start = torch.full((draws, 1), SOS)
+    start = torch.full((draws, 1), API_SOS)
     expected = theirs.generate(start, max_length=3, do_sample=True, **how).numpy()
     found = np.asarray(
-        ours.generate(np.full((1, 1), SOS), max_length=3, do_sample=True, num_return_sequences=draws, **how)
+        ours.generate(np.full((1, 1), API_SOS), max_length=3, do_sample=True, num_return_sequences=draws, **how)
     )
-    pairs = [x[:, 1] * SOS + x[:, 2] for x in (expected, found)]
-    counts = np.stack([np.bincount(pair, minlength=SOS * SOS) for pair in pairs])
+    pairs = [x[:, 1] * API_SOS + x[:, 2] for x in (expected, found)]
+    counts = np.stack([np.bincount(pair, minlength=API_SOS * API_SOS) for pair in pairs])
     rare = counts.sum(axis=0) < 20  # too few for the test: counted together
     counts = np.concatenate([counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)], axis=1)
     counts = counts[:, counts.sum(axis=0) > 0]
@@ -54,19 +53,19 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_others(causal):
     _, ours = causal
     one, same, other = (np.asarray(ours.generate(do_sample=True, num_return_sequences=4, seed=s)) for s in (3, 3, 4))
     np.testing.assert_array_equal(one, same)
-    assert one.shape == (4, 38) and (one[:, 0] == SOS).all() and len(np.unique(one, axis=0)) == 4
+    assert one.shape == (4, 38) and (one[:, 0] == API_SOS).all() and len(np.unique(one, axis=0)) == 4
     assert (one != other).any()
 
 
 def test_lengths_of_a_size_share_their_programs(causal):
     _, ours = causal
-    ours(tokens(length=32))
-    ours.generate(tokens(length=8), max_length=30)
+    ours(api_tokens(length=32))
+    ours.generate(api_tokens(length=8), max_length=30)
     compiled = forward._cache_size(), _generate._cache_size()
     for length in (17, 19, 24, 31):
-        ours(tokens(length=length))
+        ours(api_tokens(length=length))
     for length, stop in ((5, 20), (7, 38), (6, 9)):
-        ours.generate(tokens(length=length), max_length=stop)
+        ours.generate(api_tokens(length=length), max_length=stop)
     assert (forward._cache_size(), _generate._cache_size()) == compiled
 
 
@@ -96,14 +95,14 @@ def test_a_classifier_starts_from_a_generative_directory_with_a_new_head(causal,
     ours.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"no score\.weight: it is drawn at random"):
         classifier = ImageGPTForImageClassification.from_pretrained(tmp_path, num_labels=7)
-    assert classifier(tokens()).logits.shape == (3, 7)
+    assert classifier(api_tokens()).logits.shape == (3, 7)
     np.testing.assert_array_equal(classifier.params["token_table"], ours.params["token_table"])
     bare = ImageGPTModel.from_pretrained(tmp_path)
     assert "head" not in bare.params
 
 
 def test_a_new_model_is_drawn_by_transformers_scheme():
-    config = ImageGPTConfig(**SIZES | dict(n_embd=64), initializer_range=0.05)
+    config = ImageGPTConfig(**API_SIZES | dict(n_embd=64), initializer_range=0.05)
     params = ImageGPTForCausalImageModeling(config, seed=1).params
     blocks = params["blocks"]
     assert np.isclose(np.std(blocks["qkv"]["kernel"]), 0.05, rtol=0.05)
@@ -117,8 +116,8 @@ def test_a_new_model_is_drawn_by_transformers_scheme():
 
 def test_outputs_are_read_by_name_by_index_and_as_tuples(causal):
     _, ours = causal
-    x = tokens()
-    output = ours(x, labels=labels_of(x), use_cache=False)
+    x = api_tokens()
+    output = ours(x, labels=api_labels(x), use_cache=False)
     assert output.keys() == ["loss", "logits"] == list(output)
     assert output[0] is output.loss is output["loss"] and output[-1] is output.logits
     as_tuple = ours(x, return_dict=False)
@@ -130,19 +129,19 @@ def test_outputs_are_read_by_name_by_index_and_as_tuples(causal):
     ("inputs", "message"),
     [
         ({}, "give either input_ids or inputs_embeds"),
-        (dict(input_ids=tokens(), inputs_embeds=np.zeros((3, 23, 22))), "and not both"),
-        (dict(input_ids=tokens() + 1), r"input_ids has 18; allowed is 0\.\.17"),
-        (dict(input_ids=tokens() - 1), r"input_ids has -1"),
-        (dict(input_ids=tokens() / 2), "input_ids is an array of float64; whole numbers"),
+        (dict(input_ids=api_tokens(), inputs_embeds=np.zeros((3, 23, 22))), "and not both"),
+        (dict(input_ids=api_tokens() + 1), r"input_ids has 18; allowed is 0\.\.17"),
+        (dict(input_ids=api_tokens() - 1), r"input_ids has -1"),
+        (dict(input_ids=api_tokens() / 2), "input_ids is an array of float64; whole numbers"),
         (dict(input_ids=["a"]), "input_ids is an array of <U1"),
-        (dict(input_ids=tokens(length=38)), "38 inputs; the model has 37 positions"),
-        (dict(input_ids=tokens(), labels=tokens()), r"labels has 17; allowed is 0\.\.16 or -100"),
-        (dict(input_ids=tokens(), labels=labels_of(tokens())[:, 1:]), r"labels has shape \[3, 22\]; \[3, 23\]"),
-        (dict(input_ids=tokens(), attention_mask=PADDING[:, None, None]), "attention_mask has shape"),
-        (dict(input_ids=tokens(), position_ids=np.full((3, 23), 37)), "position_ids has 37"),
-        (dict(input_ids=tokens(), head_mask=np.ones(3)), r"head_mask has shape \[3\]; \[2\] or \[3, 2\]"),
-        (dict(input_ids=tokens(), encoder_hidden_states=np.zeros((3, 2, 22))), "cross-attention is not supported"),
-        (dict(input_ids=tokens(), past_key_values=((1, 2),)), "past_key_values is a tuple"),
+        (dict(input_ids=api_tokens(length=38)), "38 inputs; the model has 37 positions"),
+        (dict(input_ids=api_tokens(), labels=api_tokens()), r"labels has 17; allowed is 0\.\.16 or -100"),
+        (dict(input_ids=api_tokens(), labels=api_tokens()[:, 1:]), r"labels has shape \[3, 22\]; \[3, 23\]"),
+        (dict(input_ids=api_tokens(), attention_mask=API_PADDING[:, None, None]), "attention_mask has shape"),
+        (dict(input_ids=api_tokens(), position_ids=np.full((3, 23), 37)), "position_ids has 37"),
+        (dict(input_ids=api_tokens(), head_mask=np.ones(3)), r"head_mask has shape \[3\]; \[2\] or \[3, 2\]"),
+        (dict(input_ids=api_tokens(), encoder_hidden_states=np.zeros((3, 2, 22))), "cross-attention is not supported"),
+        (dict(input_ids=api_tokens(), past_key_values=((1, 2),)), "past_key_values is a tuple"),
     ],
 )  # fmt: skip
 def test_inputs_that_make_no_sense_are_refused_by_name(causal, inputs, message):
@@ -151,7 +150,7 @@ def test_inputs_that_make_no_sense_are_refused_by_name(causal, inputs, message):
 
 
 def test_a_run_directory_is_told_from_a_hugging_face_directory(tmp_path):
-    run_directory(tmp_path)
+    write_run_config(tmp_path)
     with pytest.raises(UserError, match="igpt export --model="):
         ImageGPTModel.from_pretrained(tmp_path)
 
@@ -159,9 +158,9 @@ def test_a_run_directory_is_told_from_a_hugging_face_directory(tmp_path):
 def test_arguments_that_nobody_knows_are_errors(causal):
     _, ours = causal
     with pytest.raises(TypeError, match="pixel_values"):
-        ours(pixel_values=tokens())
+        ours(pixel_values=api_tokens())
     with pytest.raises(TypeError, match="num_beams"):
-        ours.generate(tokens(), num_beams=4)
+        ours.generate(api_tokens(), num_beams=4)
     with pytest.raises(UserError, match="did you mean 'n_embd'"):
         ImageGPTConfig(n_embed=64)
 
@@ -179,7 +178,7 @@ def test_arguments_that_nobody_knows_are_errors(causal):
 )  # fmt: skip
 def test_generation_that_makes_no_sense_is_refused(causal, how, message):
     with pytest.raises(UserError, match=message):
-        causal[1].generate(tokens(length=5), **how)
+        causal[1].generate(api_tokens(length=5), **how)
 
 
 def test_the_names_of_the_documentation_are_there():

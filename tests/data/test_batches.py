@@ -14,7 +14,7 @@ from igpt.data.examples import EncodedImages, Split
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.probe.features import raw_pixels
-from tests.data.test_sources import assert_equal, load_source
+from tests.helpers import assert_trees_equal, load_source
 
 
 def numbered_split(count=23, size=5):
@@ -48,8 +48,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     ours = batches_of(numbered_split(), pad=2)
     in_order = list(ours.iterate(0, 9, threads=3))
     for step in (8, 0, 5):
-        assert_equal(in_order[step], batches_of(numbered_split(), pad=2)[step])
-    assert_equal(next(batches_of(numbered_split(), pad=2).iterate(6, 9)), in_order[6])
+        assert_trees_equal(in_order[step], batches_of(numbered_split(), pad=2)[step])
+    assert_trees_equal(next(batches_of(numbered_split(), pad=2).iterate(6, 9)), in_order[6])
     other = batches_of(numbered_split(), pad=2, seed=4)[0]
     assert not np.array_equal(other["label"], in_order[0]["label"])
 
@@ -59,7 +59,7 @@ def test_processes_read_disjoint_rows_of_the_same_augmented_batch():
     split = Split(images, np.arange(23, dtype=np.int32))
     whole = batches_of(split, pad=1, flip=True, probability=0.5)[4]
     parts = [batches_of(split, rows, pad=1, flip=True, probability=0.5)[4] for rows in (slice(0, 3), slice(3, 7))]
-    assert_equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+    assert_trees_equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
 
 
 def test_a_process_touches_only_its_own_images():
@@ -135,7 +135,7 @@ def test_batches_carry_the_masks_of_their_step_and_rows():
         batch = TrainBatches(numbered_split(), greys, 7, 3, Augmentation(), rows, drops)[4]
         np.testing.assert_array_equal(batch["keep"], drops.of_step(4, 7, rows, 25))
         without = batches_of(numbered_split(), rows)[4]
-        assert_equal(without, {name: batch[name] for name in without})  # and nothing else is drawn otherwise
+        assert_trees_equal(without, {name: batch[name] for name in without})  # and nothing else is drawn otherwise
 
 
 def test_evaluation_masks_belong_to_the_image_not_to_the_batch_and_differ():
@@ -191,13 +191,13 @@ def test_processes_together_read_the_batch_of_one_with_crops_and_skipped_images(
     parts = [opened(slice(i * each, (i + 1) * each)) for i in range(processes)]
     for step in (0, 1, 6):
         shares = [batches[step] for _, batches in parts]
-        assert_equal(whole[step], {name: np.concatenate([part[name] for part in shares]) for name in whole[step]})
+        assert_trees_equal(whole[step], {name: np.concatenate([part[name] for part in shares]) for name in whole[step]})
     evaluated = [
         [list(eval_batches(source.validation, COLORS, 8, batches.rows)) for source, batches in parts],
         [list(eval_batches(opened(slice(None))[0].validation, COLORS, 8))],
     ]
     for batch, shares in zip(evaluated[1][0], zip(*evaluated[0], strict=True), strict=True):
-        assert_equal(batch, {name: np.concatenate([part[name] for part in shares]) for name in batch})
+        assert_trees_equal(batch, {name: np.concatenate([part[name] for part in shares]) for name in batch})
 
 
 def test_training_crops_follow_seed_and_step(write_npz):
@@ -214,7 +214,7 @@ def test_training_crops_follow_seed_and_step(write_npz):
     one = batches(3)[0]
     for other in (batches(3)[1], batches(4)[0], evaluated):  # the same images in another order, and cut elsewhere
         assert not np.array_equal(sorted_tokens(one), sorted_tokens(other))
-    assert_equal(one, batches(3)[0])
+    assert_trees_equal(one, batches(3)[0])
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
@@ -231,7 +231,7 @@ def test_a_run_that_resumes_at_any_step_sees_the_same_next_batch(tmp_path, polic
         resumed = list(iterate(int(start), threads=3))
         assert len(resumed) == 11 - start
         for ours, theirs in zip(resumed, whole[start:], strict=True):
-            assert_equal(ours, theirs)
+            assert_trees_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("settings", [dict(image_size=(8, 8)), dict(image_size=(5, 4), preprocess="shrink"), CROPS])
@@ -246,12 +246,12 @@ def test_a_folder_and_an_npz_of_its_pictures_give_the_same_tokens(tmp_path, writ
         for source, threads in ((one, 3), (other, 1))
     ]
     for ours, theirs in zip(*streams, strict=True):
-        assert_equal(ours, theirs)
+        assert_trees_equal(ours, theirs)
     for split in ("validation", "test"):
         for ours, theirs in zip(
             *(eval_batches(getattr(source, split), COLORS, 4) for source in (one, other)), strict=True
         ):
-            assert_equal(ours, theirs)
+            assert_trees_equal(ours, theirs)
     for ours, theirs in zip(*(raw_pixels(source.train, 3) for source in (one, other)), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

@@ -7,7 +7,7 @@ from PIL import Image
 from igpt.data.examples import check_labels
 from igpt.data.folder import list_images, printable
 from igpt.errors import UserError
-from tests.data.test_sources import load_source, splits_of
+from tests.helpers import load_source, splits_of
 
 
 def save(path, level=0):

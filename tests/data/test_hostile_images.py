@@ -15,12 +15,22 @@ from PIL import Image
 
 from igpt.data import images
 from igpt.data.images import UnreadableImage, decode, read_image
-from tests.data.test_images import COLORS, HEIGHT, LOSSLESS, SMOOTH, WIDTH, array_of, chunk, encoded, png
+from tests.helpers import (
+    RANDOM_RGB,
+    RGB_HEIGHT,
+    RGB_WIDTH,
+    SMOOTH_RGB,
+    decode_to_array,
+    encode_image,
+    lossless_images,
+    png_chunk,
+    png_file,
+)
 
 
 @pytest.mark.parametrize("format", ["TIFF", "PDF", "EPS", "ICO", "ICNS", "TGA", "PPM", "JPEG2000", "PCX", "DDS"])
 def test_other_formats_are_refused_whatever_their_name(format, tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (64, 64), "red"), format))
+    (tmp_path / "a.png").write_bytes(encode_image(Image.new("RGB", (64, 64), "red"), format))
     with pytest.raises(UnreadableImage, match=r"a\.png cannot be read as an image: it is no PNG, JPEG"):
         read_image(str(tmp_path / "a.png"), 8, 8, 3)
 
@@ -33,7 +43,7 @@ def test_what_is_no_image_is_refused(content):
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_a_file_cut_short_is_refused(format):
-    content = encoded(Image.effect_noise((97, 89), 90).convert("RGB"), format)
+    content = encode_image(Image.effect_noise((97, 89), 90).convert("RGB"), format)
     for keep in (20, len(content) // 3, len(content) - 400):
         with pytest.raises(UnreadableImage, match="photo cannot be read as an image"):
             decode(content[:keep], "photo")
@@ -61,7 +71,7 @@ def headers_of(width, height):
     sof = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, height, width, 3) + b"\1\x11\0\2\x11\0\3\x11\0"
     vp8x = b"VP8X" + struct.pack("<II", 10, 0) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     return {
-        "png": png(width, height, chunk(b"IDAT", zlib.compress(bytes(99)))),
+        "png": png_file(width, height, png_chunk(b"IDAT", zlib.compress(bytes(99)))),
         "bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0),
         "gif": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0xF0, 0, 0) + bytes(6) + frame,
         "jpeg": b"\xff\xd8" + sof + b"\xff\xda\0\x0c\3\1\0\2\0\3\0\0\x3f\0",
@@ -94,7 +104,7 @@ def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path, monkeypatch):
 
 
 def test_a_jpeg_of_endless_passes_is_refused():
-    content = encoded(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True)
+    content = encode_image(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     with pytest.raises(UnreadableImage, match="photo would be drawn in .* passes"):
         decode(content[:-2] + content[last:-2] * 5000 + content[-2:], "photo")
@@ -126,14 +136,14 @@ def test_no_image_takes_a_gigabyte_or_a_word_on_the_terminal(tmp_path):
 
     notes = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12garbage"
     files = {
-        "deep.png": png(side, side, chunk(b"IDAT", rows(2 * side)), depth=16, color=0),
-        "alpha.png": png(side, side, chunk(b"IDAT", rows(4 * side)), color=6),
-        "cmyk.jpg": encoded(Image.new("CMYK", (side, side)), "JPEG", progressive=True),
-        "large.webp": encoded(Image.new("RGBA", (5792, 5792)), "WEBP", lossless=True, quality=0, method=0),
-        "notes.jpg": encoded(Image.fromarray(SMOOTH), "JPEG", exif=notes),
-        "data.png": png(WIDTH, HEIGHT, chunk(b"IDAT", bomb)),
-        "text.png": png(WIDTH, HEIGHT, chunk(b"zTXt", b"a\0\0" + bomb), chunk(b"IDAT", bomb)),
-        "icc.png": png(WIDTH, HEIGHT, chunk(b"iCCP", b"a\0\0" + bomb), chunk(b"IDAT", bomb)),
+        "deep.png": png_file(side, side, png_chunk(b"IDAT", rows(2 * side)), depth=16, color=0),
+        "alpha.png": png_file(side, side, png_chunk(b"IDAT", rows(4 * side)), color=6),
+        "cmyk.jpg": encode_image(Image.new("CMYK", (side, side)), "JPEG", progressive=True),
+        "large.webp": encode_image(Image.new("RGBA", (5792, 5792)), "WEBP", lossless=True, quality=0, method=0),
+        "notes.jpg": encode_image(Image.fromarray(SMOOTH_RGB), "JPEG", exif=notes),
+        "data.png": png_file(RGB_WIDTH, RGB_HEIGHT, png_chunk(b"IDAT", bomb)),
+        "text.png": png_file(RGB_WIDTH, RGB_HEIGHT, png_chunk(b"zTXt", b"a\0\0" + bomb), png_chunk(b"IDAT", bomb)),
+        "icc.png": png_file(RGB_WIDTH, RGB_HEIGHT, png_chunk(b"iCCP", b"a\0\0" + bomb), png_chunk(b"IDAT", bomb)),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -175,9 +185,9 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else():
     rng, outcomes = np.random.default_rng(5), {"decoded": 0, "refused": 0}
     exif = Image.Exif()
     exif[0x0112] = 6
-    originals = [content for content, _ in LOSSLESS.values()]
-    originals += [encoded(Image.fromarray(SMOOTH), "JPEG", progressive=p, exif=exif) for p in (False, True)]
-    originals += [encoded(Image.fromarray(SMOOTH), "WEBP")]
+    originals = [content for content, _ in lossless_images().values()]
+    originals += [encode_image(Image.fromarray(SMOOTH_RGB), "JPEG", progressive=p, exif=exif) for p in (False, True)]
+    originals += [encode_image(Image.fromarray(SMOOTH_RGB), "WEBP")]
     for content in originals:
         for mutated in mutations(content, rng, 25):
             started = time.process_time()
@@ -192,17 +202,17 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else():
 
 
 def test_a_bomb_among_the_notes_is_refused():
-    profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 21)))
+    profile = png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 21)))
     with pytest.raises(UnreadableImage, match="photo cannot be read as an image, it is damaged: Decompressed data too"):
-        decode(png(WIDTH, HEIGHT, profile, chunk(b"IDAT", zlib.compress(bytes(999)))), "photo")
+        decode(png_file(RGB_WIDTH, RGB_HEIGHT, profile, png_chunk(b"IDAT", zlib.compress(bytes(999)))), "photo")
 
 
 def test_threads_decode_without_touching_what_they_share(monkeypatch):
-    good, large, bad = encoded(Image.fromarray(COLORS)), headers_of(8192, 8193)["png"], b"hello"
+    good, large, bad = encode_image(Image.fromarray(RANDOM_RGB)), headers_of(8192, 8193)["png"], b"hello"
 
     def attempt(content):
         try:
-            return array_of(content)
+            return decode_to_array(content)
         except UnreadableImage as error:
             return str(error)
 
@@ -211,7 +221,7 @@ def test_threads_decode_without_touching_what_they_share(monkeypatch):
         results = list(threads.map(attempt, [good, large, bad] * 50))
     for content, result in zip([good, large, bad] * 50, results, strict=True):
         if content is good:
-            np.testing.assert_array_equal(result, COLORS)
+            np.testing.assert_array_equal(result, RANDOM_RGB)
         else:
             assert ("8192 x 8193" if content is large else "cannot be read") in result
 
@@ -222,4 +232,4 @@ def test_memory_that_runs_out_is_not_taken_for_a_bad_file(monkeypatch):
 
     monkeypatch.setattr(images, "_rgb", exhausted)
     with pytest.raises(MemoryError):
-        decode(encoded(Image.fromarray(COLORS)), "it")
+        decode(encode_image(Image.fromarray(RANDOM_RGB)), "it")

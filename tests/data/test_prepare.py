@@ -10,59 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 import train
-from igpt import config as configuration
 from igpt.__main__ import main as run_igpt
 from igpt.command import Parser
-from igpt.data import prepare, sources
+from igpt.data import prepare
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
 from igpt.data.examples import EncodedImages
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.run.flags import parse_with_config
-
-HEIGHT, WIDTH, COUNT = 7, 5, 61
-
-
-def settings_of(source, **fields):
-    return dict(configuration.READING, source=str(source), image_size=(HEIGHT, WIDTH), channels=3) | fields
-
-
-def open_source(source, **fields):
-    return sources.load_source(ConfigDict(settings_of(source, **fields)))
-
-
-@pytest.fixture
-def palette(tmp_path):
-    made = Palette(np.random.default_rng(0).uniform(-1, 1, (37, 3)).astype(np.float32))
-    made.save(tmp_path / "palette.npy")
-    return tmp_path / "palette.npy"
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """The same images as a folder of PNGs in three classes and as an .npz: the names of the two sources."""
-    images = np.random.default_rng(1).integers(0, 256, (COUNT, HEIGHT, WIDTH, 3), np.uint8)
-    labels = np.sort(np.arange(COUNT, dtype=np.int32) % 3)
-    np.savez(tmp_path / "images.npz", images=images, labels=labels)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        (tmp_path / "folder" / f"class{label}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "folder" / f"class{label}" / f"{i:03d}.png")
-    return {"folder": f"folder:{tmp_path}/folder", "npz": f"npz:{tmp_path}/images.npz"}
-
-
-@pytest.fixture
-def prepared_folder(pictures, palette, tmp_path):
-    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "done"), shard_images=11)
-    return tmp_path / "done"
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
+from tests.helpers import (
+    PREPARE_HEIGHT,
+    PREPARE_IMAGES,
+    PREPARE_WIDTH,
+    file_contents,
+    open_prepare_source,
+    prepare_settings,
+)
 
 AUGMENTATIONS = [
     {},
@@ -75,15 +41,15 @@ AUGMENTATIONS = [
 def test_batches_from_an_array_a_folder_and_their_prepared_forms_are_the_same(pictures, palette, tmp_path):
     names = dict(pictures)
     for kind, name in pictures.items():
-        prepare.prepare(settings_of(name), str(palette), str(tmp_path / f"{kind}-out"), shard_images=11)
+        prepare.prepare(prepare_settings(name), str(palette), str(tmp_path / f"{kind}-out"), shard_images=11)
         names[f"prepared {kind}"] = f"tokens:{tmp_path / kind}-out"
     names["prepared twice"] = f"tokens:{tmp_path / 'twice'}"
-    prepare.prepare(settings_of(names["prepared npz"]), str(palette), str(tmp_path / "twice"), shard_images=13)
-    opened = {kind: open_source(name) for kind, name in names.items()}
+    prepare.prepare(prepare_settings(names["prepared npz"]), str(palette), str(tmp_path / "twice"), shard_images=13)
+    opened = {kind: open_prepare_source(name) for kind, name in names.items()}
     tokenizer = Palette.load(palette)
     for kind, source in opened.items():
         ours = opened["npz"]
-        assert source.image_size == (HEIGHT, WIDTH) and source.channels == 3, kind
+        assert source.image_size == (PREPARE_HEIGHT, PREPARE_WIDTH) and source.channels == 3, kind
         for augmentation in AUGMENTATIONS:
             made, expected = (
                 TrainBatches(part.train, tokenizer, 17, 5, Augmentation(**augmentation), slice(None))
@@ -105,9 +71,9 @@ def test_batches_from_an_array_a_folder_and_their_prepared_forms_are_the_same(pi
 
 
 def test_one_process_and_two_write_the_same_files(pictures, palette, prepared_folder, tmp_path):
-    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "two"), 11, workers=2)
-    assert contents(tmp_path / "two") == contents(prepared_folder)
-    assert len(contents(prepared_folder)) == 2 + 2 * (4 + 1 + 2)
+    prepare.prepare(prepare_settings(pictures["folder"]), str(palette), str(tmp_path / "two"), 11, workers=2)
+    assert file_contents(tmp_path / "two") == file_contents(prepared_folder)
+    assert len(file_contents(prepared_folder)) == 2 + 2 * (4 + 1 + 2)
 
 
 def children_of(pid):
@@ -158,7 +124,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
     for out in ("out", "at-once"):
         run_igpt(["prepare", *common, f"--out={tmp_path / out}", "--workers=1"])
     assert before.items() <= finished().items() and len(finished()) == 44
-    assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
+    assert file_contents(tmp_path / "out") == file_contents(tmp_path / "at-once")
 
 
 def test_a_worker_process_that_dies_ends_the_command_with_a_message(
@@ -174,21 +140,21 @@ def test_a_worker_process_that_dies_ends_the_command_with_a_message(
         return code
 
     monkeypatch.setattr(BaseProcess, "exitcode", property(dies_just_after_the_look))
-    arguments = settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"), 11
+    arguments = prepare_settings(pictures["folder"]), str(palette), str(tmp_path / "out"), 11
     with pytest.raises(UserError, match=r"ended from outside.*want of memory.*fewer --workers"):
         prepare.prepare(*arguments, workers=2)
     prepare.prepare(*arguments, workers=1)
-    assert contents(tmp_path / "out") == contents(prepared_folder)
+    assert file_contents(tmp_path / "out") == file_contents(prepared_folder)
 
 
 def test_what_workers_find_wrong_is_told_as_one_message(pictures, palette, tmp_path):
     (tmp_path / "folder" / "class1" / "030.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"class1/030\.png cannot be read"):
-        prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"), 11, workers=2)
+        prepare.prepare(prepare_settings(pictures["folder"]), str(palette), str(tmp_path / "out"), 11, workers=2)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(pictures, palette, prepared_folder, tmp_path):
-    arguments = settings_of(pictures["npz"]), str(palette), str(tmp_path / "out"), 41
+    arguments = prepare_settings(pictures["npz"]), str(palette), str(tmp_path / "out"), 41
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
@@ -223,12 +189,16 @@ def test_another_setting_palette_or_source_in_the_same_directory_is_refused(
     if change.pop("palette", None):
         Palette(np.zeros((37, 3), np.float32)).save(palette)
     if change.pop("picture", None):
-        Image.new("RGB", (WIDTH, HEIGHT)).save(prepared_folder.parent / "folder" / "class2" / "more.png")
+        Image.new("RGB", (PREPARE_WIDTH, PREPARE_HEIGHT)).save(
+            prepared_folder.parent / "folder" / "class2" / "more.png"
+        )
     shard_images = change.pop("shard_images", 11)
-    before = contents(prepared_folder)
+    before = file_contents(prepared_folder)
     with pytest.raises(UserError, match=message):
-        prepare.prepare(settings_of(source, **change), str(palette), str(prepared_folder), shard_images=shard_images)
-    assert contents(prepared_folder) == before
+        prepare.prepare(
+            prepare_settings(source, **change), str(palette), str(prepared_folder), shard_images=shard_images
+        )
+    assert file_contents(prepared_folder) == before
 
 
 def test_directories_of_other_things_and_files_are_left_alone(pictures, palette, tmp_path):
@@ -238,12 +208,12 @@ def test_directories_of_other_things_and_files_are_left_alone(pictures, palette,
         ("palette.npy/x", "cannot"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare.prepare(settings_of(pictures["npz"]), str(palette), str(tmp_path / out))
+            prepare.prepare(prepare_settings(pictures["npz"]), str(palette), str(tmp_path / out))
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {"class0", "class1", "class2"}
 
 
 def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, palette, tmp_path, capsys):
-    source = open_source(pictures["folder"])
+    source = open_prepare_source(pictures["folder"])
     train_files = [path for path, _ in source.train.images.files]
     broken = train_files[11:22] + train_files[23:24] + [source.test.images.files[3][0]]  # one shard wholly
     for path in broken:
@@ -259,7 +229,7 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
         assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
     named = "".join(path.read_text() for path in sorted((tmp_path / "skip").glob("*.unreadable.txt")))
     assert len(named.splitlines()) == 13 and all(str(path) in named for path in broken)
-    opened = open_source(f"tokens:{tmp_path}/skip")
+    opened = open_prepare_source(f"tokens:{tmp_path}/skip")
     kept = [i for i, path in enumerate(train_files) if path not in broken]
     np.testing.assert_array_equal(opened.train.labels, source.train.labels[kept])
     expected = Palette.load(palette).encode(source.train.images[np.array(kept)])
@@ -288,11 +258,11 @@ def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_c
 def test_few_images_are_in_memory_at_a_time_and_opening_reads_none(pictures, palette, tmp_path, monkeypatch):
     read, seen = EncodedImages.read, []
     monkeypatch.setattr(EncodedImages, "read", lambda self, at, *a: (seen.append(len(at)), read(self, at, *a))[1])
-    monkeypatch.setattr(prepare, "PIXELS_AT_ONCE", 3 * HEIGHT * WIDTH + 1)
-    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(tmp_path / "out"))
-    assert max(seen) == 3 and sum(seen) == COUNT
+    monkeypatch.setattr(prepare, "PIXELS_AT_ONCE", 3 * PREPARE_HEIGHT * PREPARE_WIDTH + 1)
+    prepare.prepare(prepare_settings(pictures["folder"]), str(palette), str(tmp_path / "out"))
+    assert max(seen) == 3 and sum(seen) == PREPARE_IMAGES
     for split in ("train", "validation", "test"):
-        shards = getattr(open_source(f"tokens:{tmp_path}/out"), split).images.tokens
+        shards = getattr(open_prepare_source(f"tokens:{tmp_path}/out"), split).images.tokens
         assert all(isinstance(part.base, np.memmap) and not part.flags.writeable for part in shards.parts)
 
 

@@ -10,7 +10,7 @@ from igpt.data import prepare
 from igpt.data.prepared import Shards
 from igpt.errors import UserError
 from igpt.palette import Palette
-from tests.data.test_prepare import contents, open_source, palette, pictures, prepared_folder, settings_of  # noqa: F401
+from tests.helpers import file_contents, open_prepare_source, prepare_settings
 
 
 def test_rows_of_several_arrays_are_indexed_like_one():
@@ -64,13 +64,13 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_shards_are_named_and_made_anew_by_the_same_command(pictures, palette, prepared_folder, name):
     file, damage, message = DAMAGES[name]
-    before = contents(prepared_folder)
+    before = file_contents(prepared_folder)
     damage(prepared_folder / file)
     with pytest.raises(UserError, match=rf"{message}[\s\S]*run the command that prepared it again") as error:
-        open_source(f"tokens:{prepared_folder}")
+        open_prepare_source(f"tokens:{prepared_folder}")
     assert file in str(error.value)
-    prepare.prepare(settings_of(pictures["folder"]), str(palette), str(prepared_folder), shard_images=11)
-    assert contents(prepared_folder) == before
+    prepare.prepare(prepare_settings(pictures["folder"]), str(palette), str(prepared_folder), shard_images=11)
+    assert file_contents(prepared_folder) == before
 
 
 PLANS = {
@@ -91,22 +91,22 @@ def test_a_damaged_plan_is_named(prepared_folder, name):
     path, change = prepared_folder / "prepared.json", PLANS[name]
     path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=r"prepared\.json|is unfinished"):
-        open_source(f"tokens:{prepared_folder}")
+        open_prepare_source(f"tokens:{prepared_folder}")
 
 
 def test_unfinished_directories_other_palettes_and_other_tokens_are_named(prepared_folder, palette, tmp_path):
     with pytest.raises(UserError, match=r"no prepared directory: it has no prepared\.json"):
-        open_source(f"tokens:{tmp_path}")
+        open_prepare_source(f"tokens:{tmp_path}")
     tokens = np.load(prepared_folder / "train-00002.tokens.npy")
     tokens[3, 4] = 37
     np.save(prepared_folder / "train-00002.tokens.npy", tokens)
-    images = open_source(f"tokens:{prepared_folder}").train.images
+    images = open_prepare_source(f"tokens:{prepared_folder}").train.images
     images[:22]
     with pytest.raises(UserError, match=r"done: tokens run from 0 to 37; its palette has 0\.\.36"):
         images[20:30]
     (prepared_folder / "train-00002.tokens.npy").unlink()
     with pytest.raises(UserError, match=r"unfinished: shard 3 of 4 of train is missing; run the command"):
-        open_source(f"tokens:{prepared_folder}")
+        open_prepare_source(f"tokens:{prepared_folder}")
     Palette(np.zeros((37, 3), np.float32)).save(prepared_folder / "palette.npy")
     with pytest.raises(UserError, match=r"palette\.npy is not the palette that the tokens were made with"):
-        open_source(f"tokens:{prepared_folder}")
+        open_prepare_source(f"tokens:{prepared_folder}")

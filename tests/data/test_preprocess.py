@@ -6,14 +6,16 @@ from PIL import Image
 
 from igpt.data.images import FILTERS, Preprocess, UnreadableImage
 from igpt.errors import UserError
-from tests.data.test_images import COLORS
+from tests.helpers import RANDOM_RGB
 
 
 def test_an_image_of_the_size_asked_for_is_left_alone():
     for kind in ("none", "shrink"):
-        np.testing.assert_array_equal(Preprocess(COLORS.shape[:2], kind)(Image.fromarray(COLORS), None, "it"), COLORS)
+        np.testing.assert_array_equal(
+            Preprocess(RANDOM_RGB.shape[:2], kind)(Image.fromarray(RANDOM_RGB), None, "it"), RANDOM_RGB
+        )
     with pytest.raises(UnreadableImage, match="it has 11 x 13 pixels, data.image_size is 11 x 11; set data.preprocess"):
-        Preprocess((11, 11))(Image.fromarray(COLORS), None, "it")
+        Preprocess((11, 11))(Image.fromarray(RANDOM_RGB), None, "it")
 
 
 @pytest.mark.parametrize("filter", FILTERS)

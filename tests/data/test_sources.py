@@ -10,42 +10,7 @@ from igpt.data.examples import DecodedTokens, Split
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.probe.features import raw_pixels
-
-
-def load_source(source, **fields):
-    """A source by its name, read as a run does that does not say how."""
-    settings = dict(configuration.READING, source=source, image_size=(8, 8), channels=3) | fields
-    return sources.load_source(ConfigDict(settings))
-
-
-@pytest.fixture
-def write_openai(tmp_path):
-    """write_openai(trX=...) -> PREFIX of a small data set in OpenAI's files; None leaves one out."""
-
-    def write(clusters=None, **arrays):
-        rng = np.random.default_rng(0)
-        if clusters is None:
-            clusters = rng.uniform(-1, 1, (17, 3)).astype(np.float32)
-        for split, count in (("tr", 43), ("va", 11), ("te", 7)):
-            arrays.setdefault(f"{split}X", rng.integers(0, len(clusters), (count, 25), np.uint16))
-            arrays.setdefault(f"{split}Y", np.eye(3, dtype=np.float32)[rng.integers(0, 3, count)])
-        np.save(tmp_path / "kmeans_centers.npy", clusters)
-        for suffix, array in arrays.items():
-            if array is not None:
-                np.save(tmp_path / f"small_{suffix}.npy", array)
-        return f"{tmp_path}/small"
-
-    return write
-
-
-def splits_of(source):
-    return source.train, source.validation, source.test
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
+from tests.helpers import assert_trees_equal, load_source, splits_of
 
 
 def test_digits_have_seventeen_grey_levels_and_fixed_disjoint_splits():
@@ -151,11 +116,11 @@ def test_batches_of_openai_tokens_equal_those_of_their_images(write_openai, writ
         return TrainBatches(split, source.palette, 7, 3, Augmentation(**augmentation), slice(None))
 
     for step in (0, 5, 8):
-        assert_equal(batches(source.train)[step], batches(decoded)[step])
+        assert_trees_equal(batches(source.train)[step], batches(decoded)[step])
     for ours, theirs in zip(
         eval_batches(source.train, source.palette, 10), eval_batches(decoded, source.palette, 10), strict=True
     ):
-        assert_equal(ours, theirs)
+        assert_trees_equal(ours, theirs)
     for ours, theirs in zip(*(raw_pixels(split, 3) for split in (source.train, decoded)), strict=True):
         np.testing.assert_array_equal(ours[0], theirs[0])
 

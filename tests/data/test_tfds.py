@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -25,8 +24,8 @@ from igpt.data.images import Preprocess
 from igpt.data.tfds import UNREAD, Labels, _prepare, open_tfds
 from igpt.errors import UserError
 from igpt.palette import Palette
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAIN, TEST = 31, 5
 PALETTE = Palette(np.random.default_rng(3).uniform(-1, 1, (17, 3)).astype(np.float32))
 
@@ -199,9 +198,13 @@ READ = """
 import sys
 import numpy as np
 from igpt.data.batches import eval_batches
-from tests.data.test_tfds import PALETTE, opened
+from igpt.data.images import Preprocess
+from igpt.data.tfds import open_tfds
+from igpt.palette import Palette
 
-batches = list(eval_batches(opened("photos", sys.argv[1]).test, PALETTE, 3))
+source = open_tfds("photos", sys.argv[1], (0.2, 0.1), 4, Preprocess((7, 5), "shrink"), 3, False)
+palette = Palette(np.random.default_rng(3).uniform(-1, 1, (17, 3)).astype(np.float32))
+batches = list(eval_batches(source.test, palette, 3))
 assert not [name for name in sys.modules if name.partition(".")[0] in ("tensorflow", "torch")]
 np.savez(sys.argv[2], *[batch["tokens"] for batch in batches], *[batch["label"] for batch in batches])
 """

@@ -2,43 +2,38 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import igpt
-from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.interop import weight_files
 from igpt.interop.export import ORIGIN, export
 from igpt.interop.import_run import import_directory
-from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
-from igpt.run import checkpoint
-from tests.interop.test_hf_weights import CLASSES, SMALL, peer
+from tests.helpers import (
+    HF_CLASSES,
+    HF_CLUSTERS,
+    HF_IMAGE_SIZE,
+    HF_SIZES,
+    hf_model,
+    load_hf_strictly,
+    save_hf_model,
+    write_imported_run,
+)
 
-SIZE = (5, 7)  # of the images: SMALL's 35 positions
-CLUSTERS = np.random.default_rng(1).uniform(-1, 1, (17, 3))
 FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 TOKENS = np.random.default_rng(2).integers(0, 17, (2, 35))
-IMAGES = np.random.default_rng(3).integers(0, 256, (3, *SIZE, 3), np.uint8)
-
-
-def save_peer(directory, model, clusters=CLUSTERS):
-    model.save_pretrained(directory)
-    processor = ImageGPTImageProcessorPil(clusters=clusters, size={"height": SIZE[0], "width": SIZE[1]})
-    processor.save_pretrained(directory)
-    return directory
+IMAGES = np.random.default_rng(3).integers(0, 256, (3, *HF_IMAGE_SIZE, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
     """A causal model of transformers with its processor; not to be changed."""
-    return save_peer(tmp_path_factory.mktemp("hf"), peer())
+    return save_hf_model(tmp_path_factory.mktemp("hf"), hf_model())
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +51,8 @@ def copied(hf, tmp_path):
     return folder
 
 
-def save_run(directory, **fields):
-    """A run directory of ours with random parameters, none of them zero."""
-    model = ModelConfig(**dict(width=22, depth=3, num_heads=2, vocab_size=17, seq_len=35, mlp_width=46) | fields)
-    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ImageGPT(model, nnx.Rngs(0)))))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jax.device_put(0.2 * rng.standard_normal(leaf.shape, np.float32)), params)
-    directory.mkdir()
-    configuration.save(configuration.of_network(model, SIZE, 3), directory)
-    Palette(CLUSTERS).save(directory / "palette.npy")
-    checkpoint.save_params(directory, params, step=3)
-    return directory
-
-
 def change(path, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-def load_strictly(directory, head):
-    model, info = CLASSES[head].from_pretrained(directory, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def assert_same_files(one, other, files=FILES):
@@ -84,10 +60,10 @@ def assert_same_files(one, other, files=FILES):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("head", CLASSES)
+@pytest.mark.parametrize("head", HF_CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_directory_of_transformers_comes_back_byte_for_byte(tmp_path, head, dtype):
-    there = save_peer(tmp_path / "hf", peer(head).to(dtype))
+    there = save_hf_model(tmp_path / "hf", hf_model(head).to(dtype))
     run = import_directory(there, tmp_path / "run")
     assert_same_files(there, export(run, tmp_path / "back"))
     assert not [path for path in tmp_path.rglob("*partial*")]
@@ -125,8 +101,8 @@ def test_the_commands_take_a_directory_there_and_back(hf, tmp_path):
     ],
 )
 def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
-    run = save_run(tmp_path / "run", **fields)
-    theirs = load_strictly(export(run, tmp_path / "hf"), "pixels")
+    run = write_imported_run(tmp_path / "run", **fields)
+    theirs = load_hf_strictly(export(run, tmp_path / "hf"), "pixels")
     ours = igpt.load(run).model
     inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
     with torch.no_grad():
@@ -137,8 +113,8 @@ def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
 
 @pytest.mark.parametrize("pixel_head", [True, False])
 def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_head):
-    run = save_run(tmp_path / "run", num_classes=5, pixel_head=pixel_head)
-    theirs = load_strictly(export(run, tmp_path / "hf"), "classes")
+    run = write_imported_run(tmp_path / "run", num_classes=5, pixel_head=pixel_head)
+    theirs = load_hf_strictly(export(run, tmp_path / "hf"), "classes")
     inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(inputs)).logits.numpy()
@@ -147,7 +123,7 @@ def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_
 
 
 def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):
-    run = save_run(tmp_path / "run")
+    run = write_imported_run(tmp_path / "run")
     export(run, tmp_path / "hf")
     processor = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "hf")
     tokens = processor(list(IMAGES), return_tensors="np")["input_ids"]
@@ -157,15 +133,15 @@ def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):
 def test_a_model_of_transformers_computes_the_same_here(hf):
     inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
     with torch.no_grad():
-        expected = load_strictly(hf, "pixels")(torch.from_numpy(inputs)).logits.numpy()
+        expected = load_hf_strictly(hf, "pixels")(torch.from_numpy(inputs)).logits.numpy()
     pretrained = igpt.load(hf)
     np.testing.assert_allclose(pretrained.model(TOKENS), expected, rtol=0, atol=1e-5)
-    assert pretrained.step == 0 and pretrained.config.data.image_size == SIZE
-    np.testing.assert_array_equal(pretrained.palette.centers, CLUSTERS.astype(np.float32))
+    assert pretrained.step == 0 and pretrained.config.data.image_size == HF_IMAGE_SIZE
+    np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
 
 
 def test_another_run_s_origin_or_a_damaged_one_is_refused(imported, tmp_path):
-    run = save_run(tmp_path / "run")
+    run = write_imported_run(tmp_path / "run")
     origin = run / ORIGIN
     sound = (imported / ORIGIN).read_text()
     origin.write_text(sound)
@@ -191,11 +167,11 @@ def test_parts_that_do_not_fit_each_other_are_refused(copied):
 
     change(processor, size={"height": 5, "width": 8})
     refused("the processor makes images of 5 x 8, the model has 35 positions; set 'size'")
-    change(processor, clusters=CLUSTERS[:-1].tolist())
+    change(processor, clusters=HF_CLUSTERS[:-1].tolist())
     refused("the processor has 16 clusters, the model 17 colours")
     change(processor, clusters=None)
     refused("has no 'clusters', and so no palette")
-    change(processor, clusters=(2 * CLUSTERS).tolist())
+    change(processor, clusters=(2 * HF_CLUSTERS).tolist())
     refused(r"palette centres are floats in \[-1, 1\]")
     change(processor, image_mean=[0.485, 0.456, 0.406])
     refused("clusters are in units of their own")
@@ -215,19 +191,19 @@ def test_parts_that_do_not_fit_each_other_are_refused(copied):
 
 
 def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
-    peer(n_positions=36).save_pretrained(tmp_path / "hf")
-    Palette(CLUSTERS).save(tmp_path / "clusters.npy")
+    hf_model(n_positions=36).save_pretrained(tmp_path / "hf")
+    Palette(HF_CLUSTERS).save(tmp_path / "clusters.npy")
     run = import_directory(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy")
     pretrained = igpt.load(run)
     assert pretrained.config.data.image_size == [6, 6]
-    np.testing.assert_array_equal(pretrained.palette.centers, CLUSTERS.astype(np.float32))
-    peer().save_pretrained(tmp_path / "oblong")
+    np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
+    hf_model().save_pretrained(tmp_path / "oblong")
     with pytest.raises(UserError, match="35 positions are no square: write a preprocessor_config.json"):
         import_directory(tmp_path / "oblong", tmp_path / "other", clusters=tmp_path / "clusters.npy")
 
 
 def test_a_model_that_is_not_causal_is_not_exported(tmp_path):
-    run = save_run(tmp_path / "run", causal=False)
+    run = write_imported_run(tmp_path / "run", causal=False)
     with pytest.raises(UserError, match="trained with the BERT objective"):
         export(run, tmp_path / "hf")
 
@@ -271,8 +247,8 @@ def test_large_exports_are_sharded(imported, hf, tmp_path, monkeypatch):
     monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 20_000)
     out = export(imported, tmp_path / "out")
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
-    expected = load_strictly(hf, "pixels").state_dict()
-    for name, tensor in load_strictly(out, "pixels").state_dict().items():
+    expected = load_hf_strictly(hf, "pixels").state_dict()
+    for name, tensor in load_hf_strictly(out, "pixels").state_dict().items():
         assert torch.equal(tensor, expected[name])
 
 
@@ -287,4 +263,4 @@ def test_half_precision_in_parts_is_widened(copied, tmp_path):
 
 
 def test_the_sizes_here_need_no_divisor():
-    assert SIZE[0] * SIZE[1] == SMALL["n_positions"]
+    assert HF_IMAGE_SIZE[0] * HF_IMAGE_SIZE[1] == HF_SIZES["n_positions"]

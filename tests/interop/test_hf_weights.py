@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -14,30 +13,14 @@ from igpt.errors import UserError
 from igpt.interop import hf_weights
 from igpt.interop.hf_weights import BASE, named_tensors, open_directory, places, read_params
 from igpt.model import ImageGPT, ModelConfig
-
-SMALL = dict(vocab_size=18, n_positions=35, n_embd=22, n_layer=3, n_head=2)
-CLASSES = {
-    "pixels": transformers.ImageGPTForCausalImageModeling,
-    "none": transformers.ImageGPTModel,
-    "classes": transformers.ImageGPTForImageClassification,
-}
-
-
-def peer(head="pixels", **settings):
-    """A model of transformers with random weights, biases and gains too."""
-    torch.manual_seed(0)
-    model = CLASSES[head](transformers.ImageGPTConfig(**SMALL | {"num_labels": 5} | settings)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if ".ln_" in name else 0.0, 0.1)
-    return model
+from tests.helpers import HF_CLASSES, assert_trees_equal, hf_model
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A causal model's directory; not to be changed."""
     directory = tmp_path_factory.mktemp("hf")
-    peer().save_pretrained(directory)
+    hf_model().save_pretrained(directory)
     return directory
 
 
@@ -54,24 +37,20 @@ def params_of(directory):
     return read_params(weights.tensors, weights.model)
 
 
-def assert_equal(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
 def change(directory, **settings):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | settings))
 
 
-@pytest.mark.parametrize("head", CLASSES)
+@pytest.mark.parametrize("head", HF_CLASSES)
 def test_every_tensor_goes_there_and_comes_back_unchanged(tmp_path, head):
-    peer(head).save_pretrained(tmp_path)
+    hf_model(head).save_pretrained(tmp_path)
     weights = open_directory(tmp_path)
     assert (weights.model.pixel_head, weights.model.num_classes) == (head == "pixels", 5 if head == "classes" else 0)
     back = named_tensors(read_params(weights.tensors, weights.model), weights.model, "" if head == "none" else BASE)
     theirs = load_file(tmp_path / "model.safetensors")
     assert back.keys() == theirs.keys()
-    assert_equal(back, theirs)
+    assert_trees_equal(back, theirs)
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["Other"], 5, True, "ImageGPTModel", {}])
@@ -82,7 +61,7 @@ def test_without_a_word_of_the_config_the_tensors_say_which_head_there_is(direct
 
 @pytest.mark.parametrize("form", ["shards", "bin", "legacy bin", "bin in shards", "bin with masks"])
 def test_every_form_of_the_same_weights_reads_the_same(saved, tmp_path, form):
-    model = peer()
+    model = hf_model()
     state = model.state_dict()
     if form == "shards":
         model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -99,7 +78,7 @@ def test_every_form_of_the_same_weights_reads_the_same(saved, tmp_path, form):
             )
         torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form != "legacy bin")
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
-    assert_equal(params_of(tmp_path), params_of(saved))
+    assert_trees_equal(params_of(tmp_path), params_of(saved))
 
 
 def old_buffers(mask, value) -> dict:
@@ -110,7 +89,7 @@ def test_the_masks_of_old_files_are_skipped_in_safetensors_too(saved, directory)
     tensors = load_file(directory / "model.safetensors")
     buffers = old_buffers(np.tril(np.ones((1, 1, 35, 35), np.uint8)), np.float32(-1e4)[None])
     save_file(tensors | buffers, directory / "model.safetensors")
-    assert_equal(params_of(directory), params_of(saved))
+    assert_trees_equal(params_of(directory), params_of(saved))
 
 
 def test_everything_that_does_not_fit_is_named_at_once(directory):

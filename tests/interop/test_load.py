@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import igpt
-from configs import base
 from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.interop.import_run import import_directory
@@ -19,25 +18,12 @@ from igpt.run import checkpoint
 from igpt.sample import sample_images
 from igpt.sharding import make_mesh
 from igpt.state import create_state
-from tests.interop.test_export import save_peer
-from tests.interop.test_hf_weights import peer
-from tests.run.test_checkpoint import TINY, optimizer, saved
-
-
-def run_directory(path, **model):
-    """A run directory as train.py leaves it, without the training."""
-    config = base.get_config()
-    config.palette.colors = 17
-    config.model.update(dict(width=16, depth=2, num_heads=4) | model)
-    path.mkdir(exist_ok=True)
-    configuration.save(config, path)
-    Palette(np.linspace(-1, 1, 17)[:, None].repeat(3, axis=1)).save(path / "palette.npy")
-    return config
+from tests.helpers import RUN_MODEL, default_optimizer, hf_model, save_hf_model, save_states, write_run_config
 
 
 def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
-    run_directory(tmp_path, attention="cudnn")  # trained on a GPU
-    state = saved(tmp_path, make_mesh(2, 2, 2))
+    write_run_config(tmp_path, attention="cudnn")  # trained on a GPU
+    state = save_states(tmp_path, make_mesh(2, 2, 2))
     pretrained = igpt.load(tmp_path)
     assert pretrained.step == 3 and pretrained.palette.vocab_size == 17
     assert pretrained.model.config.width == 16 and pretrained.config.data.image_size == [8, 8]
@@ -47,8 +33,8 @@ def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
 
 
 def test_a_step_can_be_named_and_a_missing_one_lists_those_there_are(tmp_path):
-    run_directory(tmp_path)
-    saved(tmp_path, make_mesh(), steps=(2, 4))
+    write_run_config(tmp_path)
+    save_states(tmp_path, make_mesh(), steps=(2, 4))
     assert igpt.load(tmp_path, step=2).step == 2
     with pytest.raises(UserError, match=r"no checkpoint of step 3; it has \[2, 4\]"):
         igpt.load(tmp_path, step=3)
@@ -59,7 +45,7 @@ def test_directories_that_hold_no_model_are_refused(tmp_path):
         igpt.load(tmp_path / "absent")
     with pytest.raises(UserError, match="no config.json"):
         igpt.load(tmp_path)
-    run_directory(tmp_path)
+    write_run_config(tmp_path)
     with pytest.raises(UserError, match="no finished checkpoint yet"):
         igpt.load(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -71,15 +57,15 @@ def test_directories_that_hold_no_model_are_refused(tmp_path):
 
 
 def test_a_palette_of_another_size_is_refused(tmp_path):
-    run_directory(tmp_path)
+    write_run_config(tmp_path)
     Palette(np.zeros((5, 3), np.float32)).save(tmp_path / "palette.npy")
     with pytest.raises(UserError, match=r"has 5 colours, but palette\.colors is 17"):
         igpt.load(tmp_path)
 
 
 def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
-    config = run_directory(tmp_path)
-    state = saved(tmp_path, make_mesh())
+    config = write_run_config(tmp_path)
+    state = save_states(tmp_path, make_mesh())
     old = json.loads((tmp_path / "config.json").read_text())
     for section, name in (("data", "labels_per_class"), ("data", "subset_seed"), ("train", "patience")):
         del old[section][name]
@@ -96,28 +82,28 @@ def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
 
 
 def test_a_fine_tuned_run_gives_its_best_step_and_any_other_that_is_named(tmp_path):
-    run_directory(tmp_path)
+    write_run_config(tmp_path)
     progress, mesh = checkpoint.Progress(), make_mesh()
     with checkpoint.Checkpoints(tmp_path, 1, progress) as checkpoints:
         for step, accuracy in ((2, 0.9), (4, 0.5)):
             progress.note(step, accuracy)
-            checkpoints.save(create_state(TINY, optimizer(), mesh, seed=step), step)
+            checkpoints.save(create_state(RUN_MODEL, default_optimizer(), mesh, seed=step), step)
     one, other = igpt.load(tmp_path), igpt.load(tmp_path, step=4)
     assert (one.step, other.step) == (2, 4)
     for step, pretrained in ((2, one), (4, other)):
-        expected = create_state(TINY, optimizer(), mesh, seed=step).params["blocks"]["up"]["kernel"]
+        expected = create_state(RUN_MODEL, default_optimizer(), mesh, seed=step).params["blocks"]["up"]["kernel"]
         np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], expected)
 
 
 def test_heads_may_differ_where_they_can_be_new_or_left_behind(tmp_path):
-    config = run_directory(tmp_path, num_classes=5)
+    config = write_run_config(tmp_path, num_classes=5)
     for heads in (dict(num_classes=5), dict(num_classes=0), dict(pixel_head=False, num_classes=5)):
         config.model.update(heads)
         check_same_network(str(tmp_path), config)
     config.model.num_classes = 3
     with pytest.raises(UserError, match=r"classifier of 5 classes, model\.num_classes is 3; set model\.num_classes=5"):
         check_same_network(str(tmp_path), config)
-    config = run_directory(tmp_path, pixel_head=False)
+    config = write_run_config(tmp_path, pixel_head=False)
     config.model.num_classes = 7
     check_same_network(str(tmp_path), config)
     config.model.pixel_head = True
@@ -126,7 +112,7 @@ def test_heads_may_differ_where_they_can_be_new_or_left_behind(tmp_path):
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
-    config = run_directory(tmp_path)
+    config = write_run_config(tmp_path)
     check_same_network(str(tmp_path), config)
     config.model.width, config.data.image_size = 32, (4, 4)
     with pytest.raises(UserError, match="another network: width is 16 there, 32 here; seq_len is 64 there, 16 here"):
@@ -136,7 +122,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
     """A model of transformers with its processor; not to be changed."""
-    return save_peer(tmp_path_factory.mktemp("hub") / "hf", peer())
+    return save_hf_model(tmp_path_factory.mktemp("hub") / "hf", hf_model())
 
 
 def test_a_hugging_face_directory_and_the_run_imported_from_it_are_the_same_model(hf, tmp_path):

@@ -1,5 +1,4 @@
 import math
-import os
 import subprocess
 import sys
 import weakref
@@ -15,46 +14,10 @@ from igpt.errors import UserError
 from igpt.interop import openai
 from igpt.interop.export import export
 from igpt.model import ModelConfig
+from tests.helpers import OPENAI_DIMS, openai_variables, write_tf_checkpoint
 
-V, D, N, T, F, L, C = 17, 20, 2, 25, 83, 3, 7
-SHARDS = 5
-
-
-def released(bert=False, classes=0, seed=0, T=T):
-    """Variables as OpenAI's src/model.py names them (scope "model"), with what a training run saves beside them."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape, std=0.2):
-        return rng.normal(0, std, shape).astype(np.float32)
-
-    variables = {"wte": normal(V, D), "wpe": normal(T, D), "wtet": normal(V, D), "ln_f/g": 1 + normal(D)}
-    if not bert:
-        variables["sos"] = normal(D)
-    if classes:
-        variables["clf/wclf"] = normal(classes, D)
-    for i in range(L):
-        variables |= {f"h{i}/ln_1/g": 1 + normal(D), f"h{i}/ln_2/g": 1 + normal(D)}
-        variables |= {f"h{i}/attn/{name}_proj": normal(N, D // N, D) for name in ("q", "k", "v", "c")}
-        variables |= {f"h{i}/mlp/c_fc/w": normal(D, F), f"h{i}/mlp/c_proj/w": normal(F, D)}
-    variables = {f"model/{name}": value for name, value in variables.items()}
-    variables |= {"model/wte/Adam": normal(V, D), "model/wte/Adam_1": normal(V, D), "beta1_power": np.float32(0.9)}
-    return variables | {"model/h0/ln_1/g/adam_m": normal(D), "global_step": np.int64(7), "model/ema_step": np.int32(7)}
-
-
-def write_checkpoint(prefix, variables, shards=SHARDS):
-    """The V2 format that TensorFlow 1's Saver writes on several devices: prefix.index and prefix.data-*-of-*."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
-    names, parts = list(variables), []
-    for shard in range(shards):
-        part = tf.raw_ops.ShardedFilename(basename=str(prefix), shard=shard, num_shards=shards)
-        mine = names[shard::shards]
-        tensors = [tf.convert_to_tensor(variables[name]) for name in mine]
-        tf.raw_ops.SaveV2(prefix=part, tensor_names=mine, shape_and_slices=[""] * len(mine), tensors=tensors)
-        parts.append(part)
-    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix), delete_old_dirs=False)
-    return prefix
+V, D, N, T, F, L = OPENAI_DIMS.values()
+C, SHARDS = 7, 5
 
 
 def write_clusters(path, colors=V):
@@ -98,15 +61,15 @@ def clusters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory, clusters):
-    """imported(bert=..., classes=...) -> the released variables, and the run directory made of their checkpoint."""
+    """imported(bert=..., classes=...) -> released variables, and the run directory imported from them."""
     made = {}
 
     def of(**kind):
         key = tuple(sorted(kind.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("imported")
-            variables = released(**kind)
-            prefix = write_checkpoint(folder / "model.ckpt-1000000", variables)
+            variables = openai_variables(**kind)
+            prefix = write_tf_checkpoint(folder / "model.ckpt-1000000", variables)
             made[key] = variables, openai.import_checkpoint(prefix, clusters, folder / "run")
         return made[key]
 
@@ -115,7 +78,7 @@ def imported(tmp_path_factory, clusters):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model.ckpt-1000000", released())
+    return write_tf_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model.ckpt-1000000", openai_variables())
 
 
 @pytest.fixture
@@ -196,15 +159,17 @@ def test_any_file_of_a_checkpoint_names_it(checkpoint, ending):
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
 def test_other_float_types_become_float32(clusters, tmp_path, dtype):
-    variables = {name: value.astype(dtype) for name, value in released().items() if name.startswith("model/")}
-    run = openai.import_checkpoint(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+    variables = {name: value.astype(dtype) for name, value in openai_variables().items() if name.startswith("model/")}
+    run = openai.import_checkpoint(
+        write_tf_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run"
+    )
     model = igpt.load(run).model
     assert model.token_table[...].dtype == np.float32
     np.testing.assert_array_equal(model.position_table[...], variables["model/wpe"].astype(np.float32))
 
 
 def test_little_more_than_one_leaf_is_held_beside_the_parameters_and_the_largest_comes_first():
-    arrays = {name: value for name, value in released().items() if name.startswith("model/")}
+    arrays = {name: value for name, value in openai_variables().items() if name.startswith("model/")}
     alive, order = [], []
 
     def variable(name, value):
@@ -264,21 +229,21 @@ def test_variables_that_are_no_image_gpt_are_refused_before_any_is_read(
     clusters, tmp_path, monkeypatch, change, message
 ):
     monkeypatch.setattr(openai, "read_params", lambda *_: pytest.fail("began to read"))
-    variables = released()
+    variables = openai_variables()
     change(variables)
-    prefix = write_checkpoint(tmp_path / "model.ckpt-7", variables)
+    prefix = write_tf_checkpoint(tmp_path / "model.ckpt-7", variables)
     with pytest.raises(UserError, match=message):
         openai.import_checkpoint(prefix, clusters, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_everything_that_is_wrong_is_said_at_once_and_a_long_list_is_cut(clusters, tmp_path):
-    variables = released()
+    variables = openai_variables()
     without("wpe", "h0/ln_1/g")(variables)
     variables["model/h1/ln_1/g"] = zeros(D + 1, "f4")
     variables |= {f"model/extra{i:02d}": zeros(1, "f4") for i in range(20)}
     with pytest.raises(UserError) as caught:
-        openai.import_checkpoint(write_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+        openai.import_checkpoint(write_tf_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 + openai.SHOWN + 1 and lines[-1].strip() == "... and 11 more"
     for part in ("model/wpe [T, 20] is missing", "h0/ln_1/g [20] is missing", "h1/ln_1/g has shape", "extra00 [1] is"):
@@ -366,7 +331,7 @@ def test_the_command_says_what_it_made_and_what_to_do_next(checkpoint, clusters,
 
 
 def test_the_command_says_that_a_bert_model_cannot_be_sampled(clusters, tmp_path, capsys):
-    prefix = write_checkpoint(tmp_path / "model.ckpt-7", released(bert=True))
+    prefix = write_tf_checkpoint(tmp_path / "model.ckpt-7", openai_variables(bert=True))
     run_igpt(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
     said = capsys.readouterr().out
     assert "BERT objective" in said and "igpt sample" not in said

@@ -15,25 +15,15 @@ from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTI
 from igpt.errors import UserError
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.palette import Palette
-
-CLUSTERS = np.random.default_rng(0).uniform(-1, 1, (512, 3)).tolist()
-IMAGES = np.random.default_rng(1).integers(0, 256, (3, 23, 19, 3), np.uint8)
-SIZE = {"height": 13, "width": 11}
-PICTURE = Image.fromarray(IMAGES[0])
-
-
-def processor(**settings):
-    return ImageGPTImageProcessor(**{"clusters": CLUSTERS, "size": SIZE} | settings)
-
-
-def tokens_of(given, **overrides):
-    return processor()(given, **{"return_tensors": "np"} | overrides)["input_ids"]
-
-
-def tokens_as_rgb(images):
-    """The tokens of uint8 [H, W, 3], which the parity tests vouch for."""
-    return tokens_of([Image.fromarray(image) for image in images])
-
+from tests.helpers import (
+    PROCESSOR_CLUSTERS,
+    PROCESSOR_IMAGES,
+    PROCESSOR_PICTURE,
+    PROCESSOR_SIZE,
+    make_processor,
+    tokens_as_rgb,
+    tokens_of,
+)
 
 # ---- the same as transformers
 
@@ -41,11 +31,11 @@ def tokens_as_rgb(images):
 @pytest.mark.parametrize(("do_rescale", "do_normalize"), [*itertools.product([True, False], repeat=2)])
 @pytest.mark.parametrize("resample", [None, *Image.Resampling])
 def test_pixel_values_equal_transformers_to_the_last_bit(resample, do_rescale, do_normalize):
-    settings = dict(size=SIZE, do_rescale=do_rescale, do_normalize=do_normalize, do_color_quantize=False)
+    settings = dict(size=PROCESSOR_SIZE, do_rescale=do_rescale, do_normalize=do_normalize, do_color_quantize=False)
     settings |= {"do_resize": False} if resample is None else {"resample": resample}
     settings |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    theirs = ImageGPTImageProcessorPil(**settings)(IMAGES, return_tensors="np")["pixel_values"]
-    ours = ImageGPTImageProcessor(**settings)(IMAGES, return_tensors="np")["pixel_values"]
+    theirs = ImageGPTImageProcessorPil(**settings)(PROCESSOR_IMAGES, return_tensors="np")["pixel_values"]
+    ours = ImageGPTImageProcessor(**settings)(PROCESSOR_IMAGES, return_tensors="np")["pixel_values"]
     assert ours.dtype == np.float32 and ours.shape == (3, 3, *((13, 11) if resample is not None else (23, 19)))
     np.testing.assert_array_equal(ours, theirs)
 
@@ -54,19 +44,23 @@ def test_pixel_values_equal_transformers_to_the_last_bit(resample, do_rescale, d
 @pytest.mark.parametrize("resample", [None, *Image.Resampling])
 def test_tokens_equal_transformers(resample, do_rescale, do_normalize):
     highest = (1 if do_rescale else 255) * (2 if do_normalize else 1)  # so that clusters lie where pixels will
-    clusters = (np.array(CLUSTERS) * highest / 2 + (0 if do_normalize and do_rescale else highest / 2)).tolist()
-    settings = dict(size=SIZE, do_rescale=do_rescale, do_normalize=do_normalize, clusters=clusters)
+    clusters = (
+        np.array(PROCESSOR_CLUSTERS) * highest / 2 + (0 if do_normalize and do_rescale else highest / 2)
+    ).tolist()
+    settings = dict(size=PROCESSOR_SIZE, do_rescale=do_rescale, do_normalize=do_normalize, clusters=clusters)
     settings |= {"do_resize": False} if resample is None else {"resample": resample}
-    theirs = ImageGPTImageProcessorPil(**settings)(IMAGES, return_tensors="np")["input_ids"]
-    ours = ImageGPTImageProcessor(**settings)(IMAGES, return_tensors="np")["input_ids"]
+    theirs = ImageGPTImageProcessorPil(**settings)(PROCESSOR_IMAGES, return_tensors="np")["input_ids"]
+    ours = ImageGPTImageProcessor(**settings)(PROCESSOR_IMAGES, return_tensors="np")["input_ids"]
     assert ours.dtype == theirs.dtype == np.int64 and len(np.unique(ours)) > 50
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_raw_bytes_are_quantised_to_the_nearest_cluster_where_transformers_squares_them_in_8_bits():
-    settings = dict(clusters=(127.5 + 127.5 * np.array(CLUSTERS)).tolist(), do_rescale=False, do_normalize=False)
-    ours = ImageGPTImageProcessor(**settings, do_resize=False)(IMAGES, return_tensors="np")["input_ids"]
-    pixels = IMAGES.reshape(-1, 1, 3).astype(np.float64)
+    settings = dict(
+        clusters=(127.5 + 127.5 * np.array(PROCESSOR_CLUSTERS)).tolist(), do_rescale=False, do_normalize=False
+    )
+    ours = ImageGPTImageProcessor(**settings, do_resize=False)(PROCESSOR_IMAGES, return_tensors="np")["input_ids"]
+    pixels = PROCESSOR_IMAGES.reshape(-1, 1, 3).astype(np.float64)
     np.testing.assert_array_equal(ours.ravel(), np.square(pixels - settings["clusters"]).sum(-1).argmin(1))
 
 
@@ -101,15 +95,15 @@ def test_where_every_pixel_is_a_near_tie_tokens_differ_but_only_by_a_near_tie():
 
 
 def test_tokens_are_the_palettes_tokens():
-    ours = processor(clusters=np.float32(CLUSTERS))
-    tokens = ours(IMAGES, do_resize=False, return_tensors="np").input_ids
-    np.testing.assert_array_equal(tokens.reshape(3, 23, 19), ours.palette().encode(IMAGES))
+    ours = make_processor(clusters=np.float32(PROCESSOR_CLUSTERS))
+    tokens = ours(PROCESSOR_IMAGES, do_resize=False, return_tensors="np").input_ids
+    np.testing.assert_array_equal(tokens.reshape(3, 23, 19), ours.palette().encode(PROCESSOR_IMAGES))
     assert isinstance(ours.palette(), Palette)
 
 
 def test_clusters_decode_tokens_as_in_the_documentation():
-    ours = processor()
-    tokens = ours(IMAGES, return_tensors="np").input_ids
+    ours = make_processor()
+    tokens = ours(PROCESSOR_IMAGES, return_tensors="np").input_ids
     images = [np.reshape(np.rint(127.5 * (ours.clusters[s] + 1.0)), [13, 11, 3]).astype(np.uint8) for s in tokens]
     np.testing.assert_array_equal(ours(images, return_tensors="np").input_ids, tokens)
 
@@ -118,9 +112,9 @@ def test_clusters_decode_tokens_as_in_the_documentation():
 
 
 def forms_of_one_batch():
-    last = IMAGES
-    first = np.ascontiguousarray(np.moveaxis(IMAGES, -1, 1))
-    pictures = [Image.fromarray(image) for image in IMAGES]
+    last = PROCESSOR_IMAGES
+    first = np.ascontiguousarray(np.moveaxis(PROCESSOR_IMAGES, -1, 1))
+    pictures = [Image.fromarray(image) for image in PROCESSOR_IMAGES]
     return {
         "array": last,
         "channels first": first,
@@ -146,61 +140,73 @@ def forms_of_one_batch():
 
 @pytest.mark.parametrize("form", forms_of_one_batch())
 def test_images_may_be_given_in_any_form(form):
-    np.testing.assert_array_equal(tokens_of(forms_of_one_batch()[form]), tokens_as_rgb(IMAGES))
+    np.testing.assert_array_equal(tokens_of(forms_of_one_batch()[form]), tokens_as_rgb(PROCESSOR_IMAGES))
 
 
 def test_single_images_are_a_batch_of_one():
-    for single in (PICTURE, IMAGES[0], IMAGES[0].tolist(), np.moveaxis(IMAGES[0], -1, 0)):
-        np.testing.assert_array_equal(tokens_of(single), tokens_as_rgb(IMAGES[:1]))
+    for single in (
+        PROCESSOR_PICTURE,
+        PROCESSOR_IMAGES[0],
+        PROCESSOR_IMAGES[0].tolist(),
+        np.moveaxis(PROCESSOR_IMAGES[0], -1, 0),
+    ):
+        np.testing.assert_array_equal(tokens_of(single), tokens_as_rgb(PROCESSOR_IMAGES[:1]))
 
 
 def test_images_of_several_sizes_are_resized_into_one_batch_and_without_resizing_come_as_a_list():
-    given = [IMAGES[0], IMAGES[1, :7], Image.fromarray(IMAGES[2, :, :5]), IMAGES[0, :2, :5].tolist()]
+    given = [
+        PROCESSOR_IMAGES[0],
+        PROCESSOR_IMAGES[1, :7],
+        Image.fromarray(PROCESSOR_IMAGES[2, :, :5]),
+        PROCESSOR_IMAGES[0, :2, :5].tolist(),
+    ]
     assert tokens_of(given).shape == (4, 143)
     assert [len(tokens) for tokens in tokens_of(given, do_resize=False, return_tensors=None)] == [437, 133, 115, 10]
-    values = processor()(given, do_resize=False, do_color_quantize=False).pixel_values
+    values = make_processor()(given, do_resize=False, do_color_quantize=False).pixel_values
     assert [image.shape for image in values] == [(3, 23, 19), (3, 7, 19), (3, 23, 5), (3, 2, 5)]
     with pytest.raises(UserError, match="differ in size"):
         tokens_of(given, do_resize=False)
 
 
-GREY = IMAGES[0, ..., 0]
+GREY = PROCESSOR_IMAGES[0, ..., 0]
 WAYS = {mode: [mode] for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I")}
 WAYS |= {"La": ["LA", "La"], "PA": ["P", "PA"], "RGBa": ["RGBA", "RGBa"], "F": ["L", "F"]}
 
 
 @pytest.mark.parametrize("mode", WAYS)
 def test_every_mode_of_pil_becomes_rgb(mode):
-    picture = expected = PICTURE
+    picture = expected = PROCESSOR_PICTURE
     for step in WAYS[mode]:
         expected, picture = picture, picture.convert(step)
-    expected = picture if mode not in ("La", "RGBa", "F", "I") else PICTURE.convert("L") if mode == "I" else expected
+    expected = (
+        picture if mode not in ("La", "RGBa", "F", "I") else PROCESSOR_PICTURE.convert("L") if mode == "I" else expected
+    )
     np.testing.assert_array_equal(tokens_of(picture), tokens_as_rgb([np.asarray(expected.convert("RGB"))]))
 
 
 def test_a_picture_that_pil_cannot_read_or_convert_is_refused(monkeypatch):
     file = io.BytesIO()
-    PICTURE.save(file, "PNG")
+    PROCESSOR_PICTURE.save(file, "PNG")
     with pytest.raises(UserError, match="mode RGB cannot be read as RGB"):
-        processor()(Image.open(io.BytesIO(file.getvalue()[:500])))
+        make_processor()(Image.open(io.BytesIO(file.getvalue()[:500])))
 
     def refuse(self, mode):
         raise ValueError("conversion not supported")
 
     monkeypatch.setattr(Image.Image, "convert", refuse)
     with pytest.raises(UserError, match="mode YCbCr cannot be read as RGB: conversion not supported"):
-        processor()(Image.new("YCbCr", (5, 5)))
+        make_processor()(Image.new("YCbCr", (5, 5)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_is_laid_on_white_as_do_convert_rgb_does(mode):
     if mode in ("RGBA", "LA"):
-        picture = PICTURE.convert(mode)
-        picture.putalpha(Image.fromarray(IMAGES[1, ..., 1]))
+        picture = PROCESSOR_PICTURE.convert(mode)
+        picture.putalpha(Image.fromarray(PROCESSOR_IMAGES[1, ..., 1]))
     else:
-        picture = PICTURE.convert(mode)
+        picture = PROCESSOR_PICTURE.convert(mode)
         picture.info["transparency"] = picture.getpixel((2, 2))
-    settings = dict(clusters=CLUSTERS, size=SIZE, do_convert_rgb=True)
+    settings = dict(clusters=PROCESSOR_CLUSTERS, size=PROCESSOR_SIZE, do_convert_rgb=True)
     theirs = ImageGPTImageProcessorPil(**settings)(picture, return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(ImageGPTImageProcessor(**settings)(picture, return_tensors="np").input_ids, theirs)
     assert (tokens_of(picture.convert("RGB")) != theirs).any()
@@ -209,10 +215,10 @@ def test_transparency_is_laid_on_white_as_do_convert_rgb_does(mode):
 
 
 def test_an_rgb_picture_keeps_a_colour_named_transparent_unless_do_convert_rgb():
-    picture = PICTURE.copy()
+    picture = PROCESSOR_PICTURE.copy()
     picture.info["transparency"] = picture.getpixel((2, 2))
-    np.testing.assert_array_equal(tokens_of(picture), tokens_of(PICTURE))
-    assert (tokens_of(picture, do_convert_rgb=True) != tokens_of(PICTURE)).any()
+    np.testing.assert_array_equal(tokens_of(picture), tokens_of(PROCESSOR_PICTURE))
+    assert (tokens_of(picture, do_convert_rgb=True) != tokens_of(PROCESSOR_PICTURE)).any()
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N", "I"])
@@ -232,14 +238,14 @@ def test_grey_arrays_and_bools_become_rgb():
     expected = tokens_as_rgb([np.repeat(GREY[..., None], 3, -1)])
     for grey in (GREY, GREY[None], GREY[..., None], [GREY], GREY.tolist(), GREY / np.float64(255)):
         np.testing.assert_array_equal(tokens_of(grey), expected)
-    np.testing.assert_array_equal(tokens_of(IMAGES[..., 0], input_data_format="none")[:1], expected)
+    np.testing.assert_array_equal(tokens_of(PROCESSOR_IMAGES[..., 0], input_data_format="none")[:1], expected)
     np.testing.assert_array_equal(tokens_of(GREY > 99), tokens_of(np.uint8(255) * (GREY > 99)))
 
 
 def test_when_both_axes_could_be_channels_the_first_is_as_in_transformers():
     rng = np.random.default_rng(4)
     ambiguous = rng.integers(0, 256, (3, 17, 4), np.uint8)
-    theirs = ImageGPTImageProcessorPil(clusters=CLUSTERS, do_resize=False)
+    theirs = ImageGPTImageProcessorPil(clusters=PROCESSOR_CLUSTERS, do_resize=False)
     for layout in (None, "channels_first"):
         ours = tokens_of(ambiguous, do_resize=False, input_data_format=layout)
         np.testing.assert_array_equal(ours, theirs(ambiguous, return_tensors="np")["input_ids"])
@@ -255,46 +261,48 @@ def test_when_both_axes_could_be_channels_the_first_is_as_in_transformers():
 
 def test_a_pil_image_3_pixels_high_is_not_mistaken_for_channels():
     np.testing.assert_array_equal(
-        tokens_of(Image.fromarray(IMAGES[0, :3])),
-        tokens_of([IMAGES[0, :3].tolist()], input_data_format="channels_last"),
+        tokens_of(Image.fromarray(PROCESSOR_IMAGES[0, :3])),
+        tokens_of([PROCESSOR_IMAGES[0, :3].tolist()], input_data_format="channels_last"),
     )
 
 
 def test_floats_in_0_1_are_not_divided_by_255_twice():
-    floats = IMAGES / 255
-    settings = dict(size=SIZE, do_color_quantize=False, return_tensors="np")
-    by_default = processor()(floats, **settings).pixel_values
-    np.testing.assert_array_equal(by_default, processor()(IMAGES, **settings).pixel_values)
-    theirs = ImageGPTImageProcessorPil(size=SIZE, do_color_quantize=False, do_rescale=False)(
+    floats = PROCESSOR_IMAGES / 255
+    settings = dict(size=PROCESSOR_SIZE, do_color_quantize=False, return_tensors="np")
+    by_default = make_processor()(floats, **settings).pixel_values
+    np.testing.assert_array_equal(by_default, make_processor()(PROCESSOR_IMAGES, **settings).pixel_values)
+    theirs = ImageGPTImageProcessorPil(size=PROCESSOR_SIZE, do_color_quantize=False, do_rescale=False)(
         floats, return_tensors="np"
     )
     np.testing.assert_array_equal(
-        processor()(floats, do_rescale=False, **settings).pixel_values, theirs["pixel_values"]
+        make_processor()(floats, do_rescale=False, **settings).pixel_values, theirs["pixel_values"]
     )
-    np.testing.assert_array_equal(tokens_of(floats, do_rescale=False), tokens_as_rgb(IMAGES))
+    np.testing.assert_array_equal(tokens_of(floats, do_rescale=False), tokens_as_rgb(PROCESSOR_IMAGES))
 
 
 def test_floats_in_0_1_are_rounded_to_the_nearest_byte():
-    between = IMAGES + np.random.default_rng(5).uniform(-0.4, 0.4, IMAGES.shape)
-    np.testing.assert_array_equal(tokens_of(np.clip(between / 255, 0, 1)), tokens_as_rgb(IMAGES))
+    between = PROCESSOR_IMAGES + np.random.default_rng(5).uniform(-0.4, 0.4, PROCESSOR_IMAGES.shape)
+    np.testing.assert_array_equal(tokens_of(np.clip(between / 255, 0, 1)), tokens_as_rgb(PROCESSOR_IMAGES))
 
 
 def test_all_floats_of_a_call_mean_the_same():
     dark, bright = np.ones((5, 5, 3)), np.full((5, 5, 3), 200.0)
-    values = processor()([dark, bright], do_color_quantize=False, do_normalize=False, return_tensors="np").pixel_values
+    values = make_processor()(
+        [dark, bright], do_color_quantize=False, do_normalize=False, return_tensors="np"
+    ).pixel_values
     np.testing.assert_allclose(values[:, 0, 0, 0], [1 / 255, 200 / 255], rtol=1e-6)
-    assert processor()(dark, do_color_quantize=False).pixel_values[0].max() == 1.0
+    assert make_processor()(dark, do_color_quantize=False).pixel_values[0].max() == 1.0
 
 
 def test_without_rescaling_bytes_and_floats_in_0_1_cannot_share_a_call():
-    given = [IMAGES[0], IMAGES[0] / 255]
-    np.testing.assert_array_equal(tokens_of(given), tokens_as_rgb(IMAGES[[0, 0]]))
+    given = [PROCESSOR_IMAGES[0], PROCESSOR_IMAGES[0] / 255]
+    np.testing.assert_array_equal(tokens_of(given), tokens_as_rgb(PROCESSOR_IMAGES[[0, 0]]))
     with pytest.raises(UserError, match="do_rescale=True, or two calls"):
         tokens_of(given, do_rescale=False)
 
 
 def test_an_image_with_one_of_its_sides_right_is_resized_along_the_other():
-    for image in (IMAGES[0, :13], IMAGES[0, :, :11], IMAGES[0, :13, :11]):
+    for image in (PROCESSOR_IMAGES[0, :13], PROCESSOR_IMAGES[0, :, :11], PROCESSOR_IMAGES[0, :13, :11]):
         resized = np.asarray(Image.fromarray(image).resize((11, 13), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(tokens_of(image), tokens_of(resized, do_resize=False))
 
@@ -303,17 +311,17 @@ def test_an_image_with_one_of_its_sides_right_is_resized_along_the_other():
 
 
 def test_results_come_as_lists_or_as_the_tensors_asked_for():
-    as_list = processor()(IMAGES)
+    as_list = make_processor()(PROCESSOR_IMAGES)
     assert isinstance(as_list.input_ids, list) and as_list["input_ids"][0].dtype == np.int64
     for kind, of, dtype in (
         ("np", np.ndarray, np.int64),
         ("jax", jax.Array, jnp.int32),
         ("pt", torch.Tensor, torch.int64),
     ):
-        result = tokens_of(IMAGES, return_tensors=kind)
+        result = tokens_of(PROCESSOR_IMAGES, return_tensors=kind)
         assert isinstance(result, of) and result.dtype == dtype
         np.testing.assert_array_equal(np.asarray(result), np.stack(as_list.input_ids))
-    values = processor()(IMAGES, do_color_quantize=False, return_tensors="pt").pixel_values
+    values = make_processor()(PROCESSOR_IMAGES, do_color_quantize=False, return_tensors="pt").pixel_values
     assert values.dtype == torch.float32 and values.shape == (3, 3, 13, 11)
 
 
@@ -321,12 +329,12 @@ def test_results_come_as_lists_or_as_the_tensors_asked_for():
 def test_tensors_of_a_package_that_is_missing_are_refused(monkeypatch, kind, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(UserError, match=f"needs {package}: pip install {package}"):
-        processor()(IMAGES, return_tensors=kind)
+        make_processor()(PROCESSOR_IMAGES, return_tensors=kind)
 
 
 def test_data_format_says_where_the_channels_go():
     first, last = (
-        processor()(IMAGES, do_color_quantize=False, data_format=place, return_tensors="np").pixel_values
+        make_processor()(PROCESSOR_IMAGES, do_color_quantize=False, data_format=place, return_tensors="np").pixel_values
         for place in ("channels_first", "channels_last")
     )
     assert last.shape == (3, 13, 11, 3)
@@ -334,7 +342,7 @@ def test_data_format_says_where_the_channels_go():
 
 
 def test_a_result_is_a_dict_whose_keys_are_attributes():
-    result = pickle.loads(pickle.dumps(processor()(PICTURE)))
+    result = pickle.loads(pickle.dumps(make_processor()(PROCESSOR_PICTURE)))
     assert dict(result).keys() == {"input_ids"} and result.input_ids is result["input_ids"]
     with pytest.raises(AttributeError, match="pixel_values.*input_ids"):
         _ = result.pixel_values

@@ -11,21 +11,25 @@ from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTI
 from igpt.errors import UserError
 from igpt.interop import load as pretrained
 from igpt.interop.processor import ImageGPTFeatureExtractor, ImageGPTImageProcessor
-from tests.interop.test_processor import CLUSTERS, IMAGES, PICTURE, processor, tokens_as_rgb
+from tests.helpers import PROCESSOR_CLUSTERS, PROCESSOR_IMAGES, PROCESSOR_PICTURE, make_processor, tokens_as_rgb
 
 # ---- settings
 
 
 def test_an_override_holds_for_its_call_only():
-    ours, saved = processor(), processor().to_dict()
-    other = np.array(CLUSTERS)[:7]
+    ours, saved = make_processor(), make_processor().to_dict()
+    other = np.array(PROCESSOR_CLUSTERS)[:7]
     overrides = dict(
         size=5, resample=0, do_rescale=False, image_mean=0.1, image_std=2, clusters=other, do_normalize=True
     )
-    changed = ours(IMAGES, **overrides, return_tensors="np").input_ids
+    changed = ours(PROCESSOR_IMAGES, **overrides, return_tensors="np").input_ids
     assert changed.shape == (3, 25)
-    np.testing.assert_array_equal(ours(IMAGES, return_tensors="np").input_ids, tokens_as_rgb(IMAGES))
-    np.testing.assert_array_equal(ImageGPTImageProcessor(**overrides)(IMAGES, return_tensors="np").input_ids, changed)
+    np.testing.assert_array_equal(
+        ours(PROCESSOR_IMAGES, return_tensors="np").input_ids, tokens_as_rgb(PROCESSOR_IMAGES)
+    )
+    np.testing.assert_array_equal(
+        ImageGPTImageProcessor(**overrides)(PROCESSOR_IMAGES, return_tensors="np").input_ids, changed
+    )
     assert ours.to_dict() == saved
 
 
@@ -40,18 +44,18 @@ def test_an_override_holds_for_its_call_only():
         ("do_normalize", False),
         ("image_mean", 0.25),
         ("image_std", [0.5, 0.5, 0.25]),
-        ("clusters", CLUSTERS[::-1]),
+        ("clusters", PROCESSOR_CLUSTERS[::-1]),
         ("do_color_quantize", False),
     ],
 )
 def test_every_setting_counts_in_the_constructor_as_an_attribute_and_in_the_call(name, value):
-    by_default = processor()(IMAGES, return_tensors="np")
-    as_attribute = processor()
+    by_default = make_processor()(PROCESSOR_IMAGES, return_tensors="np")
+    as_attribute = make_processor()
     setattr(as_attribute, name, value)
     results = [
-        processor(**{name: value})(IMAGES, return_tensors="np"),
-        processor()(IMAGES, return_tensors="np", **{name: value}),
-        as_attribute(IMAGES, return_tensors="np"),
+        make_processor(**{name: value})(PROCESSOR_IMAGES, return_tensors="np"),
+        make_processor()(PROCESSOR_IMAGES, return_tensors="np", **{name: value}),
+        as_attribute(PROCESSOR_IMAGES, return_tensors="np"),
     ]
     for result in results:
         (key, array), (_, first) = *result.items(), *results[0].items()
@@ -61,15 +65,15 @@ def test_every_setting_counts_in_the_constructor_as_an_attribute_and_in_the_call
 
 def test_size_may_be_a_number_a_pair_or_a_dict():
     for size in (7, (7, 7), [7, 7], {"height": 7, "width": 7}, np.int64(7)):
-        assert processor(size=size).size == {"height": 7, "width": 7}
-    assert processor(size=(5, 7))(PICTURE, do_color_quantize=False).pixel_values[0].shape == (3, 5, 7)
+        assert make_processor(size=size).size == {"height": 7, "width": 7}
+    assert make_processor(size=(5, 7))(PROCESSOR_PICTURE, do_color_quantize=False).pixel_values[0].shape == (3, 5, 7)
 
 
 def test_the_signature_is_the_documented_one():
     documented = list(inspect.signature(ImageGPTImageProcessor.preprocess).parameters)
     assert documented[1:4] == ["images", "do_resize", "size"] and len(documented) == 16
     with pytest.raises(TypeError, match="do_crop"):
-        processor()(PICTURE, do_crop=True)
+        make_processor()(PROCESSOR_PICTURE, do_crop=True)
     assert ImageGPTFeatureExtractor is ImageGPTImageProcessor
     fresh = ImageGPTImageProcessor()
     theirs = ImageGPTImageProcessorPil().to_dict()
@@ -108,7 +112,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_and_named(settings, message):
         ImageGPTImageProcessor(**settings)
     if "do_resise" not in settings:
         with pytest.raises(UserError, match=message):
-            processor()(PICTURE, **settings)
+            make_processor()(PROCESSOR_PICTURE, **settings)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_and_named(settings, message):
 )
 def test_what_is_no_image_is_refused_with_what_is_allowed(images, message):
     with pytest.raises(UserError, match=message):
-        processor()(images)
+        make_processor()(images)
 
 
 @pytest.mark.parametrize(
@@ -150,34 +154,35 @@ def test_what_is_no_image_is_refused_with_what_is_allowed(images, message):
 )
 def test_a_wrong_word_in_a_call_is_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        processor()(IMAGES[0], **overrides)
+        make_processor()(PROCESSOR_IMAGES[0], **overrides)
 
 
 def test_quantising_without_clusters_is_refused_and_so_is_a_palette():
     with pytest.raises(UserError, match="without clusters"):
-        ImageGPTImageProcessor()(PICTURE)
+        ImageGPTImageProcessor()(PROCESSOR_PICTURE)
     with pytest.raises(UserError, match="no clusters"):
         ImageGPTImageProcessor().palette()
     with pytest.raises(UserError, match=r"\[-1, 1\]"):
-        processor(clusters=[[0.0, 1.0, 2.0]]).palette()
+        make_processor(clusters=[[0.0, 1.0, 2.0]]).palette()
 
 
 # ---- files
 
 
 def test_ours_to_transformers_and_back_is_the_same(tmp_path):
-    ours = processor(resample=3, image_std=[0.5, 0.25, 0.125], do_convert_rgb=True, note={"from": "a test"})
+    ours = make_processor(resample=3, image_std=[0.5, 0.25, 0.125], do_convert_rgb=True, note={"from": "a test"})
     ours.save_pretrained(tmp_path / "ours")
     theirs = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "ours")
     np.testing.assert_array_equal(
-        theirs(IMAGES, return_tensors="np")["input_ids"], ours(IMAGES, return_tensors="np").input_ids
+        theirs(PROCESSOR_IMAGES, return_tensors="np")["input_ids"],
+        ours(PROCESSOR_IMAGES, return_tensors="np").input_ids,
     )
     np.testing.assert_array_equal(theirs.clusters, ours.clusters)
     theirs.save_pretrained(tmp_path / "theirs")
     back = ImageGPTImageProcessor.from_pretrained(tmp_path / "theirs")
     assert back == ours and back.extra == {"note": {"from": "a test"}} and back.clusters.dtype == np.float64
     assert ImageGPTImageProcessor.from_pretrained(tmp_path / "ours/preprocessor_config.json") == ours
-    assert ImageGPTImageProcessor.from_dict(json.loads(ours.to_json_string())) == ours != processor()
+    assert ImageGPTImageProcessor.from_dict(json.loads(ours.to_json_string())) == ours != make_processor()
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["preprocessor_config.json"]
 
 
@@ -188,19 +193,20 @@ def write(tmp_path, settings):
 
 
 def test_a_file_of_2021_is_read_as_it_was_meant(tmp_path):
-    old = {"clusters": CLUSTERS, "do_normalize": True, "do_resize": True, "resample": 2, "size": 32}
+    old = {"clusters": PROCESSOR_CLUSTERS, "do_normalize": True, "do_resize": True, "resample": 2, "size": 32}
     ours = ImageGPTImageProcessor.from_pretrained(
         write(tmp_path, old | {"feature_extractor_type": "ImageGPTFeatureExtractor"})
     )
     theirs = ImageGPTImageProcessorPil.from_pretrained(tmp_path)
-    assert ours == processor(size=32) and ours.extra == {}
+    assert ours == make_processor(size=32) and ours.extra == {}
     np.testing.assert_array_equal(
-        ours(IMAGES, return_tensors="np").input_ids, theirs(IMAGES, return_tensors="np")["input_ids"]
+        ours(PROCESSOR_IMAGES, return_tensors="np").input_ids,
+        theirs(PROCESSOR_IMAGES, return_tensors="np")["input_ids"],
     )
 
 
 def test_settings_given_when_loading_win_over_the_files(tmp_path):
-    processor().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
     ours = ImageGPTImageProcessor.from_pretrained(str(tmp_path), size=5, do_color_quantize=False)
     assert ours.size == {"height": 5, "width": 5} and not ours.do_color_quantize
     with pytest.raises(UserError, match="cache_dir: no such setting; there are clusters, do_resize"):
@@ -210,8 +216,8 @@ def test_settings_given_when_loading_win_over_the_files(tmp_path):
 def test_what_is_not_here_is_resolved_as_every_other_model_reference(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(pretrained, "resolve", lambda *ref: asked.append(ref) or tmp_path)
-    processor().save_pretrained(tmp_path)
-    assert ImageGPTImageProcessor.from_pretrained("someone/imagegpt", revision="v2") == processor()
+    make_processor().save_pretrained(tmp_path)
+    assert ImageGPTImageProcessor.from_pretrained("someone/imagegpt", revision="v2") == make_processor()
     assert asked == [("someone/imagegpt", "v2")]
 
 
@@ -244,19 +250,19 @@ def test_a_directory_without_the_file_is_refused_and_so_is_a_file_to_save_into(t
     with pytest.raises(UserError, match="JSON object, not a list"):
         ImageGPTImageProcessor.from_dict([])
     with pytest.raises(UserError, match="is a file"):
-        processor().save_pretrained(tmp_path / "file")
+        make_processor().save_pretrained(tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written as JSON"):
-        processor(note={1, 2}).save_pretrained(tmp_path)
+        make_processor(note={1, 2}).save_pretrained(tmp_path)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    processor(size=5).save_pretrained(tmp_path)
+    make_processor(size=5).save_pretrained(tmp_path)
     monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        processor(size=7).save_pretrained(tmp_path)
+        make_processor(size=7).save_pretrained(tmp_path)
     assert ImageGPTImageProcessor.from_pretrained(tmp_path).size == {"height": 5, "width": 5}
 
 
 def test_it_prints_in_one_short_line():
-    assert repr(processor()) == "ImageGPTImageProcessor(512 clusters, size={'height': 13, 'width': 11})"
+    assert repr(make_processor()) == "ImageGPTImageProcessor(512 clusters, size={'height': 13, 'width': 11})"
     assert repr(ImageGPTImageProcessor()) == "ImageGPTImageProcessor(no clusters)"

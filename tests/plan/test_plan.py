@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -25,8 +24,8 @@ from igpt.plan import report as command
 from igpt.plan import search as plan_search
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, make_train_step
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "docs" / "results" / "plan.json").read_text())
 
 

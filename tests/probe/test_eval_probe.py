@@ -1,6 +1,5 @@
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,72 +8,14 @@ from PIL import Image
 
 import eval_probe
 import igpt
-from configs import base, probe_digits
-from igpt import config as configuration
 from igpt.data.batches import Drops
 from igpt.data.examples import few_labels
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.optim import make_optimizer
-from igpt.palette import Palette
 from igpt.probe.features import stream_features
 from igpt.probe.fit import Solver, fit_probe, neighbours
-from igpt.run import checkpoint
 from igpt.sharding import make_mesh
-from igpt.state import create_state
-
-ROOT = Path(__file__).parents[2]
-HEIGHT, WIDTH, COUNT, CLASSES = 4, 5, 150, 3
-GREYS = Palette(np.linspace(-1, 1, 17)[:, None].repeat(3, axis=1))
-
-
-def pictures(count=COUNT):
-    """Grey images of three classes, of which one is darker than the next, though no probe finds all."""
-    labels = np.arange(count, dtype=np.int32) % CLASSES
-    levels = 70 + 50 * labels[:, None, None]
-    noisy = np.random.default_rng(0).normal(levels, 110, (count, HEIGHT, WIDTH))
-    return np.clip(noisy, 0, 255).astype(np.uint8), labels
-
-
-def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
-    """A run directory as train.py leaves it, without the training: a checkpoint of other random weights a step."""
-    config = base.get_config()
-    config.data.update(source=source, image_size=(HEIGHT, WIDTH), on_unreadable=on_unreadable)
-    config.palette.colors = 17
-    config.model.update(dict(width=16, depth=3, num_heads=2) | model)
-    path.mkdir()
-    configuration.save(config, path)
-    GREYS.save(path / "palette.npy")
-    optimizer, _ = make_optimizer(config.optim, steps=9)
-    network, mesh = configuration.model_config(config), make_mesh()
-    with checkpoint.Checkpoints(path, max_to_keep=9) as checkpoints:
-        for step in steps:
-            checkpoints.save(create_state(network, optimizer, mesh, seed=step), step)
-    lines = ['{"step": 1, "train/loss": 3.0}', '{"step": 2, "eval/loss": 2.5}', '{"step": 3, "tr']  # cut short
-    (path / "metrics.jsonl").write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("source") / "images.npz"
-    images, labels = pictures()
-    np.savez(path, images=images, labels=labels)
-    return f"npz:{path}"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, source):
-    return write_run(tmp_path_factory.mktemp("runs") / "run", source)
-
-
-def probing(**changes):
-    """A probe of seconds: SGD's steps compile once for any number of images."""
-    config = probe_digits.get_config()
-    config.update(dict(batch_size=40, solver="sgd", inverse_penalties=(0.01, 0.1)))
-    config.sgd.update(learning_rates=(0.1, 0.03), steps=64, batch_size=32, weight_decay=0.1)
-    config.update(changes)
-    return config
+from tests.helpers import GREY_PALETTE, PROBE_HEIGHT, PROBE_WIDTH, grey_pictures, probe_config, write_run
 
 
 def arrays_of(path):
@@ -87,7 +28,7 @@ def everything(trained, tmp_path_factory):
     """The results of a probe with all options, and what it wrote."""
     folder = tmp_path_factory.mktemp("everything")
     options = dict(steps="all", concatenate=3, labels_per_class=(2, 9), subsets=2)
-    config = probing(**options, features_out=str(folder / "probe" / "features.npz"))
+    config = probe_config(**options, features_out=str(folder / "probe" / "features.npz"))
     return eval_probe.run(config, trained, folder / "probe"), folder / "probe"
 
 
@@ -101,7 +42,7 @@ def test_the_features_that_are_written_are_the_models(everything, trained):
         np.testing.assert_array_equal(arrays[f"{name}_labels"], split.labels)
         assert results["images"][name] == len(split)
         one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        features = np.concatenate([x for x, _ in stream_features(pretrained.model, split, GREYS, 10, one)])
+        features = np.concatenate([x for x, _ in stream_features(pretrained.model, split, GREY_PALETTE, 10, one)])
         for layer in range(4):
             np.testing.assert_allclose(arrays[f"{name}_layer_{layer:02d}"], features[:, layer, 0], atol=1e-5)
 
@@ -115,7 +56,7 @@ def fit_again(arrays, layers, chosen=None):
     labels = [arrays[f"{name}_labels"] for name in ("train", "validation", "test")]
     if chosen is not None:
         features[0], labels[0] = features[0][chosen], labels[0][chosen]
-    solver = Solver("sgd", **probing().sgd.to_dict(), seed=probing().seed)
+    solver = Solver("sgd", **probe_config().sgd.to_dict(), seed=probe_config().seed)
     return fit_probe(features, labels, solver, make_mesh())
 
 
@@ -167,12 +108,12 @@ def test_the_checkpoints_are_probed_one_by_one(everything, trained, tmp_path):
     assert results["step"] == 4 and results["checkpoints"][1]["layers"] == results["pretrained"]["layers"]
     assert results["checkpoints"][0]["layers"] != results["checkpoints"][1]["layers"]
 
-    both = eval_probe.run(probing(steps="4, 2"), trained, tmp_path / "both")
+    both = eval_probe.run(probe_config(steps="4, 2"), trained, tmp_path / "both")
     assert both["checkpoints"] == results["checkpoints"]
-    one = eval_probe.run(probing(steps="2"), trained, tmp_path / "one")
+    one = eval_probe.run(probe_config(steps="2"), trained, tmp_path / "one")
     assert one["step"] == 2 and one["pretrained"]["layers"] == results["checkpoints"][0]["layers"]
     assert "checkpoints" not in one
-    newest = eval_probe.run(probing(layers=(2, 0, 2)), trained, tmp_path / "newest")
+    newest = eval_probe.run(probe_config(layers=(2, 0, 2)), trained, tmp_path / "newest")
     assert newest["step"] == 4
     assert newest["pretrained"]["layers"] == [results["pretrained"]["layers"][layer] for layer in (0, 2)]
     assert newest["random_init"]["layers"] == [results["random_init"]["layers"][layer] for layer in (0, 2)]
@@ -180,14 +121,16 @@ def test_the_checkpoints_are_probed_one_by_one(everything, trained, tmp_path):
 
 def test_features_that_cannot_be_removed_yet_are_in_nobodys_way(everything, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as where NFS holds what is mapped
-    both = eval_probe.run(probing(steps="2,4", layers=(1,), baselines=False), trained, tmp_path / "probe")
+    both = eval_probe.run(probe_config(steps="2,4", layers=(1,), baselines=False), trained, tmp_path / "probe")
     assert [entry["layers"] for entry in both["checkpoints"]] == [
         [e["layers"][1]] for e in everything[0]["checkpoints"]
     ]
 
 
 def test_the_baselines_can_be_left_out(everything, trained, tmp_path):
-    results = eval_probe.run(probing(baselines=False, labels_per_class=(2,), subsets=1), trained, tmp_path / "probe")
+    results = eval_probe.run(
+        probe_config(baselines=False, labels_per_class=(2,), subsets=1), trained, tmp_path / "probe"
+    )
     assert results["pretrained"] == everything[0]["pretrained"]
     assert not {"raw_pixels", "random_init"} & {*results, *results["few_labels"]}
     assert "raw" not in eval_probe.table(results) and "random" not in eval_probe.table(results)
@@ -197,7 +140,7 @@ def test_the_baselines_can_be_left_out(everything, trained, tmp_path):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_the_mesh_changes_nothing(monkeypatch, everything, trained, tmp_path, sizes):
     monkeypatch.setattr(eval_probe, "make_mesh", lambda *sizes: make_mesh(*sizes, jax.devices()[: math.prod(sizes)]))
-    config = probing(steps="4", layers=(1, 3), features_out=str(tmp_path / "features.npz"))
+    config = probe_config(steps="4", layers=(1, 3), features_out=str(tmp_path / "features.npz"))
     config.mesh.update(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
     results = eval_probe.run(config, trained, tmp_path / "probe")
     expected = arrays_of(everything[1] / "features.npz")
@@ -209,7 +152,7 @@ def test_the_mesh_changes_nothing(monkeypatch, everything, trained, tmp_path, si
 
 
 def test_lbfgs_probes_too(everything, trained, tmp_path):
-    results = eval_probe.run(probing(solver="lbfgs", layers=(1,)), trained, tmp_path / "probe")
+    results = eval_probe.run(probe_config(solver="lbfgs", layers=(1,)), trained, tmp_path / "probe")
     (entry,) = results["pretrained"]["layers"]
     assert entry["C"] in (0.01, 0.1) and entry["converged"]
     assert abs(entry["test_accuracy"] - everything[0]["pretrained"]["layers"][1]["test_accuracy"]) <= 3.5 / 30
@@ -220,7 +163,7 @@ def test_fewer_training_images_are_drawn_once_and_for_all(trained, tmp_path):
     features = []
     for seed in (1, 2):
         out = tmp_path / f"{seed}.npz"
-        config = probing(train_images=31, layers=(2,), seed=seed, features_out=str(out))
+        config = probe_config(train_images=31, layers=(2,), seed=seed, features_out=str(out))
         assert eval_probe.run(config, trained, tmp_path / f"probe{seed}")["images"]["train"] == 31
         features.append(arrays_of(out)["train_layer_02"])
     np.testing.assert_array_equal(*features)
@@ -229,13 +172,15 @@ def test_fewer_training_images_are_drawn_once_and_for_all(trained, tmp_path):
 @pytest.mark.parametrize("eval_masks", [2, 0])
 def test_bert_is_probed_under_masks_in_training_one(source, tmp_path, eval_masks):
     run = write_run(tmp_path / "run", source, steps=(1,), causal=False, depth=1)
-    config = probing(eval_masks=eval_masks, layers=(1,), features_out=str(tmp_path / "features.npz"))
+    config = probe_config(eval_masks=eval_masks, layers=(1,), features_out=str(tmp_path / "features.npz"))
     eval_probe.run(config, run, tmp_path / "probe")
     arrays, pretrained = arrays_of(tmp_path / "features.npz"), igpt.load(run)
     split = open_source(pretrained.config.data).test
-    tokens = GREYS.encode(split.images).reshape(len(split), -1)
+    tokens = GREY_PALETTE.encode(split.images).reshape(len(split), -1)
     drops = Drops(rate=0.15, masks=max(eval_masks, 1), seed=config.seed)
-    keep = np.moveaxis(drops.of_images(np.arange(len(split)), HEIGHT * WIDTH), 1, 0) if eval_masks else [None]
+    keep = (
+        np.moveaxis(drops.of_images(np.arange(len(split)), PROBE_HEIGHT * PROBE_WIDTH), 1, 0) if eval_masks else [None]
+    )
     under_masks = [pretrained.model.features(tokens, (1,), mask)[0] for mask in keep]
     expected = np.stack(under_masks, axis=1) if eval_masks else under_masks[0]
     np.testing.assert_allclose(arrays["test_layer_01"], expected, atol=1e-5)
@@ -243,7 +188,7 @@ def test_bert_is_probed_under_masks_in_training_one(source, tmp_path, eval_masks
 
 
 def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys):
-    images, labels = pictures(90)
+    images, labels = grey_pictures(90)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = tmp_path / "photos" / f"class{label}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +196,7 @@ def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys)
         if i % 9 == 0:
             path.write_bytes(b"no image")
     run = write_run(tmp_path / "run", f"folder:{tmp_path / 'photos'}", steps=(1,), on_unreadable="skip", depth=1)
-    config = probing(layers=(1,), labels_per_class=(3,), subsets=2, features_out=str(tmp_path / "features.npz"))
+    config = probe_config(layers=(1,), labels_per_class=(3,), subsets=2, features_out=str(tmp_path / "features.npz"))
     results = eval_probe.run(config, run, tmp_path / "probe")
     arrays = arrays_of(tmp_path / "features.npz")
     assert sum(results["images"].values()) == 80 and "passed over 10 unreadable" in capsys.readouterr().out
@@ -271,6 +216,6 @@ def test_images_are_those_of_the_models_run_unless_the_probe_says_otherwise(trai
     monkeypatch.setattr(eval_probe, "open_source", opened)
     for given in ({}, others):
         with pytest.raises(UserError, match="seen"):
-            eval_probe.run(probing(**given), trained, tmp_path / "probe")
+            eval_probe.run(probe_config(**given), trained, tmp_path / "probe")
     assert seen[0] == json.loads((trained / "config.json").read_text())["data"]
     assert seen[1] == seen[0] | others

@@ -13,7 +13,7 @@ from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.probe.features import keep_features, raw_pixels, stream_features
 from igpt.sharding import make_mesh
-from tests.test_model import TINY, random_model, with_config
+from tests.helpers import TINY_MODEL, random_model, with_config
 
 ONE = make_mesh(1, 1, 1, devices=jax.devices()[:1])
 features_of = jax.jit(lambda model, tokens, keep=None: model.features(tokens, keep=keep))
@@ -41,8 +41,8 @@ def at_once(model, split, palette, keep=None):
 def test_streamed_features_are_those_of_all_images_at_once(layers):
     model, (palette, split) = random_model(), random_split()
     features, labels = streamed(model, split, palette, layers=layers)
-    wanted = list(range(TINY.depth + 1)) if layers is None else list(layers)
-    assert features.shape == (23, len(wanted), 1, TINY.width) and features.dtype == np.float32
+    wanted = list(range(TINY_MODEL.depth + 1)) if layers is None else list(layers)
+    assert features.shape == (23, len(wanted), 1, TINY_MODEL.width) and features.dtype == np.float32
     np.testing.assert_allclose(features[:, :, 0], at_once(model, split, palette)[:, wanted], atol=1e-5)
     np.testing.assert_array_equal(labels, split.labels)
 
@@ -58,7 +58,7 @@ def test_bert_is_seen_under_the_same_masks_every_time():
     model, (palette, split) = with_config(random_model(), causal=False), random_split()
     drops = Drops(rate=0.4, masks=3, seed=5)
     features, _ = streamed(model, split, palette, drops=drops)
-    assert features.shape == (23, TINY.depth + 1, 3, TINY.width)
+    assert features.shape == (23, TINY_MODEL.depth + 1, 3, TINY_MODEL.width)
     keep = drops.of_images(np.arange(23), 13)
     for m in range(3):
         np.testing.assert_allclose(features[:, :, m], at_once(model, split, palette, keep[:, m]), atol=1e-5)
@@ -143,9 +143,9 @@ def test_features_below_a_block_do_not_compute_it(layer):
     unrolled = with_config(random_model(), scan_layers=False)  # of a loop, the compiler counts one turn only
     flops = [
         features(unrolled, layers).lower(nnx.state(unrolled)).compile().cost_analysis()["flops"]
-        for layers in ((layer,), (TINY.depth,))
+        for layers in ((layer,), (TINY_MODEL.depth,))
     ]
-    assert flops[0] < flops[1] * (layer + 0.2) / TINY.depth
+    assert flops[0] < flops[1] * (layer + 0.2) / TINY_MODEL.depth
 
 
 def test_raw_pixels_are_the_channels_that_differ():

@@ -3,7 +3,6 @@
 import errno
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,16 @@ from igpt.data import prepare
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.probe import fit as probe_module
-from tests.probe.test_eval_probe import COUNT, GREYS, HEIGHT, WIDTH, pictures, probing, source, trained, write_run  # noqa: F401
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import (
+    GREY_PALETTE,
+    PROBE_HEIGHT,
+    PROBE_IMAGES,
+    PROBE_WIDTH,
+    ROOT,
+    grey_pictures,
+    probe_config,
+    write_run,
+)
 
 
 def home_of(name: str):
@@ -73,26 +79,27 @@ def refused(config, ref, workdir, message):
     ],
 )
 def test_a_mistake_in_a_setting_is_told_before_anything_is_computed(no_compute, trained, tmp_path, changes, message):
-    refused(probing(**changes), trained, tmp_path / "probe", message)
+    refused(probe_config(**changes), trained, tmp_path / "probe", message)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [(None, "labels are needed"), (np.full(COUNT, 7), "all training images have the label 7")]
+    ("labels", "message"),
+    [(None, "labels are needed"), (np.full(PROBE_IMAGES, 7), "all training images have the label 7")],
 )
 def test_labels_must_be_there_and_differ(no_compute, trained, tmp_path, write_npz, labels, message):
-    path = write_npz(images=pictures()[0], **({} if labels is None else {"labels": labels}))
-    refused(probing(source=f"npz:{path}"), trained, tmp_path / "probe", message)
+    path = write_npz(images=grey_pictures()[0], **({} if labels is None else {"labels": labels}))
+    refused(probe_config(source=f"npz:{path}"), trained, tmp_path / "probe", message)
     assert not (tmp_path / "probe").exists()
 
 
 def test_tokens_of_another_palette_are_refused(no_compute, trained, source, tmp_path):
-    GREYS.save(tmp_path / "same.npy")
-    Palette(GREYS.centers[::-1].copy()).save(tmp_path / "other.npy")
-    settings = dict(configuration.READING, source=source, image_size=(HEIGHT, WIDTH), channels=1)
+    GREY_PALETTE.save(tmp_path / "same.npy")
+    Palette(GREY_PALETTE.centers[::-1].copy()).save(tmp_path / "other.npy")
+    settings = dict(configuration.READING, source=source, image_size=(PROBE_HEIGHT, PROBE_WIDTH), channels=1)
     for name in ("same", "other"):
         prepare.prepare(settings, str(tmp_path / f"{name}.npy"), str(tmp_path / name))
-    config = probing(source=f"tokens:{tmp_path / 'other'}")
+    config = probe_config(source=f"tokens:{tmp_path / 'other'}")
     refused(config, trained, tmp_path / "probe", "has another palette than")
     assert not (tmp_path / "probe").exists()
     config.source = f"tokens:{tmp_path / 'same'}"
@@ -101,12 +108,12 @@ def test_tokens_of_another_palette_are_refused(no_compute, trained, source, tmp_
 
 
 def test_a_model_that_is_not_there_or_not_finished_is_refused(no_compute, trained, source, tmp_path):
-    refused(probing(), "absent", tmp_path / "probe", "no directory absent")
+    refused(probe_config(), "absent", tmp_path / "probe", "no directory absent")
     write_run(tmp_path / "unfinished", source, steps=())
     for steps in ("", "all", "2"):
-        refused(probing(steps=steps), tmp_path / "unfinished", tmp_path / "probe", "no finished checkpoint")
+        refused(probe_config(steps=steps), tmp_path / "unfinished", tmp_path / "probe", "no finished checkpoint")
     write_run(tmp_path / "elsewhere", "", steps=(1,))
-    refused(probing(), tmp_path / "elsewhere", tmp_path / "probe", "set --config.source")
+    refused(probe_config(), tmp_path / "elsewhere", tmp_path / "probe", "set --config.source")
     assert not (tmp_path / "probe").exists()
 
 
@@ -118,8 +125,8 @@ def test_a_training_configuration_probes_nothing(no_compute, trained, tmp_path):
 def test_a_workdir_that_cannot_be_made_is_refused(no_compute, trained, tmp_path):
     (tmp_path / "file").write_text("kept")
     for workdir in (tmp_path / "file", tmp_path / "file" / "probe"):
-        refused(probing(), trained, workdir, "--workdir=.* cannot be written: .* is no writable folder")
-    refused(probing(), trained, "gs://bucket/probe", "is a bucket; mount it")
+        refused(probe_config(), trained, workdir, "--workdir=.* cannot be written: .* is no writable folder")
+    refused(probe_config(), trained, "gs://bucket/probe", "is a bucket; mount it")
     assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -130,7 +137,7 @@ def test_what_fails_on_the_way_leaves_nothing_behind(monkeypatch, trained, tmp_p
 
     monkeypatch.setattr(home_of(name), name, fail)
     with pytest.raises(RuntimeError, match="halfway"):
-        eval_probe.run(probing(layers=(1,)), trained, tmp_path / "probe")
+        eval_probe.run(probe_config(layers=(1,)), trained, tmp_path / "probe")
     assert not list((tmp_path / "probe").iterdir())
 
 
@@ -140,7 +147,7 @@ def test_a_disk_that_fills_up_with_features_costs_no_results(monkeypatch, traine
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    config = probing(layers=(1,), features_out=str(tmp_path / "features.npz"))
+    config = probe_config(layers=(1,), features_out=str(tmp_path / "features.npz"))
     refused(config, trained, tmp_path / "probe", "features_out=.* cannot be written: No space left")
     assert {path.name for path in (tmp_path / "probe").iterdir()} == {"probe.json", "probe.png"}
     assert [path.name for path in tmp_path.iterdir()] == ["probe"]

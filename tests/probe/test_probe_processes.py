@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,9 +13,8 @@ import eval_probe
 from igpt import sample
 from igpt.__main__ import main as run_igpt
 from igpt.sharding import make_mesh
-from tests.probe.test_eval_probe import pictures, probing, write_run
+from tests.helpers import ROOT, grey_pictures, probe_config, write_run
 
-ROOT = Path(__file__).parents[2]
 WORKER = """
 import runpy, sys
 from igpt.__main__ import main as run_igpt
@@ -44,7 +42,7 @@ OPTIONS = [
 
 
 def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch, tmp_path):
-    images, labels = pictures()
+    images, labels = grey_pictures()
     np.savez(tmp_path / "images.npz", images=images, labels=labels)
     run = write_run(tmp_path / "run", f"npz:{tmp_path}/images.npz", steps=(2,), depth=1)
     together, alone = tmp_path / "together", tmp_path / "alone"
@@ -66,7 +64,7 @@ def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch
 
     # Meanwhile the same on four devices of this process, and samples on one.
     monkeypatch.setattr(eval_probe, "make_mesh", lambda *sizes: make_mesh(*sizes, jax.devices()[:4]))
-    config = probing(**SETTINGS, features_out=str(alone / "features.npz"))
+    config = probe_config(**SETTINGS, features_out=str(alone / "features.npz"))
     config.mesh.update(fsdp=2, tensor=2)
     eval_probe.run(config, run, alone)
     monkeypatch.setattr(sample, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))

@@ -9,7 +9,7 @@ from igpt import loss as loss_module
 from igpt.data import batches as data
 from igpt.errors import NonFiniteError
 from igpt.run import checkpoint
-from tests.test_train import assert_bitwise_equal, losses, records
+from tests.helpers import assert_bitwise_equal, losses, records
 
 
 def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):

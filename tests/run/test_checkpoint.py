@@ -1,47 +1,26 @@
 import json
 
 import jax
-import numpy as np
 import pytest
 
-from configs import base
-from igpt.model import ModelConfig
-from igpt.optim import make_optimizer
 from igpt.run import checkpoint
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
-
-TINY = ModelConfig(width=16, depth=2, num_heads=4, vocab_size=17, seq_len=64)
-
-
-def optimizer():
-    return make_optimizer(base.get_config().optim, steps=9)[0]
-
-
-def saved(tmp_path, mesh, steps=(3,), seed=0):
-    state = create_state(TINY, optimizer(), mesh, seed)
-    with checkpoint.Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
-        for step in steps:
-            checkpoints.save(state, step)
-    return state
-
-
-def assert_equal(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+from tests.helpers import RUN_MODEL, assert_trees_equal, default_optimizer, save_states
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4), (8, 1, 1)])
 def test_what_one_mesh_wrote_another_reads(tmp_path, sizes):
-    written = saved(tmp_path, make_mesh(2, 2, 2))
+    written = save_states(tmp_path, make_mesh(2, 2, 2))
     mesh = make_mesh(*sizes)
-    _, abstract = abstract_state(TINY, optimizer(), mesh)
+    _, abstract = abstract_state(RUN_MODEL, default_optimizer(), mesh)
     read = checkpoint.restore(tmp_path, abstract, 3)
-    assert_equal(written, read)
+    assert_trees_equal(written, read)
     assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    saved(tmp_path, make_mesh(), steps=(1, 2, 3, 4))
+    save_states(tmp_path, make_mesh(), steps=(1, 2, 3, 4))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 
 
@@ -53,7 +32,7 @@ def test_progress_counts_evaluations_since_the_best_and_equal_is_not_better():
 
 
 def test_the_best_is_kept_however_old_read_first_and_given_up_for_a_better_one(tmp_path):
-    state, progress = create_state(TINY, optimizer(), make_mesh(), 0), checkpoint.Progress()
+    state, progress = create_state(RUN_MODEL, default_optimizer(), make_mesh(), 0), checkpoint.Progress()
     kept = {}
     for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.1), (4, 0.7), (5, 0.9), (6, 0.8)):
         with checkpoint.Checkpoints(tmp_path, 1, progress) as checkpoints:
@@ -67,13 +46,13 @@ def test_the_best_is_kept_however_old_read_first_and_given_up_for_a_better_one(t
 
 
 def test_of_a_run_without_a_best_step_the_newest_is_read(tmp_path):
-    state = saved(tmp_path, make_mesh(), steps=(2, 4))
+    state = save_states(tmp_path, make_mesh(), steps=(2, 4))
     assert checkpoint.progress_at(tmp_path, 4) == checkpoint.Progress()
     assert checkpoint.restore_params(tmp_path, state.params)[1] == 4
 
 
 def test_a_checkpoint_has_the_digest_of_every_file_of_its_items(tmp_path):
-    saved(tmp_path, make_mesh(2, 4))
+    save_states(tmp_path, make_mesh(2, 4))
     folder = tmp_path / "checkpoints" / "3"
     files = {
         str(path.relative_to(folder))
@@ -89,7 +68,7 @@ def test_a_checkpoint_has_the_digest_of_every_file_of_its_items(tmp_path):
 
 
 def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
-    state, progress = create_state(TINY, optimizer(), make_mesh(), 0), checkpoint.Progress()
+    state, progress = create_state(RUN_MODEL, default_optimizer(), make_mesh(), 0), checkpoint.Progress()
     with checkpoint.Checkpoints(tmp_path, 2, progress) as checkpoints:
         checkpoints.save(state, 3)
         progress.evaluated_step = 3

@@ -18,7 +18,7 @@ from igpt.errors import StorageError, UserError
 from igpt.run import checkpoint
 from igpt.run import journal as metrics
 from igpt.state import TrainState
-from tests.test_train import ROOT, assert_bitwise_equal
+from tests.helpers import ROOT, assert_bitwise_equal
 
 
 def damaged(path):

@@ -11,7 +11,7 @@ import pytest
 import train
 from igpt.run import checkpoint
 from igpt.run.preemption import PreemptedError, StopSignal
-from tests.test_train import ROOT, assert_bitwise_equal, losses, records
+from tests.helpers import ROOT, assert_bitwise_equal, losses, records
 
 
 def small_finetuning(**train):

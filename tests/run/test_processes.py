@@ -10,7 +10,7 @@ import time
 import pytest
 
 from igpt.run import checkpoint
-from tests.test_train import ROOT, assert_bitwise_equal, losses
+from tests.helpers import ROOT, assert_bitwise_equal, losses
 
 
 def options(workdir, devices, *fields):

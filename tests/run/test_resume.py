@@ -10,7 +10,7 @@ import pytest
 
 import train
 from igpt.run import checkpoint
-from tests.test_train import ROOT, assert_bitwise_equal, losses
+from tests.helpers import ROOT, assert_bitwise_equal, losses
 
 
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pixels", "bert"])

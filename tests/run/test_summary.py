@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from igpt.run.summary import _learns
-from tests.test_model import TINY
+from tests.helpers import TINY_MODEL
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,5 @@ from tests.test_model import TINY
 )
 def test_what_is_learnt_is_said_with_every_weight_but_one(generative, classification, causal, said):
     objective = ConfigDict(dict(generative=generative, classification=classification, drop_rate=0.15))
-    model = dataclasses.replace(TINY, causal=causal, num_classes=7)
+    model = dataclasses.replace(TINY_MODEL, causal=causal, num_classes=7)
     assert _learns(objective, model) == said

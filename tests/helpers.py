@@ -1,0 +1,452 @@
+"""Functions and constants that several test files use; fixtures live in conftest.py.
+
+PyTorch, transformers and TensorFlow are imported inside the functions that need them: most tests need none of them.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import base, probe_digits
+from igpt import config as configuration
+from igpt.data import sources
+from igpt.data.images import decode
+from igpt.interop.processor import ImageGPTImageProcessor
+from igpt.model import ImageGPT, ModelConfig
+from igpt.optim import make_optimizer
+from igpt.palette import Palette
+from igpt.run import checkpoint
+from igpt.sharding import make_mesh
+from igpt.state import create_state
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- comparing
+
+
+def assert_trees_equal(one, other):
+    """Two trees have the same structure and equal arrays."""
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def assert_bitwise_equal(one, other):
+    """Two training states, or the arrays of two checkpoints, are the same bytes."""
+    paths_one, paths_other = (jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other))
+    assert len(paths_one) == len(paths_other) > 20
+    for (path, a), (_, b) in zip(paths_one, paths_other, strict=True):
+        assert a.tobytes() == b.tobytes(), f"{path} differs"
+
+
+def file_contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# ---- models
+
+TINY_MODEL = ModelConfig(width=14, depth=3, num_heads=2, vocab_size=11, seq_len=13, mlp_width=17)
+
+
+@functools.cache
+def random_model(config=TINY_MODEL):
+    """A model in which every parameter is random, the head (zero in a new model) and the biases included."""
+
+    def noisy(key):
+        leaves, tree = jax.tree.flatten(nnx.state(ImageGPT(config, nnx.Rngs(0))))
+        keys = jax.random.split(key, len(leaves))
+        noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, jax.tree.map(jnp.add, leaves, noise))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
+    return nnx.merge(graph, jax.jit(noisy)(jax.random.key(100)))
+
+
+def with_config(model, **changes):
+    """The same parameters in a network that computes differently."""
+    target, _ = nnx.split(nnx.eval_shape(lambda: ImageGPT(dataclasses.replace(model.config, **changes), nnx.Rngs(0))))
+    return nnx.merge(target, nnx.to_pure_dict(nnx.state(model)))
+
+
+def random_tokens(config=TINY_MODEL, batch=3, seed=7):
+    return jax.random.randint(jax.random.key(seed), (batch, config.seq_len), 0, config.vocab_size)
+
+
+# ---- run directories
+
+GREY_PALETTE = Palette(np.linspace(-1, 1, 17)[:, None].repeat(3, axis=1))
+RUN_MODEL = ModelConfig(width=16, depth=2, num_heads=4, vocab_size=17, seq_len=64)  # the model of write_run_config
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {record["step"]: record["train/loss"] for record in records(workdir) if "train/loss" in record}
+
+
+def write_run_config(path, **model):
+    """Writes a run directory's config and palette, no checkpoint; returns the config."""
+    config = base.get_config()
+    config.palette.colors = 17
+    config.model.update(dict(width=16, depth=2, num_heads=4) | model)
+    path.mkdir(exist_ok=True)
+    configuration.save(config, path)
+    GREY_PALETTE.save(path / "palette.npy")
+    return config
+
+
+def default_optimizer():
+    return make_optimizer(base.get_config().optim, steps=9)[0]
+
+
+def save_states(workdir, mesh, steps=(3,), seed=0):
+    """Writes checkpoints of a new RUN_MODEL, the same one at every step; returns its state."""
+    state = create_state(RUN_MODEL, default_optimizer(), mesh, seed)
+    with checkpoint.Checkpoints(workdir, max_to_keep=2) as checkpoints:
+        for step in steps:
+            checkpoints.save(state, step)
+    return state
+
+
+# ---- probes
+
+PROBE_HEIGHT, PROBE_WIDTH, PROBE_IMAGES, PROBE_CLASSES = 4, 5, 150, 3
+
+
+def grey_pictures(count=PROBE_IMAGES):
+    """Grey images of three classes that differ in brightness, noisy enough that no probe is always right."""
+    labels = np.arange(count, dtype=np.int32) % PROBE_CLASSES
+    levels = 70 + 50 * labels[:, None, None]
+    noisy = np.random.default_rng(0).normal(levels, 110, (count, PROBE_HEIGHT, PROBE_WIDTH))
+    return np.clip(noisy, 0, 255).astype(np.uint8), labels
+
+
+def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
+    """Writes a run directory as train.py leaves it, without training: every step has its own random weights."""
+    config = base.get_config()
+    config.data.update(source=source, image_size=(PROBE_HEIGHT, PROBE_WIDTH), on_unreadable=on_unreadable)
+    config.palette.colors = 17
+    config.model.update(dict(width=16, depth=3, num_heads=2) | model)
+    path.mkdir()
+    configuration.save(config, path)
+    GREY_PALETTE.save(path / "palette.npy")
+    optimizer, _ = make_optimizer(config.optim, steps=9)
+    network, mesh = configuration.model_config(config), make_mesh()
+    with checkpoint.Checkpoints(path, max_to_keep=9) as checkpoints:
+        for step in steps:
+            checkpoints.save(create_state(network, optimizer, mesh, seed=step), step)
+    lines = ['{"step": 1, "train/loss": 3.0}', '{"step": 2, "eval/loss": 2.5}', '{"step": 3, "tr']  # cut short
+    (path / "metrics.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def probe_config(**changes):
+    """A probe of seconds: SGD's steps compile once for any number of images."""
+    config = probe_digits.get_config()
+    config.update(dict(batch_size=40, solver="sgd", inverse_penalties=(0.01, 0.1)))
+    config.sgd.update(learning_rates=(0.1, 0.03), steps=64, batch_size=32, weight_decay=0.1)
+    config.update(changes)
+    return config
+
+
+# ---- data sources
+
+PREPARE_HEIGHT, PREPARE_WIDTH, PREPARE_IMAGES = 7, 5, 61
+
+
+def reading_settings(source, **fields):
+    """How a source is read: the default of every field that `fields` does not name."""
+    return dict(configuration.READING, source=str(source), image_size=(8, 8), channels=3) | fields
+
+
+def load_source(source, **fields):
+    return sources.load_source(ConfigDict(reading_settings(source, **fields)))
+
+
+def splits_of(source):
+    return source.train, source.validation, source.test
+
+
+def prepare_settings(source, **fields):
+    """How the 7 x 5 images of the fixture `pictures` are read."""
+    return reading_settings(source, image_size=(PREPARE_HEIGHT, PREPARE_WIDTH)) | fields
+
+
+def open_prepare_source(source, **fields):
+    return sources.load_source(ConfigDict(prepare_settings(source, **fields)))
+
+
+# ---- image files
+
+RGB_HEIGHT, RGB_WIDTH = 11, 13
+RANDOM_RGB = np.random.default_rng(0).integers(0, 256, (RGB_HEIGHT, RGB_WIDTH, 3), np.uint8)
+RANDOM_ALPHA = np.random.default_rng(1).integers(0, 256, (RGB_HEIGHT, RGB_WIDTH), np.uint8)
+RANDOM_16_BITS = np.random.default_rng(3).integers(0, 65536, (RGB_HEIGHT, RGB_WIDTH)).astype(np.uint16)
+SMOOTH_RGB = np.stack(np.broadcast_arrays(np.arange(48)[:, None] * 5, np.arange(64) * 3, 90), -1).astype(np.uint8)
+
+
+def encode_image(image, format="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def decode_to_array(content, channels=3) -> np.ndarray:
+    image = decode(content, "it", channels)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def grey_to_rgb(array) -> np.ndarray:
+    return np.repeat(np.asarray(array)[..., None], 3, -1)
+
+
+def png_chunk(kind, content) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_file(width, height, *chunks, depth=8, color=2) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
+
+
+@functools.cache
+def lossless_images():
+    """name -> (a file, its pixels), for every lossless mode that we read."""
+    colors, alpha, gray = RANDOM_RGB, RANDOM_ALPHA, RANDOM_RGB[..., 0]
+    indices = (gray // 16).astype(np.uint8)  # into 16 colours
+    table = np.random.default_rng(2).integers(0, 256, (16, 3), np.uint8)
+
+    def on_white(colors, alpha) -> np.ndarray:
+        share = np.asarray(alpha)[..., None] / 255
+        return share * colors + (1 - share) * 255
+
+    def indexed() -> Image.Image:
+        image = Image.fromarray(indices)
+        image.putpalette(table.tobytes())
+        return image
+
+    rgb, luma = Image.fromarray(colors), Image.fromarray(gray)
+    rgba, la = rgb.copy(), luma.copy()
+    rgba.putalpha(Image.fromarray(alpha))
+    la.putalpha(Image.fromarray(alpha))
+    hard = np.where(alpha > 127, 255, 0).astype(np.uint8)
+    cut = rgb.copy()
+    cut.putalpha(Image.fromarray(hard))
+    color = tuple(map(int, colors[3, 4]))
+    by_index = np.arange(0, 256, 16, dtype=np.uint8)
+    frames = dict(save_all=True, append_images=[Image.new("RGB", (RGB_WIDTH, RGB_HEIGHT), "red")], duration=9)
+    gif_frames = dict(save_all=True, append_images=[Image.new("P", (RGB_WIDTH, RGB_HEIGHT), 1)])
+    return {
+        "png 1": (encode_image(Image.fromarray(gray > 127)), grey_to_rgb((gray > 127) * 255)),
+        "png L": (encode_image(luma), grey_to_rgb(gray)),
+        "png L, one grey transparent": (
+            encode_image(luma, transparency=int(gray[3, 4])),
+            grey_to_rgb(np.where(gray[3, 4] == gray, 255, gray)),
+        ),
+        "png LA": (encode_image(la), on_white(grey_to_rgb(gray), alpha)),
+        "png P": (encode_image(indexed()), table[indices]),
+        "png P, one colour transparent": (
+            encode_image(indexed(), transparency=5),
+            np.where((indices == 5)[..., None], 255, table[indices]),
+        ),
+        "png P, colours half transparent": (
+            encode_image(indexed(), transparency=by_index.tobytes()),
+            on_white(table[indices], by_index[indices]),
+        ),
+        "png RGB": (encode_image(rgb), colors),
+        "png RGB, one colour transparent": (
+            encode_image(rgb, transparency=color),
+            np.where((color == colors).all(-1, keepdims=True), 255, colors),
+        ),
+        "png RGBA": (encode_image(rgba), on_white(colors, alpha)),
+        "png I;16": (encode_image(Image.fromarray(RANDOM_16_BITS)), grey_to_rgb(np.round(RANDOM_16_BITS / 257))),
+        "png animated": (encode_image(rgb, **frames), colors),
+        "bmp 1": (encode_image(Image.fromarray(gray > 127), "BMP"), grey_to_rgb((gray > 127) * 255)),
+        "bmp L": (encode_image(luma, "BMP"), grey_to_rgb(gray)),
+        "bmp P": (encode_image(indexed(), "BMP"), table[indices]),
+        "bmp RGB": (encode_image(rgb, "BMP"), colors),
+        "gif L": (encode_image(luma, "GIF"), grey_to_rgb(gray)),
+        "gif P": (encode_image(indexed(), "GIF"), table[indices]),
+        "gif animated": (encode_image(indexed(), "GIF", **gif_frames), table[indices]),
+        "gif transparent": (
+            encode_image(indexed(), "GIF", transparency=5),
+            np.where((indices == 5)[..., None], 255, table[indices]),
+        ),
+        "webp lossless": (encode_image(rgb, "WEBP", lossless=True), colors),
+        "webp lossless L": (encode_image(luma, "WEBP", lossless=True), grey_to_rgb(gray)),
+        "webp lossless RGBA": (encode_image(cut, "WEBP", lossless=True, exact=True), on_white(colors, hard)),
+        "webp animated": (encode_image(rgb, "WEBP", lossless=True, **frames), colors),
+    }
+
+
+# ---- Hugging Face's models
+
+HF_SIZES = dict(vocab_size=18, n_positions=35, n_embd=22, n_layer=3, n_head=2)
+HF_IMAGE_SIZE = (5, 7)  # the 35 positions of HF_SIZES
+HF_CLUSTERS = np.random.default_rng(1).uniform(-1, 1, (17, 3))
+HF_CLASSES = {
+    "pixels": "ImageGPTForCausalImageModeling",
+    "none": "ImageGPTModel",
+    "classes": "ImageGPTForImageClassification",
+}
+
+
+def hf_class(head):
+    import transformers
+
+    return getattr(transformers, HF_CLASSES[head])
+
+
+def hf_model(head="pixels", **settings):
+    """A model of transformers with random weights, biases and gains too."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = hf_class(head)(transformers.ImageGPTConfig(**HF_SIZES | {"num_labels": 5} | settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if ".ln_" in name else 0.0, 0.1)
+    return model
+
+
+def save_hf_model(directory, model, clusters=HF_CLUSTERS):
+    """Saves a model of transformers together with an image processor."""
+    from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+
+    model.save_pretrained(directory)
+    height, width = HF_IMAGE_SIZE
+    ImageGPTImageProcessorPil(clusters=clusters, size={"height": height, "width": width}).save_pretrained(directory)
+    return directory
+
+
+def load_hf_strictly(directory, head):
+    """The directory's model in transformers, which found every parameter there and no other."""
+    model, info = hf_class(head).from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def write_imported_run(directory, **fields):
+    """Writes a run directory with parameters only, as an import does; they are random, none of them zero."""
+    model = ModelConfig(**dict(width=22, depth=3, num_heads=2, vocab_size=17, seq_len=35, mlp_width=46) | fields)
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ImageGPT(model, nnx.Rngs(0)))))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jax.device_put(0.2 * rng.standard_normal(leaf.shape, np.float32)), params)
+    directory.mkdir()
+    configuration.save(configuration.of_network(model, HF_IMAGE_SIZE, 3), directory)
+    Palette(HF_CLUSTERS).save(directory / "palette.npy")
+    checkpoint.save_params(directory, params, step=3)
+    return directory
+
+
+# ---- the image processor
+
+PROCESSOR_CLUSTERS = np.random.default_rng(0).uniform(-1, 1, (512, 3)).tolist()
+PROCESSOR_IMAGES = np.random.default_rng(1).integers(0, 256, (3, 23, 19, 3), np.uint8)
+PROCESSOR_PICTURE = Image.fromarray(PROCESSOR_IMAGES[0])
+PROCESSOR_SIZE = {"height": 13, "width": 11}
+
+
+def make_processor(**settings):
+    return ImageGPTImageProcessor(**{"clusters": PROCESSOR_CLUSTERS, "size": PROCESSOR_SIZE} | settings)
+
+
+def tokens_of(given, **overrides):
+    return make_processor()(given, **{"return_tensors": "np"} | overrides)["input_ids"]
+
+
+def tokens_as_rgb(images):
+    """The tokens of uint8 images [B, H, W, 3] given one by one; test_processor.py compares them with transformers."""
+    return tokens_of([Image.fromarray(image) for image in images])
+
+
+# ---- the documented classes
+
+API_SOS = 17
+API_SIZES = dict(vocab_size=API_SOS + 1, n_positions=37, n_embd=22, n_layer=3, n_head=2)
+API_PADDING = np.ones((3, 23), np.int64)
+API_PADDING[0, :4] = API_PADDING[1, 10:12] = API_PADDING[2, -1] = 0
+
+
+def hf_and_ours(directory, head="pixels", **config):
+    """A transformers model with random weights, and ours loaded from the directory that it saved."""
+    import torch
+    import transformers
+
+    from igpt import api
+
+    torch.manual_seed(0)
+    model = hf_class(head)(transformers.ImageGPTConfig(**API_SIZES | config)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.3)
+    model.save_pretrained(directory)
+    return model, getattr(api, HF_CLASSES[head]).from_pretrained(directory)
+
+
+def api_tokens(batch=3, length=23, seed=0):
+    drawn = np.random.default_rng(seed).integers(0, API_SOS, (batch, length))
+    drawn[:, 0] = API_SOS
+    return drawn
+
+
+def api_labels(tokens):
+    return np.where(tokens == API_SOS, -100, tokens)
+
+
+# ---- OpenAI's release
+
+OPENAI_DIMS = dict(V=17, D=20, N=2, T=25, F=83, L=3)
+
+
+def openai_variables(bert=False, classes=0, seed=0, T=OPENAI_DIMS["T"]):
+    """Variables as OpenAI's src/model.py names them (scope "model"), with what a training run saves beside them."""
+    rng = np.random.default_rng(seed)
+    V, D, N, F, L = (OPENAI_DIMS[letter] for letter in "VDNFL")
+
+    def normal(*shape, std=0.2):
+        return rng.normal(0, std, shape).astype(np.float32)
+
+    variables = {"wte": normal(V, D), "wpe": normal(T, D), "wtet": normal(V, D), "ln_f/g": 1 + normal(D)}
+    if not bert:
+        variables["sos"] = normal(D)
+    if classes:
+        variables["clf/wclf"] = normal(classes, D)
+    for i in range(L):
+        variables |= {f"h{i}/ln_1/g": 1 + normal(D), f"h{i}/ln_2/g": 1 + normal(D)}
+        variables |= {f"h{i}/attn/{name}_proj": normal(N, D // N, D) for name in ("q", "k", "v", "c")}
+        variables |= {f"h{i}/mlp/c_fc/w": normal(D, F), f"h{i}/mlp/c_proj/w": normal(F, D)}
+    variables = {f"model/{name}": value for name, value in variables.items()}
+    variables |= {"model/wte/Adam": normal(V, D), "model/wte/Adam_1": normal(V, D), "beta1_power": np.float32(0.9)}
+    return variables | {"model/h0/ln_1/g/adam_m": normal(D), "global_step": np.int64(7), "model/ema_step": np.int32(7)}
+
+
+def write_tf_checkpoint(prefix, variables, shards=5):
+    """The V2 format that TensorFlow 1's Saver writes on several devices: prefix.index and prefix.data-*-of-*."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    names, parts = list(variables), []
+    for shard in range(shards):
+        part = tf.raw_ops.ShardedFilename(basename=str(prefix), shard=shard, num_shards=shards)
+        mine = names[shard::shards]
+        tensors = [tf.convert_to_tensor(variables[name]) for name in mine]
+        tf.raw_ops.SaveV2(prefix=part, tensor_names=mine, shape_and_slices=[""] * len(mine), tensors=tensors)
+        parts.append(part)
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix), delete_old_dirs=False)
+    return prefix
