@@ -87,15 +87,16 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
                     run.save(state, step)  # again, with the result of the evaluation
                 last_step = step if signal.requested() else run.last_step
 
-            for step, batch in enumerate(batches.iterate(step, last_step, config.data.threads), step + 1):
+            steps = batches.iterate(run.first_step, last_step, config.data.threads)
+            for step, batch in enumerate(steps, run.first_step + 1):
                 profile.before(step)
                 state, metrics = program.train_step(state, to_devices(batch, train.batch_size, mesh))
                 profile.after(step, state)
                 journal.add(step, metrics)  # reads the step before: the device never waits
 
                 stopping = signal.requested()
-                every = (train.eval_every, train.sample_every, train.checkpoint_every)
-                if not (stopping or any(train.is_due(step, steps) for steps in every)):
+                intervals = (train.eval_every, train.sample_every, train.checkpoint_every)
+                if not (stopping or any(train.is_due(step, every) for every in intervals)):
                     continue
                 journal.settle()  # a bad step is neither evaluated nor saved
 
@@ -114,9 +115,9 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
             f"SIGTERM came; the run is saved after step {step}. The same command resumes it from there"
         )
     evaluation = evaluator.latest
-    if config.objective.classification and source.test.labels is not None:
-        if step > run.first_step or evaluation or not exists(run.path / "finetune.json"):
-            evaluation |= test_classifier(config, run, program, source, palette)
+    is_tested = step == run.first_step and not evaluation and exists(run.path / "finetune.json")
+    if config.objective.classification and source.test.labels is not None and not is_tested:
+        evaluation |= test_classifier(config, run, program, source, palette)
     farewell(config, run.path, evaluation, time.perf_counter() - started, run.first_step, step, source.unreadable)
     return evaluation
 

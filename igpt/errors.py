@@ -64,7 +64,7 @@ def _is_one_of_several() -> bool:
 
 
 def _exit(code: int) -> None:
-    """Exits; one of several processes that failed uses os._exit, since a normal exit waits in JAX's shutdown barrier."""
+    """Exits. If one of several processes failed: with os._exit, since a normal exit waits in JAX's shutdown barrier."""
     if code != PREEMPTED and _is_one_of_several():
         with contextlib.suppress(OSError):
             sys.stdout.flush()

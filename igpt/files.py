@@ -18,7 +18,7 @@ STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only 
 
 @contextlib.contextmanager
 def whole(path: Path | str) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when the block ends; if the block fails, nothing is left and `path` is as before.
+    """A binary file to write, which gets its name when the block ends; if the block fails, `path` is unchanged.
 
     Raises OSError.
     """
@@ -106,7 +106,7 @@ def check_new(out: str | Path) -> None:
 
 
 def write_new(out: str | Path, write: Callable[[Path], None]) -> Path:
-    """Calls `write` with a folder beside `out` and renames it when it is complete. If `write` fails, nothing is left."""
+    """Calls `write` with a folder beside `out`, then renames the folder. If `write` fails, nothing is left."""
     out = Path(out).absolute()
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # no other process uses this name
     try:

@@ -1,4 +1,4 @@
-"""The training state, and all that a configuration compiles to: shapes, shardings, the training step, the evaluation step.
+"""The training state, and all that a configuration compiles to: shapes, shardings, training and evaluation steps.
 
 train.py runs this program and `igpt plan` compiles it for machines that are not here: it is one piece of code.
 """
@@ -45,7 +45,7 @@ class TrainProgram(NamedTuple):
 
 
 def build_program(config: Config, mesh: Mesh) -> TrainProgram:
-    """Model, optimizer, loss and steps of a training configuration. Raises UserError for what cannot run on the mesh."""
+    """Model, optimizer, loss and steps of a training configuration. Raises UserError if they do not fit the mesh."""
     train = config.train
     check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
     model = config.network(mesh.devices.flat[0])

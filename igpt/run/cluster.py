@@ -2,10 +2,10 @@
 
     python train.py ... --coordinator=host0:12345 --processes=4 --process=I
 
-No flag is needed on Cloud TPU, under SLURM's srun, in Kubernetes' indexed jobs or under Open MPI's mpirun: JAX reads the
-environment there. A roll call (roll_call.py) comes before jax.distributed.initialize, which aborts the process without
-naming the missing host. The collectives below do nothing where there is one process; otherwise every process must call
-them, in the same order.
+No flag is needed on Cloud TPU, under SLURM's srun, in Kubernetes' indexed jobs or under Open MPI's mpirun: there JAX
+reads the environment. A roll call (roll_call.py) comes before jax.distributed.initialize, which aborts the process
+without naming the missing host. The collectives below do nothing if there is one process; otherwise every process must
+call them, in the same order.
 """
 
 import os

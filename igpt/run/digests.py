@@ -60,7 +60,7 @@ def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
             return f"{DIGESTS} is missing"
     except OSError as error:
         raise StorageError(
-            f"the checkpoint {folder} cannot be read ({error}). If it is lost, move it away; the one before is then used"
+            f"the checkpoint {folder} cannot be read ({error}). If it is lost, move it away: the one before is used"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         return f"{DIGESTS}: {error}"
