@@ -334,17 +334,22 @@ def test_classifier(config, workdir, graph, abstract_params, source: Source, pal
     return {"test/accuracy": finetune.report(workdir, counts, details)["test_accuracy"]}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser("train.py", __doc__)
-    parser.add_argument(
+def parser() -> Parser:
+    """The flags of this script; `parse_with_config` adds those of the config file."""
+    flags = Parser("train.py", __doc__)
+    flags.add_argument(
         "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"
     )
-    parser.add_argument(
+    flags.add_argument(
         "--start_over", action="store_true", help="set an earlier run in --workdir aside (renamed) and begin anew"
     )
-    launch.add_arguments(parser)
+    launch.add_arguments(flags)
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
     with reported():
-        args = parse_with_config(parser, argv)
+        args = parse_with_config(parser(), argv)
         launch.join_from(args, saves_at_sigterm=True)
         configuration.check(args.config)
         if args.config.mesh.cpu_devices:
