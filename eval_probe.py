@@ -269,13 +269,18 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def parser() -> Parser:
+    """The flags of this script; `parse_with_config` adds those of the config file."""
+    flags = Parser("eval_probe.py", __doc__)
+    flags.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
+    flags.add_argument("--workdir", required=True, help="where probe.json and probe.png go")
+    launch.add_arguments(flags)
+    return flags
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("eval_probe.py", __doc__)
-    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
-    parser.add_argument("--workdir", required=True, help="where probe.json and probe.png go")
-    launch.add_arguments(parser)
     with reported():
-        args = parse_with_config(parser, argv)
+        args = parse_with_config(parser(), argv)
         launch.join_from(args)
         check(args.config)
         if args.config.mesh.cpu_devices:
