@@ -1,12 +1,12 @@
-"""Plans of every size on every machine: docs/results/plan.json, and from it docs/plans.md.
+"""Plans every size on every machine: writes docs/results/plan.json, and the table of docs/plans.md.
 
     pip install -e ".[tpu]"
-    python benchmarks/plan.py                  finds what is missing, keeps what is there
-    python benchmarks/plan.py --enough=1       one plan each, without looking for a better one
-    python benchmarks/plan.py --estimates      nothing is compiled: estimates anew, from the programs that are there
+    python benchmarks/plan.py                  makes the plans that are missing
+    python benchmarks/plan.py --enough=1       stops at the first plan that fits, without looking for a better one
+    python benchmarks/plan.py --estimates      compiles nothing; computes the estimates again from the kept programs
 
-No TPU is needed. A plan takes half a minute to two, all of them hours; what was interrupted goes on where it was.
-Estimates of kept plans are always computed anew, from the kernels, collectives and cycles of their programs.
+No TPU is needed. One plan takes half a minute to two minutes, all of them take hours. An interrupted run continues
+where it stopped. Each run computes the estimates of kept plans again, from their kernels, collectives and cycles.
 """
 
 import argparse
@@ -25,84 +25,84 @@ from report import machine
 from configs import imagenet
 from igpt import config as configuration
 from igpt.files import write_text
-from igpt.plan.compiled import CHIPS, GIB, estimate, plan
-from igpt.plan.search import ENOUGH, search_plans, seconds
+from igpt.plan.compiled import CHIPS, GIB, compile_plan, estimate_run
+from igpt.plan.search import ENOUGH, search_plans, step_seconds
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("s", "m", "l", "l48", "xl")
 TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x2", "v5p:4x4x8", "v6e:2x4", "v6e:16x16")
-# Images a chip, at least: the paper's 128 a step (xl: 64) cannot feed 256 chips, so that the batch grows there.
-LEAST = {"s": 8, "m": 4, "l": 4, "l48": 2, "xl": 1}
+# The paper's 128 images a step (xl: 64) are too few for 256 chips, so the batch grows with the chips.
+MIN_IMAGES_PER_CHIP = {"s": 8, "m": 4, "l": 4, "l48": 2, "xl": 1}
 OVERSIZED = {"train.batch_size": 16384, "model.remat": "none"}
 
 
-def chips_of(topology: str) -> int:
+def count_chips(topology: str) -> int:
     count = 1
     for side in topology.partition(":")[2].split("x"):
         count *= int(side)
     return count
 
 
-def config_of(size: str, chips: int):
-    """configs/imagenet.py for so many chips: as many images in all as the paper's, in fewer and larger steps."""
+def make_config(size: str, chips: int):
+    """configs/imagenet.py for `chips` chips. A run sees as many images as the paper's, in fewer, larger steps."""
     config = imagenet.get_config(size)
-    batch_size = max(config.train.batch_size, LEAST[size] * chips)
+    batch_size = max(config.train.batch_size, MIN_IMAGES_PER_CHIP[size] * chips)
     config.train.steps = config.train.steps * config.train.batch_size // batch_size
     config.optim.warmup_steps = imagenet.TRAIN_IMAGES // batch_size
     config.train.batch_size = batch_size
     return config
 
 
-def planned(size: str, topology: str, enough: int, known: dict | None) -> dict:
-    """The best that a search finds, or what was known before where that is faster."""
-    search = search_plans(config_of(size, chips_of(topology)), topology, enough)
-    counts = {"found": len(search.found), "compiled": search.compiled, "too_large": search.too_large}
-    counts |= {"slower": search.slower, "enough": enough}
-    best = search.found[0] if search.found else search.nearest
-    if known and known["fits"] and (not best["fits"] or seconds(known) < seconds(best)):
+def search_best(size: str, topology: str, enough: int, known: dict | None) -> dict:
+    """The best plan that a search finds, or the known plan if that is faster."""
+    result = search_plans(make_config(size, count_chips(topology)), topology, enough)
+    counts = {"found": len(result.found), "compiled": result.compiled, "too_large": result.too_large}
+    counts |= {"slower": result.slower, "enough": enough}
+    best = result.found[0] if result.found else result.nearest
+    if known and known["fits"] and (not best["fits"] or step_seconds(known) < step_seconds(best)):
         return known | {"search": counts}
-    return best | made() | {"search": counts}
+    return best | provenance() | {"search": counts}
 
 
-def made() -> dict:
+def provenance() -> dict:
     versions = {name: version(name) for name in ("jax", "flax", "optax", "libtpu")}
     return {"made": {"command": machine()["command"], "python": machine()["python"]} | versions}
 
 
-def estimated(size: str, one: dict) -> dict:
-    """A plan that is kept, estimated by the present code, and checked."""
-    if not one["fits"]:
-        return one
-    model = configuration.model_config(config_of(size, one["chips"]))
-    chip, compute = CHIPS[one["topology"].partition(":")[0]], one["estimate"]["of_which"]["compute"]
-    kernels = " ".join(one["kernels"])
+def estimate_again(size: str, plan: dict) -> dict:
+    """A kept plan with the estimate of the present code, and with its checks."""
+    if not plan["fits"]:
+        return plan
+    model = configuration.model_config(make_config(size, plan["chips"]))
+    chip, compute = CHIPS[plan["topology"].partition(":")[0]], plan["estimate"]["of_which"]["compute"]
+    kernels = " ".join(plan["kernels"])
     checks = {
         "splash_forward_and_backward": all(name in kernels for name in ("splash_mha_fwd", "_dq_", "_dkv_")),
-        "no_float32_products_in_blocks": one["float32_products_in_blocks"] == 0,
-        "compiled_in_3_minutes": one["compile_seconds"] < 180,
+        "no_float32_products_in_blocks": plan["float32_products_in_blocks"] == 0,
+        "compiled_in_3_minutes": plan["compile_seconds"] < 180,
     }
-    return one | {"estimate": estimate(one, compute, model, chip), "checks": checks}
+    return plan | {"estimate": estimate_run(plan, compute, model, chip), "checks": checks}
 
 
-def oversized() -> dict:
+def plan_oversized() -> dict:
     config = imagenet.get_config("s")
     config.update_from_flattened_dict(OVERSIZED)
-    return plan(config, "v5e:2x4") | made()
+    return compile_plan(config, "v5e:2x4") | provenance()
 
 
 def state_under_fsdp(size: str) -> dict:
-    """Bytes of the state on each of so many chips, and that times the chips, beside one chip's: 1 were exact."""
+    """Bytes of the state on each chip for some numbers of chips, and bytes x chips relative to one chip: ideal is 1."""
     found = {}
     for chips in (1, 8, 64, 128, 256):
-        config = config_of(size, chips)
+        config = make_config(size, chips)
         config.mesh.fsdp = chips
-        held = plan(config, f"gpu:{chips}")["bytes_per_chip"]["state"]  # shapes and shardings: no compiler is asked
+        held = compile_plan(config, f"gpu:{chips}")["bytes_per_chip"]["state"]  # for "gpu" nothing is compiled
         found[str(chips)] = {"bytes": held, "times_chips": held * chips / found.get("1", {"bytes": held})["bytes"]}
     return found
 
 
-def table(results: dict) -> str:
-    """docs/plans.md's table."""
+def format_table(results: dict) -> str:
+    """The table of docs/plans.md."""
     head = (
         "size", "chips", "data x fsdp x tensor", "images a step", "micro-batches", "remat", "state", "gradients",
         "activations", "peak", "of memory", "step", "MFU", "images/s", "days", "compiled in",
@@ -110,28 +110,28 @@ def table(results: dict) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for size in SIZES:
         for topology in TOPOLOGIES:
-            one = results["plans"].get(f"{size} {topology}")
-            if one is None:
+            plan = results["plans"].get(f"{size} {topology}")
+            if plan is None:
                 cells = ["not planned yet"]
-            elif not one["fits"]:
+            elif not plan["fits"]:
                 cells = ["does not fit"]
             else:
-                held, estimate = one["bytes_per_chip"], one["estimate"]
+                held, estimate = plan["bytes_per_chip"], plan["estimate"]
                 cells = [
-                    " x ".join(str(side) for side in one["mesh"].values()),
-                    f"{one['batch_size']:,}",
-                    str(one["accumulate"]),
-                    one["remat"],
+                    " x ".join(str(side) for side in plan["mesh"].values()),
+                    f"{plan['batch_size']:,}",
+                    str(plan["accumulate"]),
+                    plan["remat"],
                     *(
                         f"{held[name] / GIB:.2f}"
                         for name in ("state", "gradients", "activations_and_workspace", "peak")
                     ),
-                    f"{one['peak_share']:.0%}",
+                    f"{plan['peak_share']:.0%}",
                     f"{estimate['step_seconds']:.3f} s",
                     f"{estimate['mfu_causal']:.0%}",
                     f"{estimate['images_per_second']:,.0f}",
                     f"{estimate['days']:.1f}",
-                    f"{one['compile_seconds']:.0f} s",
+                    f"{plan['compile_seconds']:.0f} s",
                 ]
             cells += [""] * (len(head) - 2 - len(cells))
             lines.append(f"| {size} | {topology} | {' | '.join(cells)} |")
@@ -140,11 +140,11 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "plan.json"), help="the JSON to go on with")
-    parser.add_argument("--enough", type=int, default=ENOUGH, help="plans that fit before the best is taken")
+    parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "plan.json"), help="the JSON to complete")
+    parser.add_argument("--enough", type=int, default=ENOUGH, help="end a search after this many plans that fit")
     parser.add_argument("--sizes", default=",".join(SIZES), help="default: %(default)s")
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="default: %(default)s")
-    parser.add_argument("--estimates", action="store_true", help="compile nothing")
+    parser.add_argument("--estimates", action="store_true", help="compile nothing, compute the estimates again")
     args = parser.parse_args()
 
     path = Path(args.out)
@@ -156,13 +156,13 @@ def main() -> None:
     results.setdefault("plans", {})
 
     def save() -> None:
-        results["plans"] = {name: estimated(name.split()[0], one) for name, one in results["plans"].items()}
+        results["plans"] = {name: estimate_again(name.split()[0], plan) for name, plan in results["plans"].items()}
         write_text(path, json.dumps(results, indent=1) + "\n")
         guide = path.parents[1] / "plans.md"
         if guide.exists():
             before, _, rest = guide.read_text().partition("<!-- table -->\n")
             after = rest.partition("<!-- /table -->\n")[2]
-            write_text(guide, f"{before}<!-- table -->\n{table(results)}\n<!-- /table -->\n{after}")
+            write_text(guide, f"{before}<!-- table -->\n{format_table(results)}\n<!-- /table -->\n{after}")
 
     if args.estimates:
         return save()
@@ -170,17 +170,17 @@ def main() -> None:
         results["state_under_fsdp"] = {size: state_under_fsdp(size) for size in SIZES}
         save()
     if "oversized" not in results:
-        results["oversized"] = oversized()
+        results["oversized"] = plan_oversized()
         save()
     for topology in args.topologies.split(","):
         for size in args.sizes.split(","):
             name = f"{size} {topology}"
             if results["plans"].get(name, {"search": {"enough": 0}})["search"]["enough"] < args.enough:
                 print(f"\n{name}", flush=True)
-                results["plans"][name] = planned(size, topology, args.enough, results["plans"].get(name))
+                results["plans"][name] = search_best(size, topology, args.enough, results["plans"].get(name))
                 save()
     save()
-    print(table(results))
+    print(format_table(results))
 
 
 if __name__ == "__main__":

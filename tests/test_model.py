@@ -238,7 +238,7 @@ def test_remat_keeps_less_for_the_backward_pass():
         graph, params = nnx.split(ImageGPT(config, nnx.Rngs(0)))
         tokens = random_tokens(config, batch=8)
         traced = jax.jit(jax.grad(lambda p: next_pixel(nnx.merge(graph, p)(tokens), tokens).mean())).trace(params)
-        stacked = [x for x in planned._stacked(traced.jaxpr.jaxpr) if x.shape[0] == config.depth]
+        stacked = [x for x in planned.saved_by_scans(traced.jaxpr.jaxpr) if x.shape[0] == config.depth]
         kept = sum(x.size * x.dtype.itemsize for x in stacked)
         return kept, traced.lower().compile().memory_analysis().temp_size_in_bytes
 

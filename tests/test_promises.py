@@ -1,4 +1,4 @@
-"""What the compiled programs move between devices, read from the HLO that XLA's partitioner makes for eight of them."""
+"""What compiled programs move between eight devices, read from the HLO text of XLA's partitioner."""
 
 import functools
 import math
@@ -16,19 +16,19 @@ from configs import base
 from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
-from igpt.plan.hlo import COLLECTIVES, Program
+from igpt.plan.hlo import COLLECTIVES, HloProgram
 from igpt.sample import _generate
 from igpt.sharding import BATCH, make_mesh
 from igpt.state import abstract_state, make_eval_step, make_train_step
 
 B, L, D, N, K, F, V, T = 16, 5, 48, 8, 6, 56, 11, 13
-GIVEN = 2  # inputs that a sampler starts from
+GIVEN = 2  # inputs that the prefill reads
 KERNELS = {"qkv": (D, 3, N, K), "out": (N, K, D), "up": (D, F), "down": (F, D)}  # of one layer
 TABLES = {"token_table": (V + 1, D), "position_table": (T, D)}
 
 
 def parts(data, fsdp, tensor, **changes):
-    """Mesh, network and abstract state on the first of the devices, as many as the mesh takes."""
+    """(mesh, optimizer, schedule, graph, abstract state) on the first data x fsdp x tensor devices."""
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     config = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, **changes)
     optimizer, schedule = make_optimizer(base.get_config().optim, steps=10)
@@ -55,14 +55,14 @@ def eval_step(*sizes):
 
 
 def shapes_of(instruction):
-    """Of the arrays that it gives."""
+    """The shapes of an instruction's results."""
     return [tuple(map(int, filter(None, sides.split(",")))) for sides in re.findall(r"\[([\d,]*)\]", instruction.shape)]
 
 
 def moved(compiled) -> dict[str, Counter]:
-    """Kind of collective -> how often it gives arrays of which shape."""
+    """{kind of collective: {shape of a result: how often}}."""
     found = {}
-    for instruction, times in Program(compiled.as_text()):
+    for instruction, times in HloProgram(compiled.as_text()):
         if instruction.opcode in COLLECTIVES:
             for shape in shapes_of(instruction):
                 found.setdefault(instruction.opcode, Counter())[shape] += times
@@ -70,19 +70,19 @@ def moved(compiled) -> dict[str, Counter]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_under_fsdp_a_layers_kernels_are_gathered_when_their_turn_comes_and_nothing_larger(training):
+def test_fsdp_gathers_the_kernels_of_one_layer_at_a_time(training):
     compiled = train_step(1, 8, 1)[1] if training else eval_step(1, 8, 1)
     passes, found = 1 + training, moved(compiled)
     once = [*TABLES.values(), (D, V)]  # the head
     assert found["all-gather"] == dict.fromkeys(KERNELS.values(), passes * L) | dict.fromkeys(once, 1)
     assert set(found) == {"all-gather", "all-reduce"}
-    # Nor are the gathered kernels, or their gradients, kept of all layers: the stacks never exist whole.
+    # No device ever holds the gathered kernels, or their gradients, of all layers at once.
     stacks = {(L, *shape) for shape in KERNELS.values()}
-    assert not stacks & {shape for instruction, _ in Program(compiled.as_text()) for shape in shapes_of(instruction)}
+    assert not stacks & {shape for instruction, _ in HloProgram(compiled.as_text()) for shape in shapes_of(instruction)}
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 1, 8), (2, 1, 4), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
-def test_looking_up_tokens_moves_nothing_but_the_tables_where_fsdp_has_split_them(sizes):
+def test_embedding_moves_only_the_tables_and_only_under_fsdp(sizes):
     mesh, _, _, graph, abstract = parts(*sizes)
 
     def embed(params, tokens):
@@ -94,7 +94,7 @@ def test_looking_up_tokens_moves_nothing_but_the_tables_where_fsdp_has_split_the
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8)])
-def test_the_new_state_lies_where_the_old_one_lay(sizes):
+def test_the_new_state_reuses_the_memory_of_the_old_one(sizes):
     abstract, compiled = train_step(*sizes)
     leaves = jax.tree.leaves(abstract)
     header = compiled.as_text().split("\n", 1)[0].partition("input_output_alias=")[2]
@@ -111,12 +111,12 @@ def test_a_tensor_parallel_layer_needs_two_all_reduces_forward(tensor):
 
 @pytest.mark.parametrize(
     ("tensor", "remat", "backward"),
-    [(8, "none", 2), (4, "minimal", 2), (2, "dots", 2), (2, "full", 3)],  # full computes attention's output again
+    [(8, "none", 2), (4, "minimal", 2), (2, "dots", 2), (2, "full", 3)],  # full recomputes attention's output
 )
 def test_a_tensor_parallel_layer_needs_two_all_reduces_backward(tensor, remat, backward):
     found = moved(train_step(1, 1, tensor, remat=remat)[1])
     assert set(found) == {"all-reduce"}
-    assert found["all-reduce"].pop(()) > 0  # of the gradient's norm
+    assert found["all-reduce"].pop(()) > 0  # for the gradient's norm
     assert found["all-reduce"] == {(B, T, D): (2 + backward) * L}
 
 
@@ -129,11 +129,11 @@ def sampler(*sizes):
 
 
 def test_the_cache_is_split_by_example_and_by_head():
-    program = Program(sampler(2, 2, 2).as_text())
+    program = HloProgram(sampler(2, 2, 2).as_text())
     shapes = [shape[-4:] for instruction, _ in program for shape in shapes_of(instruction)]
     assert {shape for shape in shapes if shape[-2:] == (T, K)} == {(B // 4, N // 2, T, K)}
 
 
 def test_a_sampled_token_costs_two_all_reduces_a_layer():
-    reading, sampling = (B, GIVEN, D), (B, 1, D)  # the loop over tokens, whose length is not in the text, counts once
-    assert moved(sampler(1, 1, 8)) == {"all-reduce": {reading: 2 * L, sampling: 2 * L}}
+    prefill, decoding = (B, GIVEN, D), (B, 1, D)  # the text has no length of the loop over tokens: it counts once
+    assert moved(sampler(1, 1, 8)) == {"all-reduce": {prefill: 2 * L, decoding: 2 * L}}

@@ -1,1 +1,1 @@
-"""What a training run would need on machines that are not here."""
+"""Plans: what a training run would need on machines that are not attached."""

@@ -1,15 +1,15 @@
-"""What a run would cost on machines that are not here: the real train step, compiled by the TPU compiler on this CPU.
+"""Shows what a run would need on machines that are not attached: compiles its training step for TPUs on this CPU.
 
     pip install -e ".[tpu]"
     igpt plan --config=configs/imagenet.py:xl --config.train.batch_size=128 --topology=v5p:4x4x8
     igpt plan --config=configs/imagenet.py:l --topology=v5e:8x8 --search
     igpt plan --config=configs/imagenet.py:s --topology=gpu:8 --json=plan.json
 
-Memory, collectives and kernels are those of the compiled program. Step time and MFU are estimates: the compiler's own
-cycles, and what it has none for: the attention kernels, their FLOPs at an assumed share of the peak, and collectives,
-their bytes over the links of one dimension of a closed torus, as if nothing were computed meanwhile. Small slices are
-not closed, where collectives take up to twice as long, and what crosses from slice to slice is counted, but not
-estimated. For GPUs there is no compiler here: parameters, FLOPs and bytes of the state only.
+Memory, collectives and kernels are read from the compiled program. Step time and MFU are estimates. They add up the
+compiler's cycles, the attention kernels' FLOPs at an assumed share of the peak, and the collectives' bytes over the
+links of one dimension of a closed torus, without overlap. Small slices are not closed: there collectives may take twice
+as long. Transfers between slices are counted, but not estimated. For GPUs there is no compiler here: their plans have
+parameters, FLOPs and bytes of the state only.
 """
 
 import json
@@ -20,82 +20,70 @@ import jax
 from igpt.command import Parser
 from igpt.errors import UserError
 from igpt.files import write_text
-from igpt.plan.compiled import GIB, MOST, plan
+from igpt.plan.compiled import GIB, USABLE_SHARE, compile_plan
 from igpt.plan.search import search_plans
 
 
-def table(results: dict) -> str:
-    """A plan for the terminal."""
-    flops, size = results["flops_per_step"], results["bytes_per_chip"]
-    slices = f" in {results['slices']} slices" if results["slices"] > 1 else ""
+def format_table(plan: dict) -> str:
+    """A plan as a table for the terminal."""
+    flops, slices = plan["flops_per_step"], f" in {plan['slices']} slices" if plan["slices"] > 1 else ""
     rows = [
-        ("topology", f"{results['topology']}, {results['chips']} chips{slices}"),
-        ("mesh", " x ".join(f"{name} {size}" for name, size in results["mesh"].items())),
-        ("batch", f"{results['batch_size']} images in {results['accumulate']} micro-batch(es)"),
-        ("compute", f"{results['dtype']}, attention {results['attention']}, remat {results['remat']}"),
-        ("parameters", f"{results['parameters']:,}"),
+        ("topology", f"{plan['topology']}, {plan['chips']} chips{slices}"),
+        ("mesh", " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())),
+        ("batch", f"{plan['batch_size']} images in {plan['accumulate']} micro-batch(es)"),
+        ("compute", f"{plan['dtype']}, attention {plan['attention']}, remat {plan['remat']}"),
+        ("parameters", f"{plan['parameters']:,}"),
         ("FLOPs a step", f"{flops['causal']:.4g} (attention by the causal convention), {flops['full']:.4g} (full)"),
-        *((f"bytes a chip: {name.replace('_', ' ')}", f"{value / GIB:.2f} GiB") for name, value in size.items()),
     ]
-    if "fits" in results:
-        verdict = "fits" if results["fits"] else f"DOES NOT FIT (at most {MOST:.0%} is wanted)"
-        rows.append(("memory", f"{results['peak_share']:.0%} of a chip: {verdict}"))
-        if "largest_buffer" in results:
-            rows.append(("largest buffer", results["largest_buffer"]))
-    for kind, entry in results.get("collectives", {}).items():
-        rows.append((kind, f"{entry['count']} a step, {entry['bytes'] / 1e6:,.1f} MB a chip"))
-    for kind, entry in results.get("between_slices", {}).items():
-        text = f"{entry['count']} a step, {entry['bytes'] / 1e6:,.1f} MB a chip, NOT IN THE ESTIMATE"
+    for name, size in plan["bytes_per_chip"].items():
+        rows.append((f"bytes a chip: {name.replace('_', ' ')}", f"{size / GIB:.2f} GiB"))
+    if "fits" in plan:
+        verdict = "fits" if plan["fits"] else f"DOES NOT FIT (a plan may use at most {USABLE_SHARE:.0%})"
+        rows.append(("memory", f"{plan['peak_share']:.0%} of a chip: {verdict}"))
+    if "largest_buffer" in plan:
+        rows.append(("largest buffer", plan["largest_buffer"]))
+    for kind, moved in plan.get("collectives", {}).items():
+        rows.append((kind, f"{moved['count']} a step, {moved['bytes'] / 1e6:,.1f} MB a chip"))
+    for kind, moved in plan.get("between_slices", {}).items():
+        text = f"{moved['count']} a step, {moved['bytes'] / 1e6:,.1f} MB a chip, NOT IN THE ESTIMATE"
         rows.append((f"between slices: {kind}", text))
-    if "kernels" in results:
-        rows.append(("flash kernel", "yes" if results["kernels"] else "NO: plain products take its place"))
-        rows += [("kernel", f"{name}, {count} a step") for name, count in results["kernels"].items()]
-    if results.get("uncounted_loops"):
-        rows.append(("loops of unknown length", f"{results['uncounted_loops']}, counted as if they ran once"))
-    if "libtpu_init_args" in results:
-        rows.append(("compiled with LIBTPU_INIT_ARGS", results["libtpu_init_args"]))
-    if "float32_products_in_blocks" in results:
-        count = results["float32_products_in_blocks"]
-        rows.append(("float32 products inside the blocks", "not counted: no loop" if count is None else f"{count}"))
-    if estimate := results.get("estimate"):
+    if "kernels" in plan:
+        rows.append(("flash kernel", "yes" if plan["kernels"] else "NO: attention uses plain products instead"))
+        rows += [("kernel", f"{name}, {count} a step") for name, count in plan["kernels"].items()]
+    if plan.get("uncounted_loops"):
+        rows.append(("loops of unknown length", f"{plan['uncounted_loops']}, counted as if each ran once"))
+    if "fits" in plan:
+        wide = plan["float32_products_in_blocks"]
+        rows.append(("compiled with LIBTPU_INIT_ARGS", plan["libtpu_init_args"]))
+        rows.append(("float32 products inside the blocks", "not counted: no loop" if wide is None else f"{wide}"))
+    if estimate := plan.get("estimate"):
         rows += [
             ("step, estimated", f"{estimate['step_seconds']:.3f} s, {estimate['images_per_second']:,.0f} images/s"),
-            *((f"of which {name.replace('_', ' ')}", f"{part:.3f} s") for name, part in estimate["of_which"].items()),
+            *((f"step: {name.replace('_', ' ')}", f"{part:.3f} s") for name, part in estimate["of_which"].items()),
             ("MFU, estimated", f"{estimate['mfu_causal']:.1%} of the bfloat16 peak (causal convention)"),
             ("run, estimated", f"{estimate['days']:.1f} days, {estimate['chip_hours']:,.0f} chip-hours"),
         ]
-    return "\n".join(f"{name:<40}{value}" for name, value in rows)
-
-
-def write(results: dict, path: str) -> None:
-    """Writes the figures, whole or not at all."""
-    try:
-        write_text(Path(path), json.dumps(results, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json={path} cannot be written: {error.strerror}; name another file") from None
+    return "\n".join(f"{name:<40}{text}" for name, text in rows)
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--topology",
-        required=True,
-        help="v4, v5e, v5p or v6e with the chips of each dimension, such as v5e:8x8; or gpu:8",
-    )
+    parser.add_argument("--topology", required=True, help="chips of v4, v5e, v5p or v6e, such as v5e:8x8; or gpu:8")
     parser.add_argument("--json", help="a file for the figures")
-    parser.add_argument(
-        "--search", action="store_true", help="try meshes, remat policies and micro-batches; print the best that fits"
-    )
+    parser.add_argument("--search", action="store_true", help="try meshes, remat and micro-batches; print the best")
 
 
 def run(args) -> None:
-    """Plans, or searches, as the command line says."""
-    jax.config.update("jax_platforms", "cpu")  # a TPU that happens to be here is not what is asked about
+    """Prints one plan, or searches the best, and writes its figures to --json, whole or not at all."""
+    jax.config.update("jax_platforms", "cpu")  # the plan is not for a TPU that may be attached here
     if args.search:
-        tried = search_plans(args.config, args.topology)
-        results = tried.found[0] if tried.found else tried.nearest
-        print("\nthe best of them:" if tried.found else "\nnone fits: take more chips, or a smaller train.batch_size")
+        result = search_plans(args.config, args.topology)
+        plan = result.found[0] if result.found else result.nearest
+        print("\nthe best of them:" if result.found else "\nnone fits: take more chips, or a smaller train.batch_size")
     else:
-        results = plan(args.config, args.topology)
-    print(table(results))
+        plan = compile_plan(args.config, args.topology)
+    print(format_table(plan))
     if args.json:
-        write(results, args.json)
+        try:
+            write_text(Path(args.json), json.dumps(plan, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json={args.json} cannot be written: {error.strerror}; name another file") from None

@@ -1,4 +1,4 @@
-"""The reading of compiled programs, on a text whose every number can be counted by hand and on what XLA writes here."""
+"""Reading compiled programs: a text whose numbers can be counted by hand, and a program that XLA makes here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from igpt.plan.hlo import Program
+from igpt.plan.hlo import HloProgram
 from igpt.sharding import make_mesh
 
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -83,8 +83,8 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
   %sent = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p)
   %flash.3 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
   %either = bf16[8,4]{1,0} conditional(%q, %p, %p), branch_computations={%kernel.1, %kernel.2}
-  %told = (s32[]) while(%start), condition=%forever, body=%kernel.2, backend_config={"known_trip_count":{"n":"3"}}
-  %untold = (s32[]) while(%start), condition=%forever, body=%kernel.1
+  %known = (s32[]) while(%start), condition=%forever, body=%kernel.2, backend_config={"known_trip_count":{"n":"3"}}
+  %unknown = (s32[]) while(%start), condition=%forever, body=%kernel.1
   %summed = (f32[3]{0}, f32[5]{0}) all-reduce-start(%x, %y), to_apply=%add
   %over = (f32[7]{0}, u32[], token[]) send(%x), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %sent_off = token[] send-done(%over), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -93,40 +93,40 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
 """
 
 
-def test_what_a_loop_does_counts_as_often_as_it_runs():
-    program = Program(TEXT)
+def test_instructions_in_a_loop_count_as_often_as_it_runs():
+    program = HloProgram(TEXT)
     assert program.times["body"] == program.times["fused"] == 5 and program.times["main"] == 1
     assert program.cycles() == 100 + 5 * (10 + 7)
-    # Both branches of a conditional; a loop whose length is told three times, one whose length is not, once.
+    # Both branches of a conditional count, the loop of known length three times, the one of unknown length once.
     assert program.kernels() == {"flash": 6, "fast": 1 + 1, "slow": 1 + 3}
-    assert program.uncounted == {"untold"}
+    assert program.uncounted == {"unknown"}
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
-    assert Program(TEXT).collectives() == {
-        # The operand beside a start's result is none; of the chain in the loop, the first link counts.
+    assert HloProgram(TEXT).collectives() == {
+        # A start's operand does not count. In the loop only the first part of the chain counts.
         "all-gather": {"count": 1 + 5, "bytes": 2 * 16 * 4 + 5 * 2 * 8 * 4},
-        "all-reduce": {"count": 5 + 1, "bytes": 5 * (4 * 3 + 2 * 8 * 4) + 4 * (3 + 5)},  # the start's tuple: results
-        "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4 * 3},  # of all three devices
-        "reduce-scatter": {"count": 3, "bytes": 3 * 2 * 8 * 4},  # the whole, of which each device keeps a part
+        "all-reduce": {"count": 5 + 1, "bytes": 5 * (4 * 3 + 2 * 8 * 4) + 4 * (3 + 5)},  # its start has no operands
+        "all-to-all": {"count": 5, "bytes": 5 * 2 * 8 * 4 * 3},  # three devices
+        "reduce-scatter": {"count": 3, "bytes": 3 * 2 * 8 * 4},  # before scattering
         "collective-permute": {"count": 1, "bytes": 2 * 8 * 4},
     }
 
 
-def test_what_goes_from_slice_to_slice_is_counted_apart():
-    assert Program(TEXT).between_slices() == {"all-reduce": {"count": 1, "bytes": 4 * 7}}
+def test_transfers_between_slices_are_counted_separately():
+    assert HloProgram(TEXT).between_slices() == {"all-reduce": {"count": 1, "bytes": 4 * 7}}
 
 
-def test_a_compiled_program_of_eight_devices_is_read():
+def test_a_compiled_program_of_eight_devices_can_be_read():
     mesh = make_mesh(8)
     rows = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("data")))
 
-    def summed(x):  # a product over the rows needs one all-reduce a round
+    def summed(x):  # a product over the rows needs one all-reduce per step of the scan
         return jax.lax.scan(lambda total, w: (total + jnp.sin(w * x).T @ x, None), jnp.zeros((32, 32)), np.arange(3.0))[
             0
         ]
 
-    program = Program(jax.jit(summed, out_shardings=NamedSharding(mesh, P())).lower(rows).compile().as_text())
+    program = HloProgram(jax.jit(summed, out_shardings=NamedSharding(mesh, P())).lower(rows).compile().as_text())
     found = program.collectives()
     assert set(found) == {"all-reduce"}
-    assert found["all-reduce"]["bytes"] in (4 * 32 * 32, 3 * 4 * 32 * 32)  # once behind the loop, or in each round
+    assert found["all-reduce"]["bytes"] in (4 * 32 * 32, 3 * 4 * 32 * 32)  # once after the loop, or in each step

@@ -1,0 +1,86 @@
+"""What `igpt plan` prints and writes, the documented commands, and docs/plans.md with its record."""
+
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import imagenet
+from igpt.plan import report
+from igpt.plan.compiled import CHIPS, USABLE_SHARE, compile_plan
+
+ROOT = Path(__file__).parents[2]
+RECORD = json.loads((ROOT / "docs" / "results" / "plan.json").read_text())
+
+
+def commands():
+    """The flags of every `igpt plan` in the help and in the documents."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join([report.__doc__, *(path.read_text() for path in files)])
+    return sorted(set(re.findall(r"\bigpt plan (--[^`#]*?--topology=[^`#\n]*)", text)))
+
+
+@pytest.mark.parametrize("flags", commands())
+def test_every_documented_command_divides_over_its_chips(flags):
+    flags = dict(flag.removeprefix("--").split("=", 1) for flag in shlex.split(flags) if "=" in flag)
+    config = imagenet.get_config(flags["config"].partition(":")[2])
+    config.update_from_flattened_dict(
+        {name.removeprefix("config."): json.loads(value) for name, value in flags.items() if "config." in name}
+    )
+    kind, _, shape = flags["topology"].partition(":")
+    chips = math.prod(map(int, shape.split("x"))) * config.mesh.dcn_data
+    assert kind in (*CHIPS, "gpu") and compile_plan(config, f"gpu:{chips}")["chips"] == chips
+
+
+def test_the_table_shows_memory_kernels_and_slices(cpu_plan):
+    table = report.format_table(cpu_plan)
+    assert re.search(r"flash kernel +NO", table) and re.search(r"compute +float32, attention chunked, remat", table)
+    yes = report.format_table(cpu_plan | {"kernels": {"splash_mha_fwd_residuals": 2}})
+    assert re.search(r"flash kernel +yes", yes)
+    two = report.format_table(cpu_plan | {"slices": 2, "between_slices": {"all-reduce": {"count": 1, "bytes": 1e6}}})
+    assert "in 2 slices" in two and "1 a step, 1.0 MB a chip, NOT IN THE ESTIMATE" in two
+    large = report.format_table(cpu_plan | {"fits": False, "largest_buffer": "9.9 GiB a chip, of something"})
+    assert "DOES NOT FIT" in large and "9.9 GiB a chip, of something" in large
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path):
+    command = [sys.executable, "-m", "igpt", "plan", "--config=configs/imagenet.py:s", "--topology=gpu:8"]
+    done = subprocess.run([*command, f"--json={tmp_path}/plan.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "76,571,648" in done.stdout and json.loads((tmp_path / "plan.json").read_text())["chips"] == 8
+    wrong = subprocess.run([*command[:-1], "--topology=tpu"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "give v4, v5e" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """benchmarks/plan.py"""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the module sets it; this restores it
+    return importlib.import_module("plan")
+
+
+def test_the_record_and_the_guide_match_the_present_code(benchmark):
+    assert list(RECORD["plans"]) and set(RECORD["plans"]) == {
+        f"{size} {topology}" for size in benchmark.SIZES for topology in benchmark.TOPOLOGIES
+    }
+    for name, plan in RECORD["plans"].items():
+        size, topology = name.split()
+        assert plan["topology"] == topology and plan["chips"] == benchmark.count_chips(topology), name
+        assert plan["fits"] == (plan["peak_share"] <= USABLE_SHARE) and {"jax", "libtpu"} <= plan["made"].keys(), name
+        assert plan["peak_share"] == pytest.approx(plan["bytes_per_chip"]["peak"] / plan["bytes_per_chip"]["memory"])
+        assert plan["fits"] or "GiB a chip" in plan["largest_buffer"], name
+        again = benchmark.estimate_again(size, plan)
+        assert all(again.get("checks", {}).values()) and again.get("checks") == plan.get("checks"), name
+        if plan["fits"]:
+            for figure in ("step_seconds", "mfu_causal", "days", "chip_hours"):
+                assert again["estimate"][figure] == pytest.approx(plan["estimate"][figure]), (name, figure)
+    guide = (ROOT / "docs" / "plans.md").read_text()
+    assert f"<!-- table -->\n{benchmark.format_table(RECORD)}\n<!-- /table -->" in guide
