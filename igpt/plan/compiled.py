@@ -15,16 +15,15 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from igpt import config as configuration
 from igpt.attention import block_size
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.flops import train_flops_per_image
-from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.plan.hlo import HloProgram
-from igpt.sharding import AXES, BATCH, check_batch_size, make_mesh, mesh_sizes, path_of
-from igpt.state import abstract_state, make_train_step
+from igpt.sharding import AXES, BATCH, check_batch_size, mesh_sizes, path_of
+from igpt.state import abstract_state, build_program
 
 GIB = 1 << 30
 USABLE_SHARE = 0.9  # of a chip's memory; the rest is for what the compiler does not count
@@ -76,30 +75,18 @@ def topology_devices(name: str, slices: int = 1) -> list:
         ) from None
 
 
-def build_program(config: ConfigDict, mesh: Mesh) -> SimpleNamespace:
-    """The network on the mesh's devices (`model`), its abstract state (`abstract`) and the jitted `train_step`."""
-    model = configuration.model_config(config, mesh.devices.flat[0])
-    optimizer, schedule = make_optimizer(config.optim, config.train.steps)
-    graph, abstract = abstract_state(model, optimizer, mesh)
-    loss = make_loss(graph, config.objective.generative, config.objective.classification)
-    dropout_seed = config.seed if model.has_dropout else None
-    train_step = make_train_step(loss, optimizer, schedule, abstract, config.train.accumulate, dropout_seed)
-    return SimpleNamespace(model=model, abstract=abstract, train_step=train_step)
-
-
-def compile_plan(config: ConfigDict, topology: str) -> dict:
+def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     """Returns everything that can be known of a run of `config` on `topology` without the machine.
 
     A program that does not fit into memory is no error: `fits` is False, and `largest_buffer` names its largest
     array. For GPUs there is no compiler here, so that both are missing. Raises UserError for a run that cannot start.
     """
-    configuration.check(config)
+    config = Config.of(config, trains=True)
     kind, _, shape = topology.partition(":")
     if kind == "gpu":
         return _plan_without_compiler(config, topology, shape)
     devices, chip = topology_devices(topology, config.mesh.dcn_data), CHIPS[kind]
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.dcn_data)
-    check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
+    mesh = config.mesh.make(devices)
     program = build_program(config, mesh)
     model, abstract = program.model, program.abstract
     plan = _facts_without_compiler(config, topology, model, abstract, len(devices), dict(mesh.shape))
@@ -122,7 +109,7 @@ def compile_plan(config: ConfigDict, topology: str) -> dict:
     return plan
 
 
-def _plan_without_compiler(config: ConfigDict, topology: str, count: str) -> dict:
+def _plan_without_compiler(config: Config, topology: str, count: str) -> dict:
     """The plan for GPUs (Ampere or newer): shapes and shardings only."""
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--topology={topology}; give gpu: and their number, such as gpu:8")
@@ -130,12 +117,12 @@ def _plan_without_compiler(config: ConfigDict, topology: str, count: str) -> dic
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
     device = SimpleNamespace(platform="gpu", device_kind="GPU", compute_capability="8.0")
-    model = configuration.model_config(config, device)
+    model = config.network(device)
     _, abstract = abstract_state(model, make_optimizer(config.optim, config.train.steps)[0], mesh)
     return _facts_without_compiler(config, topology, model, abstract, int(count), sizes)
 
 
-def _facts_without_compiler(config: ConfigDict, topology: str, model, abstract, chips: int, mesh: dict) -> dict:
+def _facts_without_compiler(config: Config, topology: str, model, abstract, chips: int, mesh: dict) -> dict:
     """The part of a plan that follows from shapes and shardings."""
     train, state, params = config.train, jax.tree.leaves(abstract), jax.tree.leaves(abstract.params)
     plan = {"topology": topology, "chips": chips, "slices": config.mesh.dcn_data, "mesh": mesh}
@@ -153,7 +140,7 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
-def abstract_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> dict:
+def abstract_batch(config: Config, model: ModelConfig, mesh: Mesh) -> dict:
     """The shapes and shardings of a training batch."""
 
     def rows(dtype, *shape):

@@ -3,7 +3,7 @@
 A compilation takes half a minute, a prediction no time. Predictions only have to rank the candidates well.
 """
 
-import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from igpt import config as configuration
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.flops import attention_flops_per_image, train_flops_per_image
 from igpt.model import ModelConfig, count_params
@@ -55,13 +55,14 @@ class SearchResult(NamedTuple):
         )
 
 
-def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> SearchResult:
+def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUGH) -> SearchResult:
     """Compiles plans of the config's global batch, the fastest prediction first, and prints each.
 
     The search ends with `enough` plans that fit, or when all other predictions are more than MARGIN slower than the
     prediction of the best plan. It skips candidates with at least the predicted memory of a program that did not fit,
     and meshes that differ only in fsdp from one that fits. Raises UserError if there is no candidate.
     """
+    config = Config.of(config, trains=True)
     ranked, capacity = _rank_candidates(config, topology)
     compiled, found, fitting, limit = {}, [], set(), float("inf")
     for candidate in ranked:
@@ -87,7 +88,7 @@ def search_plans(config: ConfigDict, topology: str, enough: int = ENOUGH) -> Sea
     return result
 
 
-def _rank_candidates(config: ConfigDict, topology: str) -> tuple[list[Candidate], float]:
+def _rank_candidates(config: Config, topology: str) -> tuple[list[Candidate], float]:
     """(candidates, the fastest prediction first; the predicted memory at which the search skips a candidate)."""
     kind, batch_size, slices = topology.partition(":")[0], config.train.batch_size, config.mesh.dcn_data
     if kind == "gpu":
@@ -96,7 +97,7 @@ def _rank_candidates(config: ConfigDict, topology: str) -> tuple[list[Candidate]
             "compiled here; leave --search out, or name a TPU topology"
         )
     devices, chip = topology_devices(topology, slices), CHIPS[kind]
-    model = configuration.model_config(config, devices[0])
+    model = config.network(devices[0])
     ranked = sorted(candidates(model, batch_size, len(devices), chip, slices), key=lambda one: one.seconds)
     if not ranked:
         raise UserError(
@@ -107,11 +108,13 @@ def _rank_candidates(config: ConfigDict, topology: str) -> tuple[list[Candidate]
     return ranked, max(chip.memory, 1.01 * min(one.memory for one in ranked))
 
 
-def _with_candidate(config: ConfigDict, one: Candidate) -> ConfigDict:
-    config = copy.deepcopy(config)
-    config.mesh.update(data=-1, fsdp=one.fsdp, tensor=one.tensor)
-    config.train.accumulate, config.model.remat = one.accumulate, one.remat
-    return config
+def _with_candidate(config: Config, one: Candidate) -> Config:
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, data=-1, fsdp=one.fsdp, tensor=one.tensor),
+        train=dataclasses.replace(config.train, accumulate=one.accumulate),
+        model=dataclasses.replace(config.model, remat=one.remat),
+    )
 
 
 def step_seconds(plan: dict) -> float:
