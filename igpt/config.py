@@ -35,7 +35,6 @@ FREE_ON_RESUME = (
     "train.patience",
     "train.on_bad_step",
     "train.profile_at",
-    "optim.spike_sigma",
 )
 
 
@@ -56,9 +55,8 @@ READING = dict(
 )
 OBJECTIVE = dict(generative=1.0, classification=0.0, drop_rate=0.15, eval_masks=5)
 TRAIN = dict(patience=0, on_bad_step="stop", profile_at=0)
-OPTIM = dict(spike_sigma=0.0)
 MESH = dict(dcn_data=1)
-ADDED = {"data": READING, "objective": OBJECTIVE, "train": TRAIN, "optim": OPTIM, "mesh": MESH}
+ADDED = {"data": READING, "objective": OBJECTIVE, "train": TRAIN, "mesh": MESH}
 
 
 def check_network(config: ConfigDict) -> None:
@@ -192,7 +190,9 @@ def load(workdir: Path) -> ConfigDict:
     """Reads workdir/config.json."""
     path = workdir / "config.json"
     try:
-        config = ConfigDict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        content.get("optim", {}).pop("spike_sigma", None)  # an option that was removed; earlier runs contain it
+        config = ConfigDict(content)
         check_network(config)
         config.objective = config.get("objective", ConfigDict())
         for section, defaults in ADDED.items():

@@ -11,15 +11,11 @@ from ml_collections import ConfigDict
 from igpt.errors import UserError
 from igpt.sharding import path_of
 
-RECENT = 128  # losses by which a spike is told, as many as MaxText and Levanter keep
+RECENT = 128  # losses in the guard's ring, which nothing reads: checkpoints of earlier runs contain it
 
 
 def make_optimizer(optim: ConfigDict, steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The guarded optimizer of `steps` updates and its schedule, update number -> learning rate."""
-    if not (optim.spike_sigma == 0.0 or 1.0 <= optim.spike_sigma < float("inf")):
-        raise UserError(
-            f"optim.spike_sigma is {optim.spike_sigma}; give 0 (no spikes are told), or 1 or more, such as 6"
-        )
     peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
     if not peak > 0:
         raise UserError(f"optim.learning_rate is {peak}; it must be above 0")
@@ -42,23 +38,22 @@ def make_optimizer(optim: ConfigDict, steps: int) -> tuple[optax.GradientTransfo
 
     adam = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=is_kernel)
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
-    return guarded(optax.chain(*clip, adam), optim.spike_sigma), schedule
+    return guarded(optax.chain(*clip, adam)), schedule
 
 
 class GuardState(NamedTuple):
-    """What the guard remembers, in the checkpoint like the moments, so that a resumed run judges alike."""
+    """The guard's state, which a checkpoint holds beside the moments."""
 
     inner: Any
-    losses: Float[Array, "128"]  # the last ones of updates that were made, in a ring
+    losses: Float[Array, "128"]  # those of the last updates that were not skipped, in a ring
     updates: Int[Array, ""]
     skipped: Int[Array, ""]
 
 
-def guarded(inner: optax.GradientTransformation, spike_sigma: float) -> optax.GradientTransformationExtraArgs:
-    """Leaves parameters and moments as they are where the loss or a gradient is not finite, or the loss spikes.
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Skips an update, and counts it, if the loss or a gradient is not finite: parameters and moments do not change.
 
-    A spike lies `spike_sigma` standard deviations above the mean of the last 128 losses; 0: there are none. `update`
-    needs the keyword `loss`.
+    `update` needs the keyword `loss`.
     """
 
     def init(params):
@@ -67,9 +62,6 @@ def guarded(inner: optax.GradientTransformation, spike_sigma: float) -> optax.Gr
 
     def update(grads, state, params=None, *, loss, **_):
         good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        if spike_sigma:
-            limit = jnp.mean(state.losses) + spike_sigma * jnp.std(state.losses)
-            good &= (loss <= limit) | (state.updates < RECENT)
         updates, inner_state = inner.update(grads, state.inner, params)
 
         def chosen(new, old):
