@@ -1,12 +1,13 @@
-"""Plans of every size on every machine: docs/results/plan.json, and from it docs/plans.md.
+"""Plans every model size on every machine, and writes docs/results/plan.json and the table of docs/plans.md.
 
     pip install -e ".[tpu]"
-    python benchmarks/plan.py                  finds what is missing, keeps what is there
-    python benchmarks/plan.py --enough=1       one plan each, without looking for a better one
-    python benchmarks/plan.py --estimates      nothing is compiled: estimates anew, from the programs that are there
+    python benchmarks/plan.py                  adds the plans that the JSON does not have yet
+    python benchmarks/plan.py --enough=1       stops each search at the first plan that fits
+    python benchmarks/plan.py --estimates      compiles nothing, and computes the estimates again
 
-No TPU is needed. A plan takes half a minute to two, all of them hours; what was interrupted goes on where it was.
-Estimates of kept plans are always computed anew, from the kernels, collectives and cycles of their programs.
+No TPU is needed. One plan takes half a minute to two minutes, all of them take hours. After an interruption, the same
+command continues. Every run computes the estimates of all plans again, from the kernels, collectives and cycles of
+their recorded programs.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from igpt.plan.search import ENOUGH, search_plans, seconds
 ROOT = Path(__file__).parents[1]
 SIZES = ("s", "m", "l", "l48", "xl")
 TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x2", "v5p:4x4x8", "v6e:2x4", "v6e:16x16")
-# Images a chip, at least: the paper's 128 a step (xl: 64) cannot feed 256 chips, so that the batch grows there.
+# Minimum of images per chip: the paper's 128 per step (xl: 64) are too few for 256 chips, so the batch grows there.
 LEAST = {"s": 8, "m": 4, "l": 4, "l48": 2, "xl": 1}
 OVERSIZED = {"train.batch_size": 16384, "model.remat": "none"}
 
@@ -44,7 +45,7 @@ def chips_of(topology: str) -> int:
 
 
 def config_of(size: str, chips: int):
-    """configs/imagenet.py for so many chips: as many images in all as the paper's, in fewer and larger steps."""
+    """configs/imagenet.py for this number of chips. Fewer, larger steps see as many images as the paper's."""
     config = imagenet.get_config(size)
     batch_size = max(config.train.batch_size, LEAST[size] * chips)
     config.train.steps = config.train.steps * config.train.batch_size // batch_size
@@ -53,8 +54,8 @@ def config_of(size: str, chips: int):
     return config
 
 
-def planned(size: str, topology: str, enough: int, known: dict | None) -> dict:
-    """The best that a search finds, or what was known before where that is faster."""
+def best_plan(size: str, topology: str, enough: int, known: dict | None) -> dict:
+    """The best plan of a search, or the `known` plan of an earlier run where that is faster."""
     search = search_plans(config_of(size, chips_of(topology)), topology, enough)
     counts = {"found": len(search.found), "compiled": search.compiled, "too_large": search.too_large}
     counts |= {"slower": search.slower, "enough": enough}
@@ -65,12 +66,13 @@ def planned(size: str, topology: str, enough: int, known: dict | None) -> dict:
 
 
 def made() -> dict:
+    """The command and the versions that made a plan."""
     versions = {name: version(name) for name in ("jax", "flax", "optax", "libtpu")}
     return {"made": {"command": machine()["command"], "python": machine()["python"]} | versions}
 
 
 def estimated(size: str, one: dict) -> dict:
-    """A plan that is kept, estimated by the present code, and checked."""
+    """A recorded plan with an estimate by the present code, and with checks of its program."""
     if not one["fits"]:
         return one
     model = configuration.model_config(config_of(size, one["chips"]))
@@ -91,18 +93,18 @@ def oversized() -> dict:
 
 
 def state_under_fsdp(size: str) -> dict:
-    """Bytes of the state on each of so many chips, and that times the chips, beside one chip's: 1 were exact."""
+    """For several numbers of chips: bytes of state per chip, and their sum relative to one chip's state (ideal: 1)."""
     found = {}
     for chips in (1, 8, 64, 128, 256):
         config = config_of(size, chips)
         config.mesh.fsdp = chips
-        held = plan(config, f"gpu:{chips}")["bytes_per_chip"]["state"]  # shapes and shardings: no compiler is asked
+        held = plan(config, f"gpu:{chips}")["bytes_per_chip"]["state"]  # from shapes and shardings, without a compiler
         found[str(chips)] = {"bytes": held, "times_chips": held * chips / found.get("1", {"bytes": held})["bytes"]}
     return found
 
 
 def table(results: dict) -> str:
-    """docs/plans.md's table."""
+    """The table of docs/plans.md, in Markdown."""
     head = (
         "size", "chips", "data x fsdp x tensor", "images a step", "micro-batches", "remat", "state", "gradients",
         "activations", "peak", "of memory", "step", "MFU", "images/s", "days", "compiled in",
@@ -140,18 +142,22 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(ROOT / "docs" / "results" / "plan.json"), help="the JSON to go on with")
-    parser.add_argument("--enough", type=int, default=ENOUGH, help="plans that fit before the best is taken")
+    parser.add_argument(
+        "--out",
+        default=str(ROOT / "docs" / "results" / "plan.json"),
+        help="the JSON to read and extend",
+    )
+    parser.add_argument("--enough", type=int, default=ENOUGH, help="plans that fit before a search ends")
     parser.add_argument("--sizes", default=",".join(SIZES), help="default: %(default)s")
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="default: %(default)s")
-    parser.add_argument("--estimates", action="store_true", help="compile nothing")
+    parser.add_argument("--estimates", action="store_true", help="compile nothing, estimate again")
     args = parser.parse_args()
 
     path = Path(args.out)
     results = json.loads(path.read_text()) if path.exists() else {}
     results["what"] = (
-        "estimates of the TPU compiler, no measurements; programs are those of each plan's `made`, step times and what "
-        "follows from them were computed from these programs by the code of this commit"
+        "estimates of the TPU compiler, no measurements; the versions in each plan's `made` compiled its program, and "
+        "the code of this commit computed the step times from that program"
     )
     results.setdefault("plans", {})
 
@@ -177,7 +183,7 @@ def main() -> None:
             name = f"{size} {topology}"
             if results["plans"].get(name, {"search": {"enough": 0}})["search"]["enough"] < args.enough:
                 print(f"\n{name}", flush=True)
-                results["plans"][name] = planned(size, topology, args.enough, results["plans"].get(name))
+                results["plans"][name] = best_plan(size, topology, args.enough, results["plans"].get(name))
                 save()
     save()
     print(table(results))

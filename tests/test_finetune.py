@@ -29,6 +29,7 @@ from igpt.run import checkpoint
 from tests.data.test_sources import write_openai  # noqa: F401 - a fixture
 from tests.interop.test_export import CLUSTERS, SIZE, load_strictly, save_run
 from tests.interop.test_openai import V, released, write_checkpoint
+from tests.run.test_checkpoint import read_arrays
 from tests.test_train import assert_bitwise_equal, losses, records
 
 NETWORK = dict(depth=2, use_bias=True)  # of every model to start from, beside what save_run says
@@ -273,7 +274,7 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
     for workdir in (tmp_path / "run", tmp_path / "whole"):
         assert progress_of(workdir) == ([7, 12], checkpoint.Progress(12, 7, 0.95, 5))
         assert not (workdir / "finetune.json").exists()  # what an earlier end found is gone
-    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "run", 12), checkpoint.read_arrays(tmp_path / "whole", 12))
+    assert_bitwise_equal(read_arrays(tmp_path / "run", 12), read_arrays(tmp_path / "whole", 12))
 
 
 def test_a_report_that_was_not_written_is_made_up_for(joint):

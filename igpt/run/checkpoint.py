@@ -314,17 +314,6 @@ def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
     return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
 
 
-def read_arrays(workdir: Path, step: int) -> dict:
-    """Every array of a checkpoint as NumPy's, whatever devices wrote it: {"params": ..., "optimizer": ...}."""
-    found = {}
-    with ocp.StandardCheckpointer() as reader:
-        for item in ("params", "optimizer"):
-            path = workdir.absolute() / FOLDER / str(step) / item
-            shapes = reader.metadata(path).item_metadata.tree
-            found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
-    return found
-
-
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
     """The parameters alone, and the step they are of: `step`, or that of the best checkpoint of a fine-tuning run, or
     the newest of any other."""

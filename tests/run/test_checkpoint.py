@@ -2,6 +2,7 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
@@ -95,3 +96,14 @@ def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
         progress.evaluated_step = 3
         checkpoints.save(state, 3)
     assert checkpoint.progress_at(tmp_path, 3) == progress and checkpoint.finished_steps(tmp_path) == [3]
+
+
+def read_arrays(workdir, step):
+    """All arrays of a checkpoint as NumPy arrays, independent of the mesh: {"params": ..., "optimizer": ...}."""
+    found = {}
+    with ocp.StandardCheckpointer() as reader:
+        for item in ("params", "optimizer"):
+            path = workdir.absolute() / checkpoint.FOLDER / str(step) / item
+            shapes = reader.metadata(path).item_metadata.tree
+            found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
+    return found

@@ -10,6 +10,7 @@ import pytest
 
 import train
 from igpt.run import checkpoint
+from tests.run.test_checkpoint import read_arrays
 from tests.test_train import ROOT, assert_bitwise_equal, losses
 
 
@@ -30,7 +31,7 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
         patch.setattr(checkpoint.Checkpoints, "save", save_then_stop)
         train.run(tiny_config, tmp_path / "parts")
     train.run(tiny_config, tmp_path / "parts")
-    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "whole", 6), checkpoint.read_arrays(tmp_path / "parts", 6))
+    assert_bitwise_equal(read_arrays(tmp_path / "whole", 6), read_arrays(tmp_path / "parts", 6))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -72,7 +73,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends
     output = again.communicate(timeout=300)[0].decode()
     assert again.returncode == 0, output
     assert "resumed after step " in output
-    assert_bitwise_equal(checkpoint.read_arrays(whole, steps), checkpoint.read_arrays(killed, steps))
+    assert_bitwise_equal(read_arrays(whole, steps), read_arrays(killed, steps))
     assert losses(killed) == losses(whole)
     if name == "finetune_digits":
         assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
