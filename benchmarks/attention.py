@@ -1,4 +1,4 @@
-"""Attention back ends: time and memory of a forward and backward pass, ours beside the reference, in one run.
+"""Measures attention back ends: time and memory of a forward and backward pass, ours beside the reference.
 
 python benchmarks/attention.py --out=benchmarks/results/attention_cpu.json
 """
@@ -16,7 +16,7 @@ SHAPES = {"s": (1, 1024, 8, 64), "m": (1, 1024, 8, 128), "l": (1, 1024, 16, 96),
 
 
 def measure(backend: str, shape: tuple, repeats: int) -> tuple[float, int]:
-    """Median seconds, and bytes of temporaries, of value and gradients."""
+    """Median seconds and bytes of temporary memory to compute the loss and its gradients."""
     inputs = tuple(jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3))
 
     def loss(q, k, v):

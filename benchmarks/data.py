@@ -1,12 +1,14 @@
-"""How fast images become batches, and whether the device ever waits for them. On the CPU, medians of several repeats.
+"""Measures how fast images become batches, and whether the device waits for them. On the CPU, medians of repeats.
 
 pip install -e ".[bench]"
 python benchmarks/data.py --out=benchmarks/results/data_cpu.json
 
-Four parts: prepared tokens into batches; uint8 images into tokens; JPEG files into tokens, beside Pillow's decoding
-alone, on one thread; and a training step of configs/digits.py fed by the real loader, beside one that is given the same
-batch, on the device already, again and again. The last compares medians of runs of steps taken in turns, because the
-machine's speed drifts.
+There are four parts:
+1. prepared tokens to batches;
+2. uint8 images to tokens;
+3. JPEG files to tokens on one thread, beside Pillow's decoding alone;
+4. a training step of configs/digits.py with the real loader, beside the same step on a batch kept on the device.
+The fourth part alternates between its two sides, because the speed of a machine drifts, and compares their medians.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from igpt.config import model_config
 from igpt.data.batches import Augmentation, TrainBatches
 from igpt.data.examples import EncodedImages, Split
 from igpt.data.images import Preprocess, decode
-from igpt.data.prepare import open_prepared, prepare
+from igpt.data.prepare import prepare
+from igpt.data.prepared import open_prepared
 from igpt.data.sources import open_source
 from igpt.loss import make_loss
 from igpt.optim import make_optimizer
@@ -41,7 +44,7 @@ SIDE, COLORS, BATCH = 32, 512, 128
 
 
 def photographs(count: int, height: int, width: int) -> np.ndarray:
-    """Random colours some pixels apart, joined smoothly, with a little noise: they compress as photographs do."""
+    """Smooth random images with a little noise, which compress like photographs: uint8 [count, height, width, 3]."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, max(2, height // 10), max(2, width // 10), 3), np.uint8)
     smooth = [np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in coarse]
@@ -49,7 +52,7 @@ def photographs(count: int, height: int, width: int) -> np.ndarray:
 
 
 def rate(run, images: int, repeats: int) -> float:
-    """Images a second in the median run, after one that does not count."""
+    """Images per second in the median run, after one run that warms up."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -113,7 +116,7 @@ def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
         for batch in given:
             state, metrics = step(state, batch)
             if waiting is not None:
-                jax.block_until_ready(waiting)  # as train.py does: one step is always under way
+                jax.block_until_ready(waiting)  # like train.py, which keeps one step in flight
             waiting = metrics
         jax.block_until_ready(waiting)
         return (time.perf_counter() - start) / steps
@@ -127,7 +130,7 @@ def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
 
         seconds = {"loader": [], "resident": []}
         for number in range(rounds + 1):
-            order = ("loader", "resident") if number % 2 else ("resident", "loader")  # neither is always the first
+            order = ("loader", "resident") if number % 2 else ("resident", "loader")  # neither side always goes first
             for name in order:
                 time_a_step = run(loaded(number * steps) if name == "loader" else [resident] * steps)
                 seconds[name] += [time_a_step] if number else []  # the first round compiles
@@ -140,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=15, help="of the comparison of training steps")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of the comparison of training steps")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", digits.get_config().mesh.cpu_devices)
 

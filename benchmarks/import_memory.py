@@ -1,9 +1,9 @@
-"""Memory and time of importing a Hugging Face directory: random weights, in shards, as large as iGPT-L.
+"""Measures memory and time to import a Hugging Face directory: random weights in shards, by default of iGPT-L's size.
 
 python benchmarks/import_memory.py --out=benchmarks/results/import_memory.json
 
-The peak is that of the whole command, less that of the same command on a model of a few kilobytes, so that what is left
-is what the weights cost. The weights are in a temporary folder (TMPDIR), which needs twice their size.
+The ratio is (peak - baseline) / size of the weights. The peak is the memory of the whole command, the baseline that of
+the same command on a model of a few kilobytes. The temporary folder (TMPDIR) needs room for twice the weights.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SHARD_BYTES = 1 << 30
 
 
 def write_directory(folder: Path, size: dict) -> int:
-    """Makes a Hugging Face directory tensor by tensor; returns the bytes of its weights."""
+    """Writes a Hugging Face directory tensor by tensor. Returns the size of its weights in bytes."""
     settings = dict(n_embd=size["width"], n_layer=size["depth"], n_head=size["num_heads"], n_positions=size["seq_len"])
     config = ImageGPTConfig(**settings, architectures=["ImageGPTForCausalImageModeling"])
     config.save_pretrained(folder)
@@ -60,7 +60,7 @@ def write_directory(folder: Path, size: dict) -> int:
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> int:
-    """A safetensors file of normal float32 numbers, of which only one tensor is ever in memory."""
+    """Writes a safetensors file of normal float32 numbers, with one tensor in memory at a time."""
     header, stop = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start, stop = stop, stop + 4 * prod(shape)
@@ -75,7 +75,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.G
 
 
 def measure(size: dict) -> dict:
-    """Imports a directory of this size in a process of its own."""
+    """Imports a directory of this size in a new process, and returns its peak memory and its time."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made, "hf")
         folder.mkdir()
@@ -83,11 +83,11 @@ def measure(size: dict) -> dict:
         command = [sys.executable, "-m", "igpt", "import", f"--from={folder}", f"--out={made}/run"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)  # of this child alone
+        _, status, usage = os.wait4(process.pid, 0)  # usage of this child alone
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
     if process.returncode:
-        sys.exit(f"the import ended with exit code {process.returncode}")
+        sys.exit(f"igpt import exited with code {process.returncode}; its message is above")
     unit = 1 if sys.platform == "darwin" else 1024
     return {"weights_bytes": weights, "peak_bytes": usage.ru_maxrss * unit, "seconds": seconds}
 
@@ -95,18 +95,17 @@ def measure(size: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
-    parser.add_argument("--size", choices=("s", "m", "l"), default="l", help="of the model (default: l, 5.4 GB)")
+    parser.add_argument("--size", choices=("s", "m", "l"), default="l", help="size of the model (default: l, 5.4 GB)")
     args = parser.parse_args()
 
-    nothing, result = measure(SIZES["tiny"]), measure(SIZES[args.size])
-    result["baseline_peak_bytes"] = nothing["peak_bytes"]
-    result["baseline_seconds"] = nothing["seconds"]
-    ratio = (result["peak_bytes"] - nothing["peak_bytes"]) / result["weights_bytes"]
+    baseline, result = measure(SIZES["tiny"]), measure(SIZES[args.size])
+    result["baseline_peak_bytes"] = baseline["peak_bytes"]
+    result["baseline_seconds"] = baseline["seconds"]
+    ratio = (result["peak_bytes"] - baseline["peak_bytes"]) / result["weights_bytes"]
     result["ratio"] = ratio
-    print(
-        f"{args.size}: {result['weights_bytes'] / 1e9:.2f} GB of weights, {result['peak_bytes'] / 1e9:.2f} GB at most,"
-    )
-    print(f"of which {ratio:.2f} x the weights are theirs; {result['seconds']:.0f} s")
+    weights, peak = result["weights_bytes"] / 1e9, result["peak_bytes"] / 1e9
+    print(f"{args.size}: {weights:.2f} GB of weights, peak memory {peak:.2f} GB, {result['seconds']:.0f} s")
+    print(f"above the baseline, the import needs {ratio:.2f} x the size of the weights")
     write(args.out, {"what": "peak memory of igpt import", "size": args.size} | result)
 
 

@@ -1,11 +1,11 @@
-"""Does a run survive? SIGKILL at random moments, SIGTERM at random steps; then every byte is compared.
+"""Tests that interrupted runs resume exactly: SIGKILL at random moments, SIGTERM at random steps.
 
 python benchmarks/kill.py --out=benchmarks/results/kill_cpu.json
 
-A run of eight CPU devices (data 2 x fsdp 2 x tensor 2, dropout, evaluations, checkpoints) is killed and started again
-until 30 kills are done; one of two processes 10 times; a run told to stop by SIGTERM 20 times. Runs that end on the
-way are begun anew. Each must end with the parameters, optimizer state, progress and losses of one that nobody
-touched. Moments are drawn from a seed, but what a process does at a moment is chance.
+A run on eight CPU devices (data 2 x fsdp 2 x tensor 2, dropout, evaluations, checkpoints) is killed and restarted, 30
+times in all; a run of two processes 10 times; a run that receives SIGTERM 20 times. When a run finishes earlier, a new
+one starts. Every run must finish with the parameters, optimizer state, progress and losses of an undisturbed run, byte
+for byte. The moments come from a seed, but what a process does at a moment is up to chance.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from report import write
 
 from igpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
-EVAL_EVERY = 5  # often, so that kills find evaluations
+EVAL_EVERY = 5  # often, so that some kills hit an evaluation
 FIELDS = [
     "--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=2", "--config.model.num_heads=4",
     "--config.model.residual_dropout=0.1", "--config.train.batch_size=32", "--config.train.num_samples=0",
@@ -39,6 +40,7 @@ FIELDS = [
 
 
 def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
+    """Starts train.py with a total of eight CPU devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -61,12 +63,14 @@ def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
 
 
 def finish(workdir: Path, steps: int, processes: int) -> None:
+    """Runs train.py undisturbed."""
     codes = [process.wait() for process in start(workdir, steps, processes)]
     if any(codes):
-        raise SystemExit(f"a run that nobody touched ended with {codes}")
+        raise SystemExit(f"an undisturbed run exited with {codes}; run the same command of train.py to see why")
 
 
 def records(workdir: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl."""
     try:
         lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -75,15 +79,26 @@ def records(workdir: Path) -> list[dict]:
 
 
 def outcome(workdir: Path, steps: int) -> tuple[dict, list[dict], dict]:
-    """The arrays of the last checkpoint as bytes by path, the records but for speed, the progress."""
-    leaves = jax.tree_util.tree_leaves_with_path(checkpoint.read_arrays(workdir, steps))
+    """What must be equal: the bytes of every array of the last checkpoint, the records without speed, the progress."""
+    leaves = jax.tree_util.tree_leaves_with_path(read_arrays(workdir, steps))
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
     known = [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records(workdir)]
     return arrays, known, vars(checkpoint.progress_at(workdir, steps))
 
 
+def read_arrays(workdir: Path, step: int) -> dict:
+    """All arrays of a checkpoint as NumPy arrays, independent of the mesh: {"params": ..., "optimizer": ...}."""
+    found = {}
+    with ocp.StandardCheckpointer() as reader:
+        for item in ("params", "optimizer"):
+            path = workdir.absolute() / checkpoint.FOLDER / str(step) / item
+            shapes = reader.metadata(path).item_metadata.tree
+            found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
+    return found
+
+
 def phase(workdir: Path) -> str:
-    """What the run was at when it was killed, as far as its files tell."""
+    """What the run was doing when it was killed, according to its files."""
     if not (found := records(workdir)):
         return "before the first step"
     if any(not path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
@@ -91,8 +106,8 @@ def phase(workdir: Path) -> str:
     return "during an evaluation" if found[-1]["step"] % EVAL_EVERY == 0 and "eval/loss" not in found[-1] else "between"
 
 
-def killed(folder: Path, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random) -> dict:
-    """Kills runs until `kills` are done and the last has ended; how many ended otherwise than `whole`."""
+def kill_runs(folder: Path, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random) -> dict:
+    """Kills and restarts runs until there were `kills`, and counts finished runs that differ from `whole`."""
     phases, ended, differing, run = Counter(), 0, 0, 0
     while sum(phases.values()) < kills:
         run += 1
@@ -111,21 +126,19 @@ def killed(folder: Path, whole, steps: int, processes: int, kills: int, patience
             codes = [process.wait() for process in running]
             if not any(codes):
                 break
-            if (
-                not {-signal.SIGKILL} <= set(codes) <= {-signal.SIGKILL, -signal.SIGABRT}
-            ):  # by us; by the runtime, after us
-                raise SystemExit(f"a run ended with {codes}")
+            # We send SIGKILL. JAX's runtime aborts the other process afterwards.
+            if not {-signal.SIGKILL} <= set(codes) <= {-signal.SIGKILL, -signal.SIGABRT}:
+                raise SystemExit(f"a killed run exited with {codes}; expected are -9, and -6 of another process")
         ended += 1
         differing += outcome(workdir, steps) != whole
-        print(
-            f"{processes} process(es): run {run} ended, {sum(phases.values())} kills {dict(phases)}, {differing} differ"
-        )
+        count = f"{sum(phases.values())} kills {dict(phases)}"
+        print(f"{processes} process(es): run {run} finished, {count}, {differing} differ")
         shutil.rmtree(workdir)
     return {"processes": processes, "kills": kills, "phases": dict(phases), "runs": ended, "differing": differing}
 
 
-def terminated(folder: Path, whole, steps: int, signals: int, rng: random.Random) -> dict:
-    """SIGTERM at random steps: how often the run had saved the last step that it made, and ended with code 75."""
+def terminate_runs(folder: Path, whole, steps: int, signals: int, rng: random.Random) -> dict:
+    """Sends SIGTERM at random steps, and counts the runs that saved their last step and exited with code 75 or 0."""
     saved, sent, run, differing, seconds = 0, 0, 0, 0, []
     while sent < signals:
         run += 1
@@ -149,9 +162,9 @@ def terminated(folder: Path, whole, steps: int, signals: int, rng: random.Random
                     continue
             if process.wait() == 0:
                 break
-            raise SystemExit(f"a run ended with {process.returncode}")
+            raise SystemExit(f"a run that received SIGTERM exited with {process.returncode}; expected are 75 and 0")
         differing += outcome(workdir, steps) != whole
-        print(f"SIGTERM: run {run} ended, {saved} of {sent} saved, {differing} differ")
+        print(f"SIGTERM: run {run} finished, {saved} of {sent} saved, {differing} differ")
         shutil.rmtree(workdir)
     return {
         "signals": signals,
@@ -173,7 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     rng, begun = random.Random(args.seed), time.monotonic()
     results = {
-        "what": "runs killed at random moments against one that nobody touched, byte by byte",
+        "what": "runs killed at random moments compared with an undisturbed one, byte by byte",
         "steps": args.steps,
     }
     with tempfile.TemporaryDirectory() as name:
@@ -182,14 +195,17 @@ def main() -> None:
         for processes in (1, 2):
             finish(folder / f"whole-{processes}", args.steps, processes)
             whole[processes] = outcome(folder / f"whole-{processes}", args.steps)
-        results["one process, 8 devices"] = killed(folder, whole[1], args.steps, 1, args.kills, 20.0, rng)
-        results["two processes of 4 devices"] = killed(folder, whole[2], args.steps, 2, args.kills_of_two, 40.0, rng)
-        results["SIGTERM"] = terminated(folder, whole[1], args.steps, args.signals, rng)
+        results["one process, 8 devices"] = kill_runs(folder, whole[1], args.steps, 1, args.kills, 20.0, rng)
+        results["two processes of 4 devices"] = kill_runs(folder, whole[2], args.steps, 2, args.kills_of_two, 40.0, rng)
+        results["SIGTERM"] = terminate_runs(folder, whole[1], args.steps, args.signals, rng)
     results["seconds"] = time.monotonic() - begun
     write(args.out, results)
     bad = sum(part["differing"] for part in results.values() if isinstance(part, dict))
     if bad or results["SIGTERM"]["saved"] != args.signals:
-        raise SystemExit("not everything survived")
+        saved = results["SIGTERM"]["saved"]
+        raise SystemExit(
+            f"{bad} runs differ, {saved} of {args.signals} signals were followed by a save; see {args.out}"
+        )
 
 
 if __name__ == "__main__":

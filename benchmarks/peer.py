@@ -1,4 +1,4 @@
-"""The peer of the benchmarks: Hugging Face's ImageGPT in PyTorch, in the size of one of our networks."""
+"""The peer that benchmarks compare with: Hugging Face's ImageGPT in PyTorch, as large as one of our networks."""
 
 import torch
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
@@ -7,7 +7,7 @@ from igpt.model import ModelConfig
 
 
 def transformers_model(config: ModelConfig) -> ImageGPTForCausalImageModeling:
-    """The same widths and depth, no dropout. It has biases, which ours has not: under 1 % of the arithmetic."""
+    """A model of the same widths and depth, without dropout. It also has biases: less than 1 % of the arithmetic."""
     torch.manual_seed(0)
     peer = ImageGPTConfig(
         vocab_size=config.vocab_size + 1,

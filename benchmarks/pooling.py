@@ -1,15 +1,17 @@
-"""Is it the average over all positions that lets raw pixels keep up with a small network's features?
+"""Tests whether the mean over all positions is why a small network's features are no better than raw pixels.
 
 python benchmarks/pooling.py --model=runs/study/fashion_mnist_autoregressive_0 \\
     --out=docs/results/pooling_fashion_mnist.json
 
-A probe reads the mean of a layer over all positions; raw pixels keep their places. So the same linear classifier is
-fitted to means over the cells of a grid, 1 x 1 (the paper's) and 2 x 2, of three things: the trained network's
-features, an untrained one's, and the pixels' colours (a histogram of each cell). Beside them: the raw pixels.
+A linear probe reads the mean of a layer over all positions, while raw pixels keep their positions. This benchmark fits
+the same linear classifier to means over the cells of a grid, 1 x 1 (as in the paper) and 2 x 2. The means are of three
+things: features of the trained network, features of an untrained one, and colours (a histogram for each cell). The raw
+pixels are the baseline.
 """
 
 import argparse
 import itertools
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from report import write
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for eval_probe.py and configs/
 
 import eval_probe
 from configs import probe_digits
@@ -32,7 +36,7 @@ GRIDS = (1, 2)
 
 
 def by_cells(side: int, grid: int):
-    """A pooling [B, T, D] -> [B, grid * grid * D] of means over the cells of a side x side image."""
+    """Returns a function [B, T, D] -> [B, grid * grid * D]: means over the cells of a grid on a side x side image."""
 
     def pool(normed):
         B, _, D = normed.shape
@@ -43,7 +47,7 @@ def by_cells(side: int, grid: int):
 
 
 def coarser(parts: list[Features], layer: int, fine: int, grid: int) -> list[Features]:
-    """The same features as means over the cells of a coarser grid, weighted by the positions in a cell."""
+    """Averages features of a fine x fine grid over the cells of a coarser grid."""
     found = []
     edges = [round(i * fine / grid) for i in range(grid + 1)]
     for part in parts:
@@ -59,7 +63,7 @@ def coarser(parts: list[Features], layer: int, fine: int, grid: int) -> list[Fea
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a run of a network on square images")
+    parser.add_argument("--model", required=True, help="a run directory of a network on square images")
     parser.add_argument("--layer", type=int, default=5)
     parser.add_argument("--train_images", type=int, default=10_000)
     parser.add_argument("--out", required=True, help="the JSON to write")

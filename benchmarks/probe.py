@@ -1,11 +1,11 @@
-"""Linear probes on the CPU: features beside a forward pass, in time and memory; our solvers beside scikit-learn's.
+"""Measures linear probes on the CPU: features beside a forward pass, memory, and our solvers beside scikit-learn's.
 
 python benchmarks/probe.py --out=benchmarks/results/probe_cpu.json
 
-Features: those of all layers, and of the middle one, against a forward pass to the final norm, taken in turn. Memory:
-the peak of a process that writes the features of 1,000 and of 10,000 images, which are made when they are asked for
-(read from /proc: Linux only).
-Solvers: each fits a classifier for every C on the same features, standardised, to the same tolerance.
+Features: the time for all layers and for the middle one, relative to a forward pass to the final norm; the three are
+measured in turn. Memory: the peak of a process that writes the features of 1,000 and of 10,000 images, which are
+generated on demand (from /proc, so on Linux only). Solvers: each fits a classifier for every C on the same standardised
+features to the same tolerance.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from igpt.probe.logistic import TOLERANCE, fit_lbfgs, fit_sgd
 from igpt.sharding import make_mesh
 
 NETWORK = ModelConfig(width=256, depth=12, num_heads=8, vocab_size=512, seq_len=256)
-FEATURES = ModelConfig(width=512, depth=8, num_heads=8, mlp_width=512, vocab_size=16, seq_len=4)  # many, little work
+# Many features for little work.
+FEATURES = ModelConfig(width=512, depth=8, num_heads=8, mlp_width=512, vocab_size=16, seq_len=4)
 COUNTS = (1_000, 10_000)
 PENALTIES = (0.01, 0.1, 1.0)
 RATES, STEPS = (0.1, 0.3), 4000
@@ -58,13 +59,13 @@ def extraction(batch_size: int, repeats: int) -> dict:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {name: medians[name] / medians["forward"] for name in ("all_layers", "middle_layer")}
-    print(f"features of all layers: {ratios['all_layers']:.2f} x a forward pass", end=", ")
-    print(f"of the middle one: {ratios['middle_layer']:.2f} x", flush=True)
+    print(f"features of all layers take {ratios['all_layers']:.2f} x a forward pass", end=", ")
+    print(f"features of the middle layer {ratios['middle_layer']:.2f} x", flush=True)
     return {"batch_size": batch_size, "repeats": repeats, "seconds": medians, "of_a_forward_pass": ratios}
 
 
 class Noise(Sequence):
-    """`count` images that are nowhere until one is asked for."""
+    """A sequence of `count` images, each generated when it is read."""
 
     def __init__(self, count: int):
         self.count = count
@@ -77,12 +78,12 @@ class Noise(Sequence):
 
 
 def write_features(count: int) -> None:
-    """Prints the peak memory of this process in bytes, once everything is compiled and the allocator has settled."""
+    """Prints the peak memory in bytes of writing `count` images' features, after a first pass that compiles."""
     model, mesh = ImageGPT(FEATURES, nnx.Rngs(0)), make_mesh()
     palette = Palette(np.linspace(-1, 1, FEATURES.vocab_size)[:, None].repeat(3, axis=1))
     with tempfile.TemporaryDirectory() as folder:
         for images, name in ((COUNTS[0], "first"), (count, "all")):
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             split = Split(EncodedImages(Noise(images), Preprocess((2, 2))), np.zeros(images, np.int32))
             stream = stream_features(model, split, palette, 100, mesh)
             kept = keep_features(stream, range(FEATURES.depth + 1), Path(folder, name))
@@ -91,11 +92,9 @@ def write_features(count: int) -> None:
 
 
 def peak_bytes(count: int) -> int:
-    """Of a process of its own; with one arena, as what glibc keeps in several wavers by tens of megabytes."""
-    command, environment = (
-        [sys.executable, __file__, f"--write_features={count}"],
-        os.environ | {"MALLOC_ARENA_MAX": "1"},
-    )
+    """Runs `write_features` in a new process. One malloc arena, because several vary the peak by tens of megabytes."""
+    command = [sys.executable, __file__, f"--write_features={count}"]
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
@@ -103,13 +102,13 @@ def memory() -> dict:
     peaks = {count: peak_bytes(count) for count in COUNTS}
     features = {count: 4 * FEATURES.width * (FEATURES.depth + 1) * count for count in COUNTS}
     grown, more = (of[COUNTS[1]] - of[COUNTS[0]] for of in (peaks, features))
-    print(f"{COUNTS[1]:,} images: {peaks[COUNTS[1]] / 1e6:.0f} MB at most, {grown / 1e6:.1f} MB more than", end=" ")
-    print(f"{COUNTS[0]:,} images; their features have {more / 1e6:.1f} MB more", flush=True)
+    print(f"{COUNTS[1]:,} images: peak {peaks[COUNTS[1]] / 1e6:.0f} MB, {grown / 1e6:.1f} MB more than with", end=" ")
+    print(f"{COUNTS[0]:,} images; the features are {more / 1e6:.1f} MB larger", flush=True)
     return {"peak_bytes": peaks, "features_bytes": features}
 
 
 def correlated_features(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ten overlapping classes in 128 features that move together, as a network's do: float32 [N, 128], int32 [N]."""
+    """Ten overlapping classes in 128 correlated features, like a network's: float32 [N, 128] and labels int32 [N]."""
     rng = np.random.default_rng(0)
     centres, mixing = rng.normal(size=(10, 32)), rng.normal(size=(32, 128))
     rng = np.random.default_rng(seed)
@@ -145,8 +144,8 @@ def solvers() -> dict:
         }
         points = {name: 100 * (accuracy[name] - accuracy["scikit_learn"]) for name in ("lbfgs", "sgd")}
         rows.append({"C": C, "accuracy": accuracy, "points_from_scikit_learn": points, "sgd_rate": RATES[best]})
-        print(f"C {C}: {accuracy['scikit_learn']:.2%} by scikit-learn", end="")
-        print(f", ours {points['lbfgs']:+.2f} points by L-BFGS, {points['sgd']:+.2f} by SGD", flush=True)
+        print(f"C {C}: scikit-learn {accuracy['scikit_learn']:.2%}", end="; difference of ours in points: ")
+        print(f"L-BFGS {points['lbfgs']:+.2f}, SGD {points['sgd']:+.2f}", flush=True)
     ratio = seconds["scikit_learn"] / seconds["ours"]
     print(
         f"all C: ours {seconds['ours']:.1f} s, scikit-learn {seconds['scikit_learn']:.1f} s, {ratio:.2f} times as fast"
@@ -158,13 +157,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="the JSON to write")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=20, help="of a forward pass (default: 20)")
+    parser.add_argument("--repeats", type=int, default=20, help="repeats of each forward pass (default: 20)")
     parser.add_argument("--write_features", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_features:
         return write_features(args.write_features)
     if not args.out:
-        parser.error("--out is missing")
+        parser.error("--out is missing; give the JSON file to write")
 
     results = {
         "extraction": extraction(args.batch_size, args.repeats),

@@ -1,13 +1,13 @@
-"""Images to tokens on the CPU: our image processor and transformers' (its PIL one), on the same images and clusters.
+"""Measures images to tokens on the CPU: our image processor beside transformers' PIL one, on the same images.
 
 pip install -e ".[bench]"
 python benchmarks/processor.py --out=benchmarks/results/processor_cpu.json
 
-The images have the size asked for, so that tokens are what is measured. They are pieces of photographs, and noise, in
-which every pixel is another place in our table of 32 MB. transformers is timed twice: given all in one call, as ours
-is, and given --peer_batch at a time, at which it is faster, for it holds a float64 distance, three times over, for each
-pixel and cluster, 4 MiB an image (13 GB for 1,024). Our first call fills the table; the rates are those of the calls
-after it.
+The images already have the target size, so nothing is resized. They are pieces of photographs, and noise, whose pixels
+read our table of 32 MB at random places. transformers is timed twice: with all images in one call, like ours, and with
+--peer_batch images per call. The second is faster, because transformers holds three copies of a float64 distance for
+each pixel and cluster: 4 MiB per image and copy (13 GB for 1,024 images). Our first call fills the table and is
+reported apart; the rates are of later calls.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SIDE = 32
 
 
 def photo_images(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random squares of scikit-learn's two photographs, shrunk: uint8 [count, 32, 32, 3]."""
+    """Random squares of scikit-learn's two photographs, scaled down: uint8 [count, 32, 32, 3]."""
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     images = []
     for photo in (photos[i % len(photos)] for i in range(count)):
@@ -47,7 +47,7 @@ def seconds_once(run) -> float:
 
 
 def measure(images: np.ndarray, clusters: list, peer_batch: int, repeats: int) -> list[dict]:
-    """Rows for the three forms in which the images may be given; the first call of all is timed apart."""
+    """A row of results for each form of the input. The very first call is timed separately."""
     ours, peer = (kind(clusters=clusters, size=SIDE) for kind in (ImageGPTImageProcessor, ImageGPTImageProcessorPil))
     forms = {
         "one array": images,
@@ -58,8 +58,8 @@ def measure(images: np.ndarray, clusters: list, peer_batch: int, repeats: int) -
     def rate(processor, given, repeats):
         return len(given) / median_seconds(lambda: processor(given)["input_ids"], repeats)
 
-    # Ours first and whole: after the peer's gigabytes the machine is slower for a while.
-    first = {"ours": len(images) / seconds_once(lambda: ours(images))}  # computes the table's entries for these colours
+    # All of ours comes first: the peer allocates gigabytes, and the machine is slower for a while afterwards.
+    first = {"ours": len(images) / seconds_once(lambda: ours(images))}  # fills the table for these colours
     our_rates = {form: rate(ours, given, repeats) for form, given in forms.items()}
     our_tokens = ours(images, return_tensors="np")["input_ids"]
 
@@ -92,7 +92,7 @@ def main() -> None:
     rows = []
     for seed, make in enumerate((photo_images, noise_images)):
         rng = np.random.default_rng(seed)
-        clusters = rng.uniform(-1, 1, (args.clusters, 3)).tolist()  # others each time: a table nobody has filled
+        clusters = rng.uniform(-1, 1, (args.clusters, 3)).tolist()  # new clusters each time, so that the table is empty
         for row in measure(make(rng, args.images), clusters, args.peer_batch, args.repeats):
             rows.append({"images": make.__name__.removesuffix("_images")} | row)
             rates = ", ".join(f"{who} {rate:,.0f}" for who, rate in row["images_per_s"].items())

@@ -1,4 +1,4 @@
-"""The README's quickstart, run and recorded: training time, losses, probe accuracies, and the pictures.
+"""Runs the README's quickstart and records training time, losses, probe accuracies and pictures.
 
 python benchmarks/quickstart.py --workdir=runs/quickstart --out=docs/results
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, and the machine, the versions and the command beside every result."""
+"""Timing, and results as JSON with the command, the machine and the versions. All benchmarks use it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import jax
 
 
 def median_seconds(run, repeats: int) -> float:
-    """The median time of run(), which is called once more beforehand to compile and warm up."""
+    """The median time of run(). One more call before the measurement compiles and warms up."""
     jax.block_until_ready(run())
     seconds = []
     for _ in range(repeats):
@@ -24,6 +24,7 @@ def median_seconds(run, repeats: int) -> float:
 
 
 def machine() -> dict:
+    """The command line, the device and processor, and the versions of the packages that are installed."""
     versions = {}
     for name in ("jax", "flax", "optax", "numpy", "torch", "transformers"):
         try:
@@ -41,6 +42,7 @@ def machine() -> dict:
 
 
 def write(path: str, results: dict) -> None:
+    """Writes `results` and `machine()` to the JSON file `path`, and makes its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(machine() | results, indent=1) + "\n")
     print(f"wrote {path}")

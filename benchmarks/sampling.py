@@ -1,4 +1,4 @@
-"""Sampling on the CPU: ours, ours without the KV cache (as OpenAI's sampler works), and transformers' generate().
+"""Measures sampling on the CPU: ours, ours without the KV cache (like OpenAI's sampler), and transformers' generate().
 
 pip install -e ".[bench]"
 python benchmarks/sampling.py --out=benchmarks/results/sampling_cpu.json
@@ -25,7 +25,7 @@ MODELS = {
 
 @jax.jit
 def without_cache(model: ImageGPT, keys: jax.Array) -> jax.Array:
-    """The same draws from the same distributions, each from a forward pass over all T positions."""
+    """Samples the same tokens, but runs a forward pass over all T positions for each of them."""
 
     def step(tokens, position):
         logits = model(tokens)[:, position]
@@ -37,7 +37,7 @@ def without_cache(model: ImageGPT, keys: jax.Array) -> jax.Array:
 
 
 def with_random_head(config: ModelConfig) -> ImageGPT:
-    """A head of zeros would make every draw uniform, and any cache look right."""
+    """A new model with a random head: with the initial zeros, draws are uniform and would hide errors of the cache."""
     model = ImageGPT(config, nnx.Rngs(0))
     model.head.kernel[...] = jax.random.normal(jax.random.key(1), model.head.kernel.shape) * 0.1
     return model
@@ -49,7 +49,7 @@ def measure(config: ModelConfig, batch_size: int, repeats: int) -> dict:
     start = torch.full((batch_size, 1), config.vocab_size)
 
     def generate():
-        with torch.no_grad():  # one token fewer than ours: its positions end before the last pixel's prediction
+        with torch.no_grad():  # one token fewer than ours, because it has no position for the last prediction
             return peer.generate(start, max_length=config.seq_len, do_sample=True, top_k=0).numpy()
 
     seconds = {
@@ -57,11 +57,11 @@ def measure(config: ModelConfig, batch_size: int, repeats: int) -> dict:
         "without_cache": median_seconds(lambda: without_cache(model, keys), repeats),
         "transformers": median_seconds(generate, repeats),
     }
-    agree = np.mean(np.asarray(sample_tokens(model, nothing, keys)) == np.asarray(without_cache(model, keys)))
+    equal = np.mean(np.asarray(sample_tokens(model, nothing, keys)) == np.asarray(without_cache(model, keys)))
     return {
         "images_per_s": {name: batch_size / time for name, time in seconds.items()},
         "speed_ratio": {name: time / seconds["ours"] for name, time in seconds.items()},
-        "tokens_equal_without_cache": float(agree),
+        "tokens_equal_without_cache": float(equal),
     }
 
 

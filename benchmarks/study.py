@@ -1,15 +1,17 @@
-"""What pretraining is for, on real images: five findings of Chen et al. 2020 tried at a size that a laptop can train.
+"""Repeats five findings of Chen et al. 2020 on real images, at a size that a laptop can train.
 
 python benchmarks/study.py --workdir=runs/study --out=docs/results
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_mnist --idx=FOLDER
 
-1. accuracy by layer, against raw pixels and random initialisation; 2. probe accuracy against validation loss over a
-run's checkpoints; 3. next pixels against BERT at equal compute; 4. fine-tuning: joint, classes only, from scratch;
-5. few labels: probe on features, on pixels, and training from scratch.
+1. accuracy by layer, compared with raw pixels and random initialisation;
+2. probe accuracy against validation loss, over the checkpoints of a run;
+3. next pixels compared with BERT at equal compute;
+4. fine-tuning: joint, classes only, from scratch;
+5. few labels: a probe on features, a probe on pixels, and training from scratch.
 
-Every part is a run of train.py or eval_probe.py in a process of its own, seeded, kept under --workdir, and not made
-again when it is there: stop the study and start it again as you like. --summarize only reads what is there.
-Fashion-MNIST is shrunk to 14 x 14 from the four IDX files of its release, in FOLDER.
+Every part is a seeded run of train.py or eval_probe.py in a new process, stored under --workdir. A part that has
+finished is not run again, so the study can be stopped and continued. --summarize runs nothing and reads what exists.
+FOLDER holds the four IDX files of Fashion-MNIST's release; its images are scaled down to 14 x 14.
 """
 
 import argparse
@@ -24,15 +26,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from report import write
 
-from igpt.plots import study_picture
-
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, for so many runs
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of runs
 
 
 class Study:
-    """A data set, its seeds, and the commands of each run by name."""
+    """Runs train.py and eval_probe.py on one data set with several seeds, and reads their results by run name."""
 
     def __init__(self, name: str, workdir: Path, seeds: int):
         self.name, self.workdir, self.seeds = name, workdir, range(seeds)
@@ -42,11 +43,12 @@ class Study:
         return self.workdir / f"{self.name}_{run}"
 
     def train(self, run: str, config: str, **fields) -> None:
-        """train.py to its end, unless it is there already."""
+        """Runs train.py to its end, unless that has been done."""
         fields = fields | {"train.num_samples": 16 if run.startswith("autoregressive") else 0}
         self._once(run, f"train.py --config={config} --workdir={self.path(run)}", fields, self.path(run) / "finished")
 
     def probe(self, run: str, folder: str = "probe", **fields) -> None:
+        """Runs eval_probe.py on a run, unless that has been done."""
         model, place = self.path(run), self.path(run) / folder
         command = f"eval_probe.py --config=configs/probe_digits.py --model={model} --workdir={place}"
         fields = {"inverse_penalties": (0.01, 0.1, 1.0, 10.0, 100.0)} | fields
@@ -67,7 +69,7 @@ class Study:
         return json.loads(self.log.read_text()) if self.log.exists() else {}
 
     def read(self, run: str, file: str) -> list[dict]:
-        """That file of the run of each seed for which it is there."""
+        """The JSON `file` of a run, for each seed that has one."""
         paths = [self.path(f"{run}_{seed}") / file for seed in self.seeds]
         return [json.loads(path.read_text()) for path in paths if path.exists()]
 
@@ -81,7 +83,7 @@ def run_digits(study: Study) -> None:
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), concatenate=3)
         pretrained = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
         study.train(f"joint_{seed}", finetune, **pretrained)
-        if seed >= 3:  # three left it open whether fine-tuning beats the probe: the others are for that alone
+        if seed >= 3:  # more seeds serve one question only: does fine-tuning beat the probe?
             continue
         upper = {"layers": (2, 3, 4), "baselines": False}
         study.probe(f"autoregressive_{seed}", "probes", seed=seed + 100, steps="all", **upper)
@@ -125,13 +127,13 @@ def run_fashion_mnist(study: Study) -> None:
             study.train(f"scratch_{k}_labels_{seed}", config, seed=seed, **small, **few, **subset)
         study.train(f"bert_{seed}", config, seed=seed, **long, **{"model.causal": False})
         study.probe(f"bert_{seed}", seed=seed + 100, baselines=False, eval_masks=5, **probe)
-        # Five masks make an evaluation five times as long.
+        # Five masks make each evaluation five times as long, so there are fewer.
         bert = {"init_from": study.path(f"bert_{seed}"), "model.causal": False, "train.eval_every": 500}
         study.train(f"bert_joint_{seed}", config, **small, **tuned | {"seed": seed} | bert)
 
 
 def shrink_fashion_mnist(idx: str, path: Path) -> None:
-    """The 70,000 images of the IDX files, 14 x 14: each pixel the mean of four."""
+    """Writes the 70,000 images of the IDX files at 14 x 14, where each pixel is the mean of four."""
 
     def read(kind: str, header: int) -> bytes:
         parts = [Path(idx) / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")]
@@ -146,7 +148,7 @@ def shrink_fashion_mnist(idx: str, path: Path) -> None:
 
 
 def over_runs(values) -> dict:
-    """Mean and 95 % interval (Student) of one number a seed."""
+    """Mean and 95 % interval (Student) of one number per seed."""
     values = [float(value) for value in values]
     mean = float(np.mean(values))
     if len(values) < 2:
@@ -156,7 +158,7 @@ def over_runs(values) -> dict:
 
 
 def beats(ours: list[dict], other: list[dict]) -> dict:
-    """Whether ours has the higher test accuracy: by the differences of several seeds, or by one run's intervals."""
+    """Whether `ours` has the higher test accuracy: from differences over seeds, or from the intervals of one run."""
     pairs = list(zip(ours, other, strict=False))
     difference = over_runs([a["test_accuracy"] - b["test_accuracy"] for a, b in pairs])
     if difference["interval"]:
@@ -172,7 +174,7 @@ def best_layer(results: dict, key: str = "pretrained") -> dict:
 
 
 def findings(study: Study) -> dict:
-    """Each of the five, as far as its runs are there."""
+    """Each of the five findings whose runs exist."""
     found = {}
     probes, bert_probes = study.read("autoregressive", "probe/probe.json"), study.read("bert", "probe/probe.json")
     best = [best_layer(probe) for probe in probes]
@@ -186,7 +188,7 @@ def findings(study: Study) -> dict:
             "paper": "the best features lie in the middle; far above random initialisation and raw pixels",
             "layers": layers,
             **curves,
-            "converged": {  # of the chosen fits, by layer, in how many runs
+            "converged": {  # by layer, the number of runs whose chosen fit converged
                 key: [sum(probe[key]["layers"][i]["converged"] for probe in probes) for i in range(len(layers))]
                 for key in curves
             },
@@ -258,14 +260,83 @@ def findings(study: Study) -> dict:
     return found
 
 
+def draw(found: dict, path: str) -> None:
+    """Draws the findings, one panel each, and writes the picture as PNG."""
+    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for panel, draw_panel in zip(axes.flat, (draw_layers, draw_checkpoints, draw_tuning, draw_few_labels), strict=True):
+        draw_panel(panel, found)
+        panel.grid(alpha=0.3)
+        panel.set_visible(panel.has_data())
+    figure.savefig(path, dpi=120)
+
+
+def draw_line(panel, x, entries: list[dict], label: str, **style) -> None:
+    """Means in percent, with their intervals if all have one."""
+    means = 100 * np.array([entry["mean"] for entry in entries])
+    (line,) = panel.plot(x, means, "o-", label=label, **style)
+    if all(entry["interval"] for entry in entries):
+        low, high = 100 * np.array([entry["interval"] for entry in entries]).T
+        panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=line.get_color())
+
+
+def draw_layers(panel, found: dict) -> None:
+    if by_layer := found.get("1 accuracy by layer"):
+        draw_line(panel, by_layer["layers"], by_layer["pretrained"], "next pixels", color="tab:blue")
+        draw_line(panel, by_layer["layers"], by_layer["random_init"], "random initialisation", color="tab:gray")
+        if bert := found.get("3 next pixels against BERT"):
+            draw_line(panel, by_layer["layers"], bert["bert_layers"], "BERT", color="tab:green")
+        panel.axhline(100 * by_layer["raw_pixels"]["mean"], color="tab:orange", linestyle="--", label="raw pixels")
+        panel.set_xticks(by_layer["layers"])
+        panel.legend()
+    panel.set(title="linear probe by layer", xlabel="layer", ylabel="test accuracy (%)")
+
+
+def draw_checkpoints(panel, found: dict) -> None:
+    if over_time := found.get("2 accuracy against validation loss"):
+        for seed, points in enumerate(over_time["step, validation loss, test accuracy"]):
+            _, losses, accuracies = np.array(points).T
+            panel.plot(losses, 100 * accuracies, "o-", label=f"seed {seed}")
+        panel.invert_xaxis()
+        panel.legend()
+    panel.set(title="best layer of a run's checkpoints", xlabel="validation loss (nats a token)", ylabel="accuracy (%)")
+
+
+def draw_tuning(panel, found: dict) -> None:
+    if tuning := found.get("4 fine-tuning"):
+        names = list(tuning["test_accuracy"])
+        means = [100 * tuning["test_accuracy"][name]["mean"] for name in names]
+        panel.barh(names, means, color="tab:blue", alpha=0.6)
+        for row, name in enumerate(names):
+            values = tuning["test_accuracy"][name]["values"]
+            panel.plot(100 * np.array(values), [row] * len(values), "k.")
+        panel.set_xlim(min(means) - 5, 100)
+    panel.set(title="fine-tuning", xlabel="test accuracy (%)")
+
+
+def draw_few_labels(panel, found: dict) -> None:
+    if few := found.get("5 few labels"):
+        for name, label in (("features", "probe on features"), ("raw_pixels", "on raw pixels"), ("scratch", "scratch")):
+            rows = [row for row in few["rows"] if name in row]
+            if rows:
+                draw_line(panel, [row["labels_per_class"] for row in rows], [row[name] for row in rows], label)
+        panel.set_xscale("log")
+        panel.set_xticks(counts := [row["labels_per_class"] for row in few["rows"]], counts, minor=False)
+        panel.minorticks_off()
+        panel.legend()
+    panel.set(title="few labels", xlabel="labels a class", ylabel="test accuracy (%)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="where the runs are kept")
+    parser.add_argument("--workdir", required=True, help="the folder for all runs")
     parser.add_argument("--out", required=True, help="the folder for study_DATA.json and its picture")
     parser.add_argument("--data", choices=("digits", "fashion_mnist"), default="digits")
     parser.add_argument("--idx", help="the folder of Fashion-MNIST's IDX files")
-    parser.add_argument("--seeds", type=int, help="default: 5 of the digits (all runs for 3), 1 of Fashion-MNIST")
-    parser.add_argument("--summarize", action="store_true", help="run nothing, read what is there")
+    parser.add_argument(
+        "--seeds", type=int, help="default: 5 for the digits (3 of them with all runs), 1 for Fashion-MNIST"
+    )
+    parser.add_argument("--summarize", action="store_true", help="run nothing, read the results that exist")
     args = parser.parse_args()
 
     workdir = Path(args.workdir)
@@ -274,7 +345,7 @@ def main() -> None:
     small = workdir / "fashion_mnist_14.npz"
     if args.data == "fashion_mnist" and not small.exists():
         if not args.idx:
-            parser.error("--idx is needed: the folder of train-images-idx3-ubyte.gz and the other three")
+            parser.error("--idx is missing; give the folder of train-images-idx3-ubyte.gz and the other three files")
         shrink_fashion_mnist(args.idx, small)
     if not args.summarize:
         {"digits": run_digits, "fashion_mnist": run_fashion_mnist}[args.data](study)
@@ -286,7 +357,7 @@ def main() -> None:
         "findings": findings(study),
     }
     write(f"{args.out}/study_{args.data}.json", results)
-    study_picture(results["findings"], f"{args.out}/study_{args.data}.png")
+    draw(results["findings"], f"{args.out}/study_{args.data}.png")
 
 
 if __name__ == "__main__":

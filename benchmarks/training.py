@@ -1,4 +1,4 @@
-"""A training step on the CPU: ours, in the form that configs/digits.py uses, beside transformers' ImageGPT in PyTorch.
+"""Measures a training step of configs/digits.py on the CPU, beside transformers' ImageGPT in PyTorch.
 
 pip install -e ".[bench]"
 python benchmarks/training.py --out=benchmarks/results/training_cpu.json
@@ -79,7 +79,7 @@ def main() -> None:
             f"transformers {batch_size / seconds['transformers']:.0f} images/s, {ratio:.2f} times as fast",
             flush=True,
         )
-    model = {name: config.model[name] for name in ("width", "depth", "num_heads")}
+    model = {name: getattr(config.model, name) for name in ("width", "depth", "num_heads")}
     write(args.out, {"what": "one update, float32, medians", "model": model, "repeats": args.repeats, "rows": rows})
 
 

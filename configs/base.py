@@ -74,7 +74,6 @@ def get_config() -> ConfigDict:
     optim.eps = 1e-8  # Adam's; not stated in the paper
     optim.weight_decay = 0.0  # on kernels only, decoupled
     optim.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
-    optim.spike_sigma = 0.0  # a loss so many deviations above the mean of the last 128 is a bad step; 0: only NaN is
 
     config.train = train = ConfigDict()
     train.steps = 1_000_000  # updates in all
@@ -88,7 +87,7 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1000  # steps between checkpoints
     train.max_to_keep = 2  # newest checkpoints kept; fine-tuning keeps that of the best validation accuracy as well
     train.profile_at = 0  # the first of 3 steps that are recorded into WORKDIR/profile; 0: none
-    train.on_bad_step = "stop"  # of a loss that is not finite, or spikes | skip: leave the network as it is, and count
+    train.on_bad_step = "stop"  # when a loss or gradient is not finite | skip: skip that update, and count it
     train.patience = 0  # fine-tuning: evaluations in a row without a better accuracy after which it ends; 0: it goes on
 
     config.mesh = mesh = ConfigDict()

@@ -66,63 +66,6 @@ def save_png(picture: np.ndarray, path) -> None:
     os.replace(partial, path)
 
 
-def study_picture(findings: dict, path) -> None:
-    """The findings of benchmarks/study.py, a panel each."""
-    figure, axes = _pyplot().subplots(2, 2, figsize=(11.0, 8.0), layout="constrained")
-    layers, loss, tuned, few = axes.flat
-
-    def line(panel, x, entries, label, **style):
-        """Means in percent with their intervals, where there are any."""
-        means = 100 * np.array([entry["mean"] for entry in entries])
-        (drawn,) = panel.plot(x, means, "o-", label=label, **style)
-        if all(entry["interval"] for entry in entries):
-            low, high = 100 * np.array([entry["interval"] for entry in entries]).T
-            panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=drawn.get_color())
-
-    if by_layer := findings.get("1 accuracy by layer"):
-        line(layers, by_layer["layers"], by_layer["pretrained"], "next pixels", color="tab:blue")
-        line(layers, by_layer["layers"], by_layer["random_init"], "random initialisation", color="tab:gray")
-        if bert := findings.get("3 next pixels against BERT"):
-            line(layers, by_layer["layers"], bert["bert_layers"], "BERT", color="tab:green")
-        layers.axhline(100 * by_layer["raw_pixels"]["mean"], color="tab:orange", linestyle="--", label="raw pixels")
-        layers.set_xticks(by_layer["layers"])
-        layers.legend()
-    layers.set(title="linear probe by layer", xlabel="layer", ylabel="test accuracy (%)")
-
-    if over_time := findings.get("2 accuracy against validation loss"):
-        for seed, points in enumerate(over_time["step, validation loss, test accuracy"]):
-            _, losses, accuracies = np.array(points).T
-            loss.plot(losses, 100 * accuracies, "o-", label=f"seed {seed}")
-        loss.invert_xaxis()
-        loss.legend()
-    loss.set(title="best layer of a run's checkpoints", xlabel="validation loss (nats a token)", ylabel="accuracy (%)")
-
-    if of_tuning := findings.get("4 fine-tuning"):
-        names = list(of_tuning["test_accuracy"])
-        means = [100 * of_tuning["test_accuracy"][name]["mean"] for name in names]
-        tuned.barh(names, means, color="tab:blue", alpha=0.6)
-        for row, name in enumerate(names):
-            values = of_tuning["test_accuracy"][name]["values"]
-            tuned.plot(100 * np.array(values), [row] * len(values), "k.")
-        tuned.set_xlim(min(means) - 5, 100)
-    tuned.set(title="fine-tuning", xlabel="test accuracy (%)")
-
-    if of_few := findings.get("5 few labels"):
-        for name, label in (("features", "probe on features"), ("raw_pixels", "on raw pixels"), ("scratch", "scratch")):
-            rows = [row for row in of_few["rows"] if name in row]
-            if rows:
-                line(few, [row["labels_per_class"] for row in rows], [row[name] for row in rows], label)
-        few.set_xscale("log")
-        few.set_xticks(counts := [row["labels_per_class"] for row in of_few["rows"]], counts, minor=False)
-        few.minorticks_off()
-        few.legend()
-    few.set(title="few labels", xlabel="labels a class", ylabel="test accuracy (%)")
-    for panel in axes.flat:
-        panel.grid(alpha=0.3)
-        panel.set_visible(panel.has_data())
-    _save(figure, path)
-
-
 def confusion_picture(counts: np.ndarray, path) -> None:
     """A confusion matrix [C, C]: true classes down, predicted ones across, shares of each true class in percent."""
     plt = _pyplot()

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
@@ -95,6 +96,17 @@ def records(workdir):
 
 def losses(workdir):
     return {record["step"]: record["train/loss"] for record in records(workdir) if "train/loss" in record}
+
+
+def read_arrays(workdir, step):
+    """Every array of a checkpoint as NumPy's, whatever devices wrote it: {"params": ..., "optimizer": ...}."""
+    found = {}
+    with ocp.StandardCheckpointer() as reader:
+        for item in ("params", "optimizer"):
+            path = workdir.absolute() / checkpoint.FOLDER / str(step) / item
+            shapes = reader.metadata(path).item_metadata.tree
+            found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
+    return found
 
 
 def write_run_config(path, **model):

@@ -300,12 +300,12 @@ def test_the_generation_example_ends_in_a_picture(hub_in_miniature):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
-@pytest.mark.filterwarnings("ignore:.*drawn at random")
+@pytest.mark.filterwarnings("ignore:.*initialised at random")
 def test_the_classification_example_gives_logits(hub_in_miniature):
     assert run(EXAMPLES[2])["logits"].shape == (1, 2)
 
 
-@pytest.mark.filterwarnings("ignore:.*drawn at random")
+@pytest.mark.filterwarnings("ignore:.*initialised at random")
 def test_the_training_example_learns_and_transformers_loads_it(hub_in_miniature):
     names = run(EXAMPLES[3])
     assert names["loss"] < np.log(10)

@@ -26,7 +26,7 @@ from igpt.interop import openai
 from igpt.interop.export import export
 from igpt.palette import Palette
 from igpt.run import checkpoint
-from tests.helpers import (
+from tests.helpers import (, read_arrays
     HF_CLUSTERS,
     HF_IMAGE_SIZE,
     OPENAI_DIMS,
@@ -283,7 +283,7 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
     for workdir in (tmp_path / "run", tmp_path / "whole"):
         assert progress_of(workdir) == ([7, 12], checkpoint.Progress(12, 7, 0.95, 5))
         assert not (workdir / "finetune.json").exists()  # what an earlier end found is gone
-    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "run", 12), checkpoint.read_arrays(tmp_path / "whole", 12))
+    assert_bitwise_equal(read_arrays(tmp_path / "run", 12), read_arrays(tmp_path / "whole", 12))
 
 
 def test_a_report_that_was_not_written_is_made_up_for(joint):

@@ -105,21 +105,3 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been_and_counted(loss, gr
     assert with_it == [*without[:2], without[1], *without[2:]]
     assert state.skipped == 1 and state.updates == 4
     jax.tree.map(np.testing.assert_array_equal, state._replace(skipped=jnp.int32(0)), state_without)
-
-
-def test_a_spike_is_told_by_the_spread_of_the_last_128_good_losses():
-    quiet = [1.0, 3.0] * 64  # mean 2, deviation 1
-    _, state = trained([*quiet, 8.1, 7.9, np.nan, 9.0], spike_sigma=6.0)
-    assert state.skipped == 3 and state.updates == 129
-    _, state = trained([*quiet[:-1], 99.0], spike_sigma=6.0)
-    assert state.skipped == 0  # 127 say too little
-    _, state = trained([*quiet, 99.0], spike_sigma=0.0)
-    assert state.skipped == 0
-    _, state = trained([*[50.0] * 40, *quiet, 9.0], spike_sigma=6.0)
-    assert state.skipped == 1  # the old ones are forgotten
-
-
-@pytest.mark.parametrize("sigma", [-1.0, 0.5, np.inf, np.nan])
-def test_a_spike_sigma_that_would_skip_good_steps_is_refused(sigma):
-    with pytest.raises(UserError, match="optim.spike_sigma is"):
-        make_optimizer(settings(spike_sigma=sigma), steps=9)

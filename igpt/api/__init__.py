@@ -1,4 +1,4 @@
-"""Hugging Face's documented ImageGPT classes, on JAX: change the import, keep the rest."""
+"""Hugging Face's documented ImageGPT classes on JAX: change the import and keep the rest of your code."""
 
 __all__ = [
     "AutoImageProcessor",
@@ -13,7 +13,7 @@ __all__ = [
 
 
 def __getattr__(name):
-    """The classes, when they are first asked for: importing them takes seconds."""
+    """Imports the classes at their first use, because the import takes seconds."""
     if name in __all__:
         from igpt.api import models
 

@@ -1,7 +1,8 @@
 """The forward pass of the documented classes: our network with Hugging Face's inputs, masks, cache and outputs.
 
-Where transformers departs from the paper this follows transformers 5.23 (models/imagegpt/modeling_imagegpt.py): no
-start of sequence is added, hidden states come before the norm, padding is masked by adding the smallest float32.
+Where transformers departs from the paper, this file follows transformers 5.23 (models/imagegpt/modeling_imagegpt.py).
+No start of sequence is added. Hidden states are the inputs of the blocks, before their norm, and the final normed
+output. Padding is masked by adding the smallest float32 to its scores.
 """
 
 import dataclasses
@@ -13,17 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from igpt.loss import cross_entropy
 from igpt.model import ImageGPT, dropout
 from igpt.sharding import replicate, shard_batch
 
-IGNORED = -100  # a label that the loss passes over
+IGNORED = -100  # targets with this label do not count in the loss
 SMALLEST = jnp.finfo(jnp.float32).min
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The documented `past_key_values`: keys and values of `length` inputs, with room for more behind them."""
+    """The documented `past_key_values`. The first `length` of the C positions are filled, the others are free."""
 
     keys: Float[Array, "L B N C K"]
     values: Float[Array, "L B N C K"]
@@ -44,7 +46,7 @@ class Cache:
         return self.layers[layer]
 
     def with_room(self, capacity: int) -> "Cache":
-        """The same cache, for `capacity` inputs or more."""
+        """Returns this cache, padded to at least `capacity` positions."""
         if capacity <= self.keys.shape[3]:
             return self
         room = [(0, 0), (0, 0), (0, 0), (0, capacity - self.keys.shape[3]), (0, 0)]
@@ -57,41 +59,46 @@ class LayerCache(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What one call reads; None where nothing was given. All T positions, of which the last may be padding."""
+    """The arrays that one call reads; None where the caller gave nothing."""
 
-    tokens: Int[Array, "B T"] | None
-    embeds: Float[Array, "B T D"] | None
-    positions: Int[Array, "B T"] | None
-    types: Int[Array, "B T"] | None
-    mask: Int[Array, "B C"] | None  # of the cached inputs and these; 0: not to be attended to
-    head_mask: Float[Array, "L N"] | None
-    labels: Array | None
+    tokens: Int[Array, "B T"] | None = None
+    embeds: Float[Array, "B T D"] | None = None
+    positions: Int[Array, "B T"] | None = None
+    types: Int[Array, "B T"] | None = None
+    mask: Int[Array, "B C"] | None = None  # covers the cache and these inputs; no query attends where it is 0
+    head_mask: Float[Array, "L N"] | None = None
+    labels: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch size and number of positions."""
+        return (self.embeds if self.tokens is None else self.tokens).shape[:2]
 
 
-class Wanted(NamedTuple):
-    """What a call is to return besides its main output, and how its loss is meant."""
+class Options(NamedTuple):
+    """Which outputs a call returns besides its main one, and which loss it computes."""
 
     cache: bool
     hidden_states: bool
     attentions: bool
     tied_head: bool
-    problem: str  # of a classifier with labels
+    problem: str  # "next_token", or a problem_type of Hugging Face's configuration
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "wanted"))
-def forward(graph, params, inputs: Inputs, past, past_length, given, wanted: Wanted, key) -> dict:
-    """Everything that was asked for, by name. Of the inputs the first `given` count, of `past` the first `past_length`.
+@functools.partial(jax.jit, static_argnames=("graph", "options"))
+def forward(graph, params, inputs: Inputs, past, past_length, length, options: Options, key) -> dict:
+    """Computes the outputs that `options` requests, by name. With a PRNG key, dropout is on.
 
-    Both are values, not shapes, so that one program serves every length. A key turns dropout on.
+    Only the first `length` positions of `inputs` and the first `past_length` of `past` are real, the rest is padding.
+    Both lengths are traced values, not shapes, so that one program serves many lengths.
     """
     model = nnx.merge(graph, params)
     config = model.config
     embedding_key, blocks_key = (None, None) if key is None else jax.random.split(key)
     x = dropout(_embed(model, inputs, past_length), config.embedding_dropout, embedding_key)
 
-    drops_weights = key is not None and config.attention_dropout > 0.0
-    plain = past is None and inputs.mask is None and inputs.head_mask is None
-    if plain and not wanted.attentions and not drops_weights:
+    needs_weights = options.attentions or (key is not None and config.attention_dropout > 0.0)
+    if past is None and inputs.mask is None and inputs.head_mask is None and not needs_weights:
         x, outputs = model.run_blocks(x, blocks_key)
         keys, values, weights = jnp.swapaxes(outputs.keys, 2, 3), jnp.swapaxes(outputs.values, 2, 3), None
     else:
@@ -100,25 +107,23 @@ def forward(graph, params, inputs: Inputs, past, past_length, given, wanted: Wan
         keys, values, weights = outputs.extra
 
     normed = model.final_norm(x)
-    results = {"last_hidden_state": normed}
-    if wanted.cache:
-        results["past"] = keys, values
-    if wanted.hidden_states:
-        results["hidden_states"] = (*outputs.inputs, normed)
-    if wanted.attentions:
-        results["attentions"] = tuple(weights)
-    if wanted.tied_head:
+    results = {
+        "last_hidden_state": normed,
+        "past": (keys, values) if options.cache else None,
+        "hidden_states": (*outputs.inputs, normed) if options.hidden_states else None,
+        "attentions": tuple(weights) if options.attentions else None,
+    }
+    if options.tied_head:
         table = model.token_table[...].astype(normed.dtype)
         results["logits"] = jnp.einsum("btd,vd->btv", normed, table, preferred_element_type=jnp.float32)
     elif config.pixel_head:
         results["logits"] = model.logits(normed)
     elif config.num_classes:
-        counts = (jnp.arange(normed.shape[1]) < given)[:, None]
-        pooled = jnp.sum(jnp.where(counts, normed.astype(jnp.float32), 0.0), axis=1) / given
+        real = (jnp.arange(normed.shape[1]) < length)[:, None]
+        pooled = jnp.sum(jnp.where(real, normed.astype(jnp.float32), 0.0), axis=1) / length
         results["logits"] = model.class_logits(pooled)
     if inputs.labels is not None:
-        loss = class_loss if config.num_classes else next_token_loss
-        results["loss"] = loss(results["logits"], inputs.labels, wanted.problem)
+        results["loss"] = loss(results["logits"], inputs.labels, options.problem)
     return results
 
 
@@ -133,7 +138,10 @@ def _embed(model: ImageGPT, inputs: Inputs, past_length) -> Float[Array, "B T D"
 
 
 def _attend(rate, mask, past_length, q, k, v, key, of_layer):
-    """Attention with all weights at hand: returns what it mixed, and (keys, values, weights) of cache and inputs."""
+    """Attention that materialises its weights, in the form that `ImageGPT.run_blocks` expects.
+
+    Returns the mixed values [B, T, N, K], and (keys, values, weights) over the cache and the inputs.
+    """
     past, head_mask = of_layer
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if past is not None:
@@ -143,36 +151,26 @@ def _attend(rate, mask, past_length, q, k, v, key, of_layer):
         )
     scores = jnp.einsum("btnk,bnck->bntc", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     source, query = jnp.arange(keys.shape[2]), past_length + jnp.arange(q.shape[1])[:, None]
-    scores = jnp.where(
-        source <= query, scores, SMALLEST
-    )  # so too for the padding and the cache's room, which lie behind
+    # The causal mask also hides padding and free room of the cache, because both lie behind every real query.
+    scores = jnp.where(source <= query, scores, SMALLEST)
     if mask is not None:
         scores = scores + jnp.where(mask[:, None, None, :] == 0, SMALLEST, 0.0)
-    weights = jax.nn.softmax(scores, axis=-1)
-    weights = dropout(weights, rate, key)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     if head_mask is not None:
         weights = weights * head_mask[:, None, None]
     return jnp.einsum("bntc,bnck->btnk", weights.astype(values.dtype), values), (keys, values, weights)
 
 
-def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"], problem: str) -> Float[Array, ""]:
-    """Mean of -log p(labels[:, i + 1]) from the logits at i, over the labels that are not IGNORED; NaN if all are."""
-    targets = labels[:, 1:]
-    counts = targets != IGNORED
-    log_probability = jax.nn.log_softmax(logits[:, :-1])
-    chosen = jnp.take_along_axis(log_probability, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(counts, chosen, 0.0)) / jnp.sum(counts)
+def loss(logits: Float[Array, "B *T V"], labels: Array, problem: str) -> Float[Array, ""]:
+    """The mean loss of transformers. For next tokens, the logits at position i are compared with labels[:, i + 1].
 
-
-def class_loss(logits: Float[Array, "B C"], labels: Array, problem: str) -> Float[Array, ""]:
-    """Cross-entropy; or mean squared error; or, for multi-label, mean binary cross-entropy over images and classes."""
-    match problem:
-        case "single_label_classification":
-            counts = labels != IGNORED
-            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(counts, labels, 0)[:, None], axis=-1)
-            return -jnp.sum(jnp.where(counts, chosen[:, 0], 0.0)) / jnp.sum(counts)
-        case "regression":
-            return jnp.mean(jnp.square(logits - labels.reshape(logits.shape)))
-        case "multi_label_classification":
-            return jnp.mean(jnp.logaddexp(0.0, logits) - labels * logits)
-    raise AssertionError(problem)
+    Labels are Int [B, T] for next tokens, Int [B] for a single label, and Float [B] or [B, C] for the other problems.
+    """
+    if problem == "regression":
+        return jnp.mean(jnp.square(logits - labels.reshape(logits.shape)))
+    if problem == "multi_label_classification":
+        return jnp.mean(jnp.logaddexp(0.0, logits) - labels * logits)
+    if problem == "next_token":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels != IGNORED  # where no label counts, the mean is NaN, as in PyTorch
+    return jnp.sum(jnp.where(counts, cross_entropy(logits, labels), 0.0)) / jnp.sum(counts)

@@ -1,4 +1,4 @@
-"""What the documented classes are given: arrays of any library, checked, then padded to few lengths."""
+"""Checks the arguments of the documented classes, from any array library, and pads them to few lengths."""
 
 import jax
 import jax.numpy as jnp
@@ -7,74 +7,87 @@ import numpy as np
 from igpt.api.forward import IGNORED, Cache, Inputs
 from igpt.errors import UserError
 from igpt.interop.hf_config import ImageGPTConfig
+from igpt.sample import padded_length
 
 
-def checked_inputs(
-    config: ImageGPTConfig, input_ids, past, mask, types, positions, head_mask, embeds
-) -> tuple[Inputs, int, int]:
-    """The inputs as arrays, how long they are and how many came before; UserError for what does not fit."""
+def checked_inputs(config: ImageGPTConfig, past, input_ids, embeds, mask, types, positions, head_mask) -> Inputs:
+    """The inputs of a call as arrays, without labels. Raises UserError, naming the argument that does not fit."""
     if (input_ids is None) == (embeds is None):
         raise UserError("give either input_ids or inputs_embeds, and not both")
     tokens, embeds = as_array("input_ids", input_ids), as_array("inputs_embeds", embeds)
     if tokens is not None:
         tokens = whole_numbers("input_ids", tokens[None] if tokens.ndim == 1 else tokens, config.vocab_size)
     elif embeds.ndim != 3 or embeds.shape[2] != config.n_embd:
-        raise UserError(f"inputs_embeds has shape {list(embeds.shape)}; [B, T, {config.n_embd}] is needed")
-    batch, length = (embeds if tokens is None else tokens).shape[:2]
+        raise UserError(f"inputs_embeds has shape {list(embeds.shape)}; give [B, T, {config.n_embd}]")
     if past is not None and not isinstance(past, Cache):
         raise UserError(f"past_key_values is a {type(past).__name__}; give the past_key_values of an earlier call")
-    past_length = 0 if past is None else past.length
-    if not 0 < length <= config.n_positions - past_length:
-        before = f" after {past_length} that are cached" if past_length else ""
-        raise UserError(f"there are {length} inputs{before}; the model has {config.n_positions} positions")
+    inputs, past_length = Inputs(tokens, embeds), 0 if past is None else past.length
+    (batch, length), room = inputs.shape, config.n_positions - past_length
+    if not 0 < length <= room:
+        after = f"{config.n_positions} positions, and {past_length} inputs are cached"
+        raise UserError(f"there are {length} inputs; the model has {after}: give 1 to {room} inputs")
 
-    types, positions, mask = (
-        as_array(name, x)
-        for name, x in (("token_type_ids", types), ("position_ids", positions), ("attention_mask", mask))
-    )
-    if types is not None:
-        types = whole_numbers("token_type_ids", of_shape("token_type_ids", types, (batch, length)), config.vocab_size)
+    types = whole_numbers("token_type_ids", types, config.vocab_size, (batch, length))
+    positions = as_array("position_ids", positions)
     if positions is not None:
         positions = positions[None] if positions.ndim == 1 else positions
-        positions = of_shape("position_ids", positions, (batch if positions.shape[0] > 1 else 1, length))
-        positions = whole_numbers("position_ids", positions, config.n_positions)
-    if mask is not None:
-        mask = of_shape("attention_mask", mask, (batch, past_length + length))
+        rows = batch if positions.shape[0] > 1 else 1
+        positions = whole_numbers("position_ids", positions, config.n_positions, (rows, length))
+    mask = as_array("attention_mask", mask, (batch, past_length + length))
     if head_mask is not None:
         head_mask = jnp.asarray(as_array("head_mask", head_mask), jnp.float32)
-        if head_mask.shape not in ((config.n_head,), (config.n_layer, config.n_head)):
-            raise UserError(
-                f"head_mask has shape {list(head_mask.shape)}; [{config.n_head}] or "
-                f"[{config.n_layer}, {config.n_head}] is needed"
-            )
-        head_mask = jnp.broadcast_to(head_mask, (config.n_layer, config.n_head))
-    return Inputs(tokens, embeds, positions, types, mask, head_mask, None), length, past_length
+        L, N = config.n_layer, config.n_head
+        if head_mask.shape not in ((N,), (L, N)):
+            raise UserError(f"head_mask has shape {list(head_mask.shape)}; give [{N}] or [{L}, {N}]")
+        head_mask = jnp.broadcast_to(head_mask, (L, N))
+    return Inputs(tokens, embeds, positions, types, mask, head_mask)
 
 
-def as_array(name: str, x):
-    """A JAX array as it is, anything else as NumPy; PyTorch's tensors leave their graph and device."""
-    if x is None or isinstance(x, jax.Array):
-        return x
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-    x = np.asarray(x)
-    if x.dtype.kind not in "biuf":
-        raise UserError(f"{name} is an array of {x.dtype}; numbers are needed")
+def checked_prompt(config: ImageGPTConfig, input_ids, mask, max_length, max_new_tokens) -> tuple[np.ndarray, int]:
+    """The prompt of `generate`, int32 [B, P], and the length at which to stop. Raises UserError."""
+    if input_ids is None:
+        input_ids = np.full((1, 1), config.sos_token_id, np.int32)
+    prompt = np.asarray(as_array("input_ids", input_ids), np.int32)
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise UserError(f"input_ids has shape {list(prompt.shape)}; give [B, P] with at least one input")
+    prompt = whole_numbers("input_ids", prompt, config.vocab_size)
+    if mask is not None and not np.all(np.asarray(as_array("attention_mask", mask))):
+        raise UserError("attention_mask has zeros, but generate cannot skip inputs; give prompts of one length")
+    given = prompt.shape[1]
+    stop = given + max_new_tokens if max_new_tokens is not None else max_length or config.n_positions + 1
+    if not given < stop <= config.n_positions + 1:
+        raise UserError(
+            f"the prompt has {given} inputs and would be continued to {stop}; give a max_length above {given} and at "
+            f"most n_positions + 1, {config.n_positions + 1}"
+        )
+    return prompt, stop
+
+
+def as_array(name: str, x, shape: tuple[int, ...] | None = None):
+    """`x` as an array: JAX arrays and None stay as they are, all else becomes NumPy, PyTorch tensors through the CPU.
+
+    Raises UserError if the array is not of numbers, or not of `shape` where one is given.
+    """
+    if x is None:
+        return None
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+        if x.dtype.kind not in "biuf":
+            raise UserError(f"{name} is an array of {x.dtype}; give numbers")
+    if shape is not None and x.shape != shape:
+        raise UserError(f"{name} has shape {list(x.shape)}; give {list(shape)}")
     return x
 
 
-def of_shape(name: str, x, shape: tuple[int, ...]):
-    if x.shape != shape:
-        raise UserError(f"{name} has shape {list(x.shape)}; {list(shape)} is needed")
-    return x
-
-
-def whole_numbers(name: str, x, count: int, also: int | None = None):
-    """Whole numbers in 0..count - 1, or `also`; what is being traced cannot be looked at and is trusted."""
+def whole_numbers(name: str, x, count: int, shape: tuple[int, ...] | None = None, also: int | None = None):
+    """`as_array` for whole numbers in 0..count - 1, or `also`. Values of a traced array are not checked."""
+    x = as_array(name, x, shape)
+    if x is None:
+        return None
     if x.dtype.kind not in "iu":
-        raise UserError(f"{name} is an array of {x.dtype}; whole numbers are needed")
+        raise UserError(f"{name} is an array of {x.dtype}; give whole numbers")
     if x.ndim > 2 or 0 in x.shape:
-        raise UserError(f"{name} has shape {list(x.shape)}; [B, T] is needed")
+        raise UserError(f"{name} has shape {list(x.shape)}; give [B, T]")
     if isinstance(x, jax.core.Tracer):
         return x
     x = np.asarray(x)
@@ -82,24 +95,30 @@ def whole_numbers(name: str, x, count: int, also: int | None = None):
     if also is not None:
         outside &= x != also
     if outside.any():
-        raise UserError(
-            f"{name} has {x[outside][0]}; allowed is 0..{count - 1}" + ("" if also is None else f" or {also}")
-        )
+        allowed = f"0..{count - 1}" + ("" if also is None else f" or {also}")
+        raise UserError(f"{name} has the value {x[outside][0]}; give {allowed}")
     return x.astype(np.int32)
 
 
-def padded(inputs: Inputs, length: int, capacity: int, labels_by_position: bool) -> Inputs:
-    """The sequences padded to `length` on the right, where causality hides it, the mask to the cache's capacity."""
+def padded(inputs: Inputs, past: Cache | None, positions: int, label_positions: bool) -> tuple[Inputs, Cache | None]:
+    """Pads the inputs and the cache to powers of two, so that one compiled program serves many lengths.
+
+    Padding is on the right, where the causal mask hides it. `positions` is the model's number of positions. With
+    `label_positions`, labels have a column for each input.
+    """
 
     def pad(x, to, value=0):
         if x is None or x.shape[1] == to:
             return x
         room = [(0, 0), (0, to - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-        pad = jnp.pad if isinstance(x, jax.Array) else np.pad  # NumPy's needs no program for every length
+        pad = jnp.pad if isinstance(x, jax.Array) else np.pad  # NumPy compiles nothing for a new length
         return pad(x, room, constant_values=value)
 
-    tokens, embeds, positions, types = (
-        pad(x, length) for x in (inputs.tokens, inputs.embeds, inputs.positions, inputs.types)
-    )
-    labels = pad(inputs.labels, length, IGNORED) if labels_by_position else inputs.labels
-    return Inputs(tokens, embeds, positions, types, pad(inputs.mask, capacity), inputs.head_mask, labels)
+    length = capacity = padded_length(inputs.shape[1], positions)
+    if past is not None:
+        needed = past.length + length
+        past = past.with_room(padded_length(needed, max(needed, positions)))
+        capacity = past.keys.shape[3]
+    tokens, embeds, places, types = (pad(x, length) for x in inputs[:4])
+    labels = pad(inputs.labels, length, IGNORED) if label_positions else inputs.labels
+    return Inputs(tokens, embeds, places, types, pad(inputs.mask, capacity), inputs.head_mask, labels), past

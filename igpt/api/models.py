@@ -1,10 +1,10 @@
-"""The documented ImageGPT classes of Hugging Face, on our model: change the import, keep the rest.
+"""The documented ImageGPT classes of Hugging Face, on our model: change the import and keep the rest of your code.
 
     from igpt.api import AutoImageProcessor, ImageGPTForCausalImageModeling
 
-Same names, arguments, defaults and outputs; arrays are JAX's, calls are jitted, and PyTorch tensors are accepted.
-Parameters are a nested dict, `model.params`; to train, take gradients of a call: `model(**inputs, params=params).loss`.
-docs/huggingface.md has the examples, and what the documentation says that is not so.
+Names, arguments, defaults and outputs are those of transformers. Outputs are JAX arrays, calls are jitted, and PyTorch
+tensors are accepted. Parameters are a nested dict, `model.params`; to train, take gradients of a call:
+`model(**inputs, params=params).loss`. docs/huggingface.md has examples, and lists where we depart from transformers.
 """
 
 import dataclasses
@@ -20,37 +20,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
-from igpt.api.forward import IGNORED, Cache, Wanted, forward
-from igpt.api.inputs import as_array, checked_inputs, of_shape, padded, whole_numbers
+from igpt.api.forward import IGNORED, Cache, Inputs, Options, forward
+from igpt.api.inputs import as_array, checked_inputs, checked_prompt, padded, whole_numbers
 from igpt.attention import resolve_backend
 from igpt.errors import UserError
 from igpt.interop import hf_weights
 from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig, to_model_config
 from igpt.interop.hub import resolve
-from igpt.interop.processor import ImageGPTFeatureExtractor, ImageGPTImageProcessor
+from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.interop.weight_files import write_safetensors
 from igpt.model import ImageGPT
-from igpt.sample import Sampling, continue_inputs, image_keys, padded_length
+from igpt.sample import Sampling, continue_inputs, image_keys
 
-__all__ = [
-    "AutoImageProcessor",
-    "ImageGPTConfig",
-    "ImageGPTFeatureExtractor",
-    "ImageGPTForCausalImageModeling",
-    "ImageGPTForImageClassification",
-    "ImageGPTImageProcessor",
-    "ImageGPTModel",
-    "ModelOutput",
-]
-
-AutoImageProcessor = ImageGPTImageProcessor
+AutoImageProcessor = ImageGPTFeatureExtractor = ImageGPTImageProcessor  # all three names are documented
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelOutput:
-    """What a call returns. Fields that were not asked for are None, and not among `keys()` and integer indices."""
+    """The outputs of a call. Fields that were not requested are None; keys() and integer indices skip them.
+
+    Shapes: loss [], logits [B, T, V] or [B, num_labels], last_hidden_state [B, T, D]. hidden_states is a tuple of
+    L + 1 arrays [B, T, D]; attentions one of L arrays [B, N, T, past + T].
+    """
 
     loss: Any = None
     logits: Any = None
@@ -73,10 +67,10 @@ class ModelOutput:
 
 
 class ImageGPTPreTrainedModel:
-    """What the three classes share. `config` is an ImageGPTConfig, `params` a nested dict of float32 arrays.
+    """The base of the three classes. `config` is an ImageGPTConfig, `params` a nested dict of float32 arrays.
 
-    A new model has the random weights of transformers' scheme, a function of `seed`. dtype: of the computation,
-    "float32" or "bfloat16". Raises UserError for what cannot be a model.
+    A new model has random weights by transformers' scheme, which are a function of `seed`. `dtype` is the type of the
+    computation, "float32" (the default) or "bfloat16". Raises UserError where the configuration makes no valid model.
     """
 
     head = "none"  # a key of ARCHITECTURES
@@ -103,8 +97,8 @@ class ImageGPTPreTrainedModel:
     ):
         """Loads a Hugging Face directory or hub id. Other keywords are fields of the configuration: num_labels=10.
 
-        A head that the files lack is drawn from `seed`, with a warning; one that this class lacks is left out. Every
-        other difference between weights and configuration is an error.
+        A head that the files lack is initialised at random from `seed`, with a warning. A head that this class lacks is
+        dropped. Every other difference between weights and configuration raises UserError.
         """
         directory = resolve(ref, revision)
         config = config or ImageGPTConfig.from_pretrained(directory, **config_overrides)
@@ -112,11 +106,11 @@ class ImageGPTPreTrainedModel:
         params = hf_weights.read_params(weights.tensors, weights.model)
         model = cls(config, seed=seed, dtype=dtype, params=params)
         for name in hf_weights.places(weights.model).keys() - weights.tensors.keys():
-            warnings.warn(f"{ref} has no {name}: it is drawn at random and has to be trained", stacklevel=2)
+            warnings.warn(f"{ref} has no {name}: it is initialised at random, train it before use", stacklevel=2)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors, as transformers reads them."""
+        """Writes config.json and model.safetensors in the form that transformers reads."""
         directory = Path(directory)
         partial = directory / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,16 +123,16 @@ class ImageGPTPreTrainedModel:
         for name in written:
             os.replace(partial / name, directory / name)
         partial.rmdir()
-        for old in directory.glob("model*.safetensors*"):  # of an earlier save in another number of files
-            if old.name not in written:
-                old.unlink()
+        # An earlier save may have had more files.
+        for old in {file.name for file in directory.glob("model*.safetensors*")} - written:
+            (directory / old).unlink()
 
     def eval(self):
-        """The model itself: dropout is off unless a call is given a dropout_key."""
+        """Returns the model itself: dropout is off unless a call receives a dropout_key."""
         return self
 
     def to(self, *args, **kwargs):
-        """The model itself: arrays live where JAX has put them. It is here so that PyTorch examples run as they are."""
+        """Returns the model itself: JAX has placed the arrays. The method exists so that PyTorch examples run."""
         return self
 
     def __call__(
@@ -161,105 +155,80 @@ class ImageGPTPreTrainedModel:
         params: dict | None = None,
         dropout_key: jax.Array | None = None,
     ) -> ModelOutput | tuple:
-        """The documented forward pass; jitted, and one program serves many lengths.
+        """The documented forward pass, jitted. Booleans that are None take the configuration's value.
 
-        input_ids [B, T] in 0..vocab_size - 1, or inputs_embeds [B, T, D]: nobody adds the start of sequence for you.
-        attention_mask [B, past + T], 1 to keep, 0 to drop. position_ids [B or 1, T]. token_type_ids [B, T], looked up
-        in the token table. head_mask [N] or [L, N], 1 to keep. labels: [B, T] for images, shifted inside, -100 ignored;
-        [B] or [B, num_labels] for a classifier. params: in place of the model's own, to differentiate. dropout_key: a
-        PRNG key, to train with dropout.
+        Give input_ids [B, T] in 0..vocab_size - 1 or inputs_embeds [B, T, D]; no start of sequence is added.
+        attention_mask [B, past + T] and head_mask [N] or [L, N]: 1 keeps, 0 drops. position_ids [B or 1, T].
+        token_type_ids [B, T] are looked up in the token table. labels [B, T] of images are shifted inside, -100 does
+        not count; a classifier takes [B] or [B, num_labels]. params replaces the model's own, to differentiate by them.
+        dropout_key, a PRNG key, turns dropout on. Raises UserError for arguments that do not fit.
         """
         if encoder_hidden_states is not None or encoder_attention_mask is not None:
             raise UserError(
-                "cross-attention is not supported: transformers' own masks it wrongly and fails with its own defaults, "
-                "so that there is no behaviour to follow"
+                "cross-attention is not supported, because transformers' own applies a wrong mask and fails with its "
+                "defaults; leave encoder_hidden_states and encoder_attention_mask out"
             )
+        config, past = self.config, past_key_values
+        inputs = checked_inputs(
+            config, past, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, head_mask
+        )
+        if labels is not None:
+            labels = self._checked_labels(as_array("labels", labels), *inputs.shape)
+            inputs = inputs._replace(labels=labels)
 
         def chosen(value, field):
-            return getattr(self.config, field) if value is None else value
+            return getattr(config, field) if value is None else value
 
-        inputs, length, past_length = checked_inputs(
-            self.config,
-            input_ids,
-            past_key_values,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-        )
-        batch = len(inputs.embeds if inputs.tokens is None else inputs.tokens)
-        inputs = inputs._replace(labels=self._checked_labels(as_array("labels", labels), batch, length))
-        room = padded_length(length, max(length, self.config.n_positions))
-        past = past_key_values
-        if past is not None:
-            capacity = padded_length(past_length + room, max(past_length + room, self.config.n_positions))
-            past = past.with_room(capacity)
-        capacity = room if past is None else past.keys.shape[3]
-        wanted = Wanted(
+        options = Options(
             cache=bool(chosen(use_cache, "use_cache")),
             hidden_states=bool(chosen(output_hidden_states, "output_hidden_states")),
             attentions=bool(chosen(output_attentions, "output_attentions")),
-            tied_head=self.head == "pixels" and self.config.tie_word_embeddings,
-            problem=self._problem(inputs.labels),
+            tied_head=self.head == "pixels" and config.tie_word_embeddings,
+            problem="" if labels is None else self._problem(labels),
         )
-        results = forward(
-            self._graph,
-            self.params if params is None else params,
-            padded(inputs, room, capacity, labels_by_position=self.head == "pixels"),
-            None if past is None else (past.keys, past.values),
-            past_length,
-            length,
-            wanted,
-            dropout_key,
-        )
-        output = self._output(results, past_length, length)
+        output = self._run(inputs, past, options, self.params if params is None else params, dropout_key)
         return output if chosen(return_dict, "return_dict") else output.to_tuple()
 
     def _checked_labels(self, labels, batch: int, length: int):
-        if labels is not None:
-            raise UserError("ImageGPTModel has no head and takes no labels")
+        raise UserError("ImageGPTModel has no head and takes no labels; use a class with a head")
 
     def _problem(self, labels) -> str:
-        return ""
+        return "next_token"
 
-    def _output(self, results: dict, past_length: int, length: int) -> ModelOutput:
-        """What the program returned, cut to the inputs that were given."""
+    def _run(self, inputs: Inputs, past: Cache | None, options: Options, params: dict, key) -> ModelOutput:
+        """Pads the inputs, runs the compiled program, and cuts its outputs to the real positions."""
+        length, past_length = inputs.shape[1], 0 if past is None else past.length
+        inputs, past = padded(inputs, past, self.config.n_positions, label_positions=self.head == "pixels")
+        cached = None if past is None else (past.keys, past.values)
+        results = forward(self._graph, params, inputs, cached, past_length, length, options, key)
 
-        def cut(x):
-            return x[:, :length]
-
-        total = past_length + length
-        past = results.get("past")
-        hidden_states, attentions = results.get("hidden_states"), results.get("attentions")
+        logits, hidden_states, attentions = (results.get(name) for name in ("logits", "hidden_states", "attentions"))
         return ModelOutput(
             loss=results.get("loss"),
-            logits=results.get("logits"),
-            last_hidden_state=cut(results["last_hidden_state"]) if self.head == "none" else None,
-            past_key_values=None if past is None else Cache(*past, total),
-            hidden_states=hidden_states and tuple(cut(x) for x in hidden_states),
-            attentions=attentions and tuple(x[:, :, :length, :total] for x in attentions),
+            logits=logits[:, :length] if self.head == "pixels" else logits,
+            last_hidden_state=results["last_hidden_state"][:, :length] if self.head == "none" else None,
+            past_key_values=Cache(*results["past"], past_length + length) if options.cache else None,
+            hidden_states=hidden_states and tuple(x[:, :length] for x in hidden_states),
+            attentions=attentions and tuple(x[:, :, :length, : past_length + length] for x in attentions),
         )
 
 
 class ImageGPTModel(ImageGPTPreTrainedModel):
-    """The bare network: `last_hidden_state` [B, T, D] after the final norm, no head."""
+    """The bare network: returns `last_hidden_state` [B, T, D] after the final norm, and has no head."""
 
 
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel):
-    """With the head over the palette: `logits` [B, T, vocab_size - 1]; those at position i predict input i + 1.
+    """With a head over the palette: `logits` [B, T, vocab_size - 1], at position i for input i + 1.
 
-    The head is a matrix of its own, not the embedding, unless the configuration says tie_word_embeddings.
+    The head has a matrix of its own. With tie_word_embeddings in the configuration it is the embedding [vocab_size, D],
+    start of sequence included, and `logits` are [B, T, vocab_size].
     """
 
     head = "pixels"
 
     def _checked_labels(self, labels, batch, length):
-        if labels is None:
-            return None
-        labels = of_shape("labels", labels, (batch, length))
         colors = self.config.vocab_size - (not self.config.tie_word_embeddings)
-        return whole_numbers("labels", labels, colors, also=IGNORED)
+        return whole_numbers("labels", labels, colors, (batch, length), also=IGNORED)
 
     def generate(
         self,
@@ -275,94 +244,73 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel):
         attention_mask=None,
         seed: int = 0,
     ):
-        """Continues input_ids [B, P] (None: the start of sequence alone) to [B * num_return_sequences, max_length].
+        """Continues input_ids [B, P] to max_length inputs: int [B * num_return_sequences, max_length].
 
-        All on device with a KV cache, one program for many lengths. max_length counts the inputs; by default the image
-        is completed: n_positions + 1 with its start of sequence. do_sample False is greedy. The same seed draws the
-        same images. PyTorch tensors come back as PyTorch tensors.
+        Without input_ids, one row starts from the start of sequence. max_length counts the prompt; the default,
+        n_positions + 1, completes the image. With do_sample False, decoding is greedy. Equal seeds draw equal images.
+        One program with a KV cache runs on the device from the first token to the last, and serves many lengths.
+        PyTorch tensors are returned for PyTorch tensors. Raises UserError for arguments that do not fit.
         """
-        config = self.config
-        if input_ids is None:
-            input_ids = np.full((1, 1), config.sos_token_id, np.int32)
-        inputs = np.asarray(as_array("input_ids", input_ids), np.int32)
-        if inputs.ndim != 2 or 0 in inputs.shape:
-            raise UserError(f"input_ids has shape {list(inputs.shape)}; [B, P] with at least one input is needed")
-        inputs = whole_numbers("input_ids", inputs, config.vocab_size)
-        if attention_mask is not None and not np.all(np.asarray(as_array("attention_mask", attention_mask))):
-            raise UserError("generate cannot skip inputs: attention_mask has zeros; images of a batch are equally long")
+        prompt, stop = checked_prompt(self.config, input_ids, attention_mask, max_length, max_new_tokens)
         if num_return_sequences < 1:
-            raise UserError(f"num_return_sequences is {num_return_sequences}; it must be at least 1")
-        given = inputs.shape[1]
-        stop = given + max_new_tokens if max_new_tokens is not None else max_length or config.n_positions + 1
-        if not given < stop <= config.n_positions + 1:
-            raise UserError(
-                f"{given} inputs are to become {stop}; that must be more than there are and at most n_positions + 1, "
-                f"{config.n_positions + 1}"
-            )
+            raise UserError(f"num_return_sequences is {num_return_sequences}; give 1 or more")
+        prompt = np.repeat(prompt, num_return_sequences, axis=0)
         sampling = Sampling(temperature if do_sample else 0.0, top_k or 0, 1.0 if top_p is None else top_p)
-        inputs = np.repeat(inputs, num_return_sequences, axis=0)
-        tokens = continue_inputs(self._sampler(), inputs, stop, image_keys(seed, len(inputs)), sampling)
+        tokens = continue_inputs(self._sampler(), prompt, stop, image_keys(seed, len(prompt)), sampling)
         if "torch" in sys.modules and isinstance(input_ids, sys.modules["torch"].Tensor):
             return sys.modules["torch"].tensor(np.asarray(tokens, np.int64))
         return tokens
 
     def _sampler(self) -> ImageGPT:
-        """The network whose head predicts; a tied one is the token table, start of sequence included."""
+        """The network whose head predicts. A tied head is the token table, start of sequence included."""
         if not self.config.tie_word_embeddings:
             return nnx.merge(self._graph, self.params)
         network = dataclasses.replace(self._network, pixel_head=True)
         graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(network, nnx.Rngs(0))))
         return nnx.merge(graph, self.params | {"head": {"kernel": self.params["token_table"].T}})
 
-    def _output(self, results, past_length, length):
-        output = super()._output(results, past_length, length)
-        return dataclasses.replace(output, logits=output.logits[:, :length])
-
 
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
-    """With a linear head on the mean of the final hidden states: `logits` [B, num_labels].
+    """With a linear head on the mean of the final hidden states over positions: `logits` [B, num_labels].
 
-    The loss is cross-entropy, mean squared error (num_labels 1), or binary cross-entropy (labels of floats), unless
-    config.problem_type says which.
+    config.problem_type chooses the loss. Where it is None: mean squared error if num_labels is 1, cross-entropy for
+    labels of whole numbers, binary cross-entropy for labels of floats.
     """
 
     head = "classes"
 
+    def _checked_labels(self, labels, batch, length):
+        classes = self.config.num_labels
+        if self._problem(labels) == "single_label_classification":
+            return whole_numbers("labels", labels, classes, (batch,), also=IGNORED)
+        shape = (batch,) if labels.ndim == 1 and classes == 1 else (batch, classes)
+        return jnp.asarray(as_array("labels", labels, shape), jnp.float32)
+
     def _problem(self, labels) -> str:
-        if labels is None:
-            return ""
         if self.config.problem_type:
             return self.config.problem_type
         if self.config.num_labels == 1:
             return "regression"
         return "single_label_classification" if labels.dtype.kind in "iu" else "multi_label_classification"
 
-    def _checked_labels(self, labels, batch, length):
-        if labels is None:
-            return None
-        classes, problem = self.config.num_labels, self._problem(labels)
-        if problem == "single_label_classification":
-            return whole_numbers("labels", of_shape("labels", labels, (batch,)), classes, also=IGNORED)
-        shape = (batch,) if labels.ndim == 1 and classes == 1 else (batch, classes)
-        return jnp.asarray(of_shape("labels", labels, shape), jnp.float32)
-
 
 def _initial_params(network, config: ImageGPTConfig, seed: int, given: dict) -> dict:
-    """The parameters that are `given`, and for the others transformers' scheme (`_init_weights`): normal with the
-    configured deviation, less in the projections back to the residual stream; norms one, biases zero."""
+    """Parameters that are in `given`, and random ones for the others, by transformers' scheme (`_init_weights`).
+
+    Kernels and tables are normal with deviation initializer_range, less by sqrt(2L) in the projections back to the
+    residual stream. Norm gains are one, biases zero.
+    """
+    loaded = flatten_dict(given)
 
     def initial(path, leaf):
-        names = [key.key for key in path]
-        found = given
-        for name in names:
-            found = found.get(name) if found else None
-        if found is not None:
-            return found
+        names = tuple(key.key for key in path)
+        if names in loaded:
+            return loaded[names]
         if names[-1] == "gain":
             return jnp.ones(leaf.shape)
         if names[-1] == "bias":
             return jnp.zeros(leaf.shape)
-        residual = names[-2:] in (["out", "kernel"], ["down", "kernel"])
+        residual = names[-2:] in (("out", "kernel"), ("down", "kernel"))
         std = config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
         rng = np.random.default_rng((seed, *"/".join(names).encode()))
         return jnp.asarray(std * rng.standard_normal(leaf.shape, np.float32))

@@ -1,4 +1,4 @@
-"""What the documented classes compute against transformers' own, on the same random weights, biases and all."""
+"""The documented classes compute what those of transformers compute, on equal random weights and biases."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def call_both(models, **inputs):
 
 
 def assert_close(theirs, ours, tolerance=1e-5):
-    """Every output that transformers gives, ours gives too, of the same shape and value."""
+    """Every output of transformers has a counterpart of ours, equal in shape and value."""
     for name in ("loss", "logits", "last_hidden_state"):
         if getattr(theirs, name, None) is not None:
             close(theirs[name], ours[name], tolerance)
@@ -48,7 +48,7 @@ FLAGS = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_u
 
 
 @pytest.mark.parametrize("values", list(itertools.product((False, True), repeat=4)))
-def test_every_product_of_the_flags_computes_what_transformers_does(values, tmp_path):
+def test_every_combination_of_flags_equals_transformers(values, tmp_path):
     models = hf_and_ours(tmp_path, n_inner=29, **dict(zip(FLAGS, values, strict=True)))
     x = api_tokens()
     assert_close(*call_both(models, input_ids=x, labels=api_labels(x), attention_mask=API_PADDING, **EVERYTHING))
@@ -56,7 +56,7 @@ def test_every_product_of_the_flags_computes_what_transformers_does(values, tmp_
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu", "swish", "tanh"])
-def test_every_activation_computes_what_transformers_does(name, tmp_path):
+def test_every_activation_equals_transformers(name, tmp_path):
     assert_close(*call_both(hf_and_ours(tmp_path, activation_function=name), input_ids=api_tokens()))
 
 
@@ -70,7 +70,7 @@ def test_positions_token_types_and_embeddings_can_be_given(causal):
     assert_close(*call_both(causal, inputs_embeds=embeds, token_type_ids=types, labels=api_labels(api_tokens())))
 
 
-def test_a_sequence_in_pieces_through_the_cache_is_the_whole_sequence(causal):
+def test_pieces_through_the_cache_equal_the_whole_sequence(causal):
     theirs, ours = causal
     x = api_tokens(length=37)
     whole = ours(x)
@@ -94,10 +94,10 @@ def test_a_sequence_in_pieces_through_the_cache_is_the_whole_sequence(causal):
         )
     cached = ours(x[:, :20]).past_key_values
     assert_close(second, ours(x[:, 20:23], past_key_values=cached, attention_mask=mask, **EVERYTHING))
-    assert cached.get_seq_length() == 20  # unlike theirs, a cache is never changed: it can be continued twice
+    assert cached.get_seq_length() == 20  # our cache is never changed in place: it can be continued twice
 
 
-def test_a_masked_head_is_a_head_whose_output_is_nothing(causal):
+def test_a_masked_head_contributes_nothing(causal):
     _, ours = causal
     mask = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 0.5]])
     out = ours.params["blocks"]["out"]["kernel"] * mask[:, :, None, None]
@@ -115,6 +115,7 @@ def test_a_masked_head_is_a_head_whose_output_is_nothing(causal):
     ("config", "labels"),
     [
         (dict(num_labels=5), np.array([4, 0, 2])),
+        (dict(num_labels=5), np.array([4, -100, 2])),
         (dict(num_labels=1), np.array([0.3, -2.0, 1.0], np.float32)),
         (dict(num_labels=5), np.random.default_rng(0).integers(0, 2, (3, 5)).astype(np.float32)),
         (
@@ -122,20 +123,25 @@ def test_a_masked_head_is_a_head_whose_output_is_nothing(causal):
             np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32),
         ),
     ],
-    ids=["classes", "one number", "several classes at once", "several numbers"],
+    ids=["classes", "one label ignored", "one number", "several classes at once", "several numbers"],
 )
-def test_the_classifier_gives_the_logits_and_the_loss_of_its_problem(config, labels, tmp_path):
+def test_the_classifier_returns_the_logits_and_loss_of_its_problem(config, labels, tmp_path):
     models = hf_and_ours(tmp_path, head="classes", **config)
     assert_close(*call_both(models, input_ids=api_tokens()[:, 1:], labels=labels, **EVERYTHING))
 
 
-def test_the_bare_model_gives_hidden_states(tmp_path):
+def test_a_loss_is_nan_if_every_label_is_ignored(causal):
+    theirs, ours = call_both(causal, input_ids=api_tokens(), labels=np.full((3, 23), -100))
+    assert np.isnan(theirs.loss) and np.isnan(ours.loss)
+
+
+def test_the_bare_model_returns_hidden_states(tmp_path):
     models = hf_and_ours(tmp_path, head="none")
     assert_close(*call_both(models, input_ids=api_tokens(), attention_mask=API_PADDING, **EVERYTHING))
     assert_close(*call_both(models, input_ids=api_tokens(), use_cache=False))
 
 
-def test_gradients_and_one_adamw_step_are_those_of_pytorch(tmp_path):
+def test_gradients_and_one_adamw_step_equal_those_of_pytorch(tmp_path):
     theirs, ours = hf_and_ours(tmp_path)
     x = api_tokens()
     step = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
@@ -154,7 +160,9 @@ def test_gradients_and_one_adamw_step_are_those_of_pytorch(tmp_path):
     updates, _ = adamw.update(gradients, adamw.init(ours.params), ours.params)
     moved = hf_weights.named_tensors(optax.apply_updates(ours.params, updates), ours._network)
     for name, weight in moved.items():
-        tiny = np.abs(expected[name].grad.numpy()) < 1e-6  # there Adam's first step is a sign of rounding errors
+        tiny = (
+            np.abs(expected[name].grad.numpy()) < 1e-6
+        )  # Adam's first step is the gradient's sign, which rounding decides here
         difference = np.abs(weight - expected[name].detach().numpy())
         assert difference[~tiny].max(initial=0) < 1e-5, name
 
@@ -173,7 +181,7 @@ def test_dropout_is_off_unless_a_key_is_given(causal):
     assert abs(dropped - 0.1) < 0.03
 
 
-def test_bfloat16_is_near_float32_and_keeps_float32_logits(causal, tmp_path):
+def test_bfloat16_is_near_float32_and_has_float32_logits(causal, tmp_path):
     _, ours = causal
     ours.save_pretrained(tmp_path)
     half = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, dtype=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The documented classes: generation beside transformers' own, saving and loading, and inputs that are refused."""
+"""The documented classes: generation compared with transformers, saving and loading, and bad inputs."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from igpt.sample import _generate
 from tests.helpers import API_PADDING, API_SIZES, API_SOS, api_labels, api_tokens, write_run_config
 
 
-def test_greedy_generation_is_that_of_transformers_token_by_token(causal):
+def test_greedy_generation_equals_that_of_transformers(causal):
     theirs, ours = causal
     x = api_tokens(length=5)
     for stop in (6, 38):
@@ -32,7 +32,7 @@ def test_greedy_generation_is_that_of_transformers_token_by_token(causal):
     "how", [dict(top_k=0), dict(temperature=0.5, top_k=0), dict(top_k=3), dict(top_k=0, top_p=0.7), {}, dict(
         temperature=1.5, top_k=6, top_p=0.8)], ids=str
 )  # fmt: skip
-def test_draws_have_the_distribution_of_transformers_draws(how, tmp_path_factory, request):
+def test_draws_have_the_distribution_of_transformers(how, tmp_path_factory, request):
     theirs, ours = request.getfixturevalue("causal")
     draws = 5_000
     torch.manual_seed(1)
@@ -43,13 +43,13 @@ def test_draws_have_the_distribution_of_transformers_draws(how, tmp_path_factory
     )
     pairs = [x[:, 1] * API_SOS + x[:, 2] for x in (expected, found)]
     counts = np.stack([np.bincount(pair, minlength=API_SOS * API_SOS) for pair in pairs])
-    rare = counts.sum(axis=0) < 20  # too few for the test: counted together
+    rare = counts.sum(axis=0) < 20  # pairs too rare for the test are counted together
     counts = np.concatenate([counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)], axis=1)
     counts = counts[:, counts.sum(axis=0) > 0]
     assert chi2_contingency(counts).pvalue > 1e-3
 
 
-def test_the_same_seed_draws_the_same_images_and_another_seed_others(causal):
+def test_equal_seeds_draw_equal_images_and_others_draw_others(causal):
     _, ours = causal
     one, same, other = (np.asarray(ours.generate(do_sample=True, num_return_sequences=4, seed=s)) for s in (3, 3, 4))
     np.testing.assert_array_equal(one, same)
@@ -57,7 +57,7 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_others(causal):
     assert (one != other).any()
 
 
-def test_lengths_of_a_size_share_their_programs(causal):
+def test_similar_lengths_share_one_compiled_program(causal):
     _, ours = causal
     ours(api_tokens(length=32))
     ours.generate(api_tokens(length=8), max_length=30)
@@ -69,7 +69,7 @@ def test_lengths_of_a_size_share_their_programs(causal):
     assert (forward._cache_size(), _generate._cache_size()) == compiled
 
 
-def test_what_is_saved_transformers_loads_and_ours_loads_back(causal, tmp_path):
+def test_transformers_and_igpt_load_a_saved_model(causal, tmp_path):
     theirs, ours = causal
     ours.save_pretrained(tmp_path)
     again, info = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path, output_loading_info=True)
@@ -80,7 +80,7 @@ def test_what_is_saved_transformers_loads_and_ours_loads_back(causal, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
 
 
-def test_saving_anew_leaves_no_weights_of_the_save_before(causal, tmp_path, monkeypatch):
+def test_saving_again_leaves_no_older_weight_files(causal, tmp_path, monkeypatch):
     _, ours = causal
     ImageGPTForCausalImageModeling(ours.config, seed=5).save_pretrained(tmp_path)
     monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 9_000)
@@ -90,10 +90,10 @@ def test_saving_anew_leaves_no_weights_of_the_save_before(causal, tmp_path, monk
     jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
 
 
-def test_a_classifier_starts_from_a_generative_directory_with_a_new_head(causal, tmp_path):
+def test_a_classifier_loads_generative_weights_with_a_new_head(causal, tmp_path):
     _, ours = causal
     ours.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"no score\.weight: it is drawn at random"):
+    with pytest.warns(UserWarning, match=r"no score\.weight: it is initialised at random"):
         classifier = ImageGPTForImageClassification.from_pretrained(tmp_path, num_labels=7)
     assert classifier(api_tokens()).logits.shape == (3, 7)
     np.testing.assert_array_equal(classifier.params["token_table"], ours.params["token_table"])
@@ -101,7 +101,7 @@ def test_a_classifier_starts_from_a_generative_directory_with_a_new_head(causal,
     assert "head" not in bare.params
 
 
-def test_a_new_model_is_drawn_by_transformers_scheme():
+def test_a_new_model_is_initialised_by_the_scheme_of_transformers():
     config = ImageGPTConfig(**API_SIZES | dict(n_embd=64), initializer_range=0.05)
     params = ImageGPTForCausalImageModeling(config, seed=1).params
     blocks = params["blocks"]
@@ -130,32 +130,32 @@ def test_outputs_are_read_by_name_by_index_and_as_tuples(causal):
     [
         ({}, "give either input_ids or inputs_embeds"),
         (dict(input_ids=api_tokens(), inputs_embeds=np.zeros((3, 23, 22))), "and not both"),
-        (dict(input_ids=api_tokens() + 1), r"input_ids has 18; allowed is 0\.\.17"),
-        (dict(input_ids=api_tokens() - 1), r"input_ids has -1"),
-        (dict(input_ids=api_tokens() / 2), "input_ids is an array of float64; whole numbers"),
-        (dict(input_ids=["a"]), "input_ids is an array of <U1"),
-        (dict(input_ids=api_tokens(length=38)), "38 inputs; the model has 37 positions"),
-        (dict(input_ids=api_tokens(), labels=api_tokens()), r"labels has 17; allowed is 0\.\.16 or -100"),
-        (dict(input_ids=api_tokens(), labels=api_tokens()[:, 1:]), r"labels has shape \[3, 22\]; \[3, 23\]"),
+        (dict(input_ids=api_tokens() + 1), r"input_ids has the value 18; give 0\.\.17"),
+        (dict(input_ids=api_tokens() - 1), r"input_ids has the value -1"),
+        (dict(input_ids=api_tokens() / 2), "input_ids is an array of float64; give whole numbers"),
+        (dict(input_ids=["a"]), "input_ids is an array of <U1; give numbers"),
+        (dict(input_ids=api_tokens(length=38)), "38 inputs; the model has 37 positions.*give 1 to 37"),
+        (dict(input_ids=api_tokens(), labels=api_tokens()), r"labels has the value 17; give 0\.\.16 or -100"),
+        (dict(input_ids=api_tokens(), labels=api_labels(api_tokens())[:, 1:]), r"labels has shape \[3, 22\]; give \[3, 23\]"),
         (dict(input_ids=api_tokens(), attention_mask=API_PADDING[:, None, None]), "attention_mask has shape"),
-        (dict(input_ids=api_tokens(), position_ids=np.full((3, 23), 37)), "position_ids has 37"),
-        (dict(input_ids=api_tokens(), head_mask=np.ones(3)), r"head_mask has shape \[3\]; \[2\] or \[3, 2\]"),
+        (dict(input_ids=api_tokens(), position_ids=np.full((3, 23), 37)), "position_ids has the value 37"),
+        (dict(input_ids=api_tokens(), head_mask=np.ones(3)), r"head_mask has shape \[3\]; give \[2\] or \[3, 2\]"),
         (dict(input_ids=api_tokens(), encoder_hidden_states=np.zeros((3, 2, 22))), "cross-attention is not supported"),
         (dict(input_ids=api_tokens(), past_key_values=((1, 2),)), "past_key_values is a tuple"),
     ],
 )  # fmt: skip
-def test_inputs_that_make_no_sense_are_refused_by_name(causal, inputs, message):
+def test_bad_inputs_are_refused_by_name(causal, inputs, message):
     with pytest.raises(UserError, match=message):
         causal[1](**inputs)
 
 
-def test_a_run_directory_is_told_from_a_hugging_face_directory(tmp_path):
+def test_a_run_directory_is_refused_with_the_command_to_export_it(tmp_path):
     write_run_config(tmp_path)
     with pytest.raises(UserError, match="igpt export --model="):
         ImageGPTModel.from_pretrained(tmp_path)
 
 
-def test_arguments_that_nobody_knows_are_errors(causal):
+def test_unknown_arguments_are_errors(causal):
     _, ours = causal
     with pytest.raises(TypeError, match="pixel_values"):
         ours(pixel_values=api_tokens())
@@ -168,7 +168,7 @@ def test_arguments_that_nobody_knows_are_errors(causal):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (dict(max_length=5), "5 inputs are to become 5"),
+        (dict(max_length=5), "the prompt has 5 inputs and would be continued to 5"),
         (dict(max_length=39), "at most n_positions"),
         (dict(do_sample=True, temperature=-1.0), "temperature is -1"),
         (dict(do_sample=True, top_p=1.5), r"top_p is 1\.5"),
@@ -176,11 +176,11 @@ def test_arguments_that_nobody_knows_are_errors(causal):
         (dict(attention_mask=np.zeros((3, 5))), "attention_mask has zeros"),
     ],
 )  # fmt: skip
-def test_generation_that_makes_no_sense_is_refused(causal, how, message):
+def test_bad_arguments_of_generate_are_refused(causal, how, message):
     with pytest.raises(UserError, match=message):
         causal[1].generate(api_tokens(length=5), **how)
 
 
-def test_the_names_of_the_documentation_are_there():
+def test_the_names_of_the_documentation_exist():
     assert api.AutoImageProcessor is api.ImageGPTImageProcessor is api.ImageGPTFeatureExtractor
     assert {"ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"} <= set(api.__all__)

@@ -70,6 +70,7 @@ def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
     for section, name in (("data", "labels_per_class"), ("data", "subset_seed"), ("train", "patience")):
         del old[section][name]
     del old["objective"]
+    old["optim"]["spike_sigma"] = 0.0  # an option that was removed
     (tmp_path / "config.json").write_text(json.dumps(old))
     configuration.check_resumable(config, tmp_path)
     pretrained = igpt.load(tmp_path)

@@ -8,8 +8,7 @@ import train
 from igpt import loss as loss_module
 from igpt.data import batches as data
 from igpt.errors import NonFiniteError
-from igpt.run import checkpoint
-from tests.helpers import assert_bitwise_equal, losses, records
+from tests.helpers import assert_bitwise_equal, losses, read_arrays, records
 
 
 def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
@@ -25,7 +24,7 @@ def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(ti
     steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     finite = losses(tmp_path / "run")
     assert max(steps) == max(finite) and np.isfinite(list(finite.values())).all()
-    arrays = checkpoint.read_arrays(tmp_path / "run", max(steps))
+    arrays = read_arrays(tmp_path / "run", max(steps))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays["params"]))
 
 
@@ -58,7 +57,7 @@ def test_a_run_that_stopped_at_a_bad_step_goes_on_past_it_when_told_to_skip(tiny
     assert losses(tmp_path / "run").keys() == {1, 2, 3, 4, 6, 7, 8}
     assert records(tmp_path / "run")[-2]["train/skipped"] == 1
     train.run(tiny_config, tmp_path / "skipped")
-    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "run", 8), checkpoint.read_arrays(tmp_path / "skipped", 8))
+    assert_bitwise_equal(read_arrays(tmp_path / "run", 8), read_arrays(tmp_path / "skipped", 8))
     assert losses(tmp_path / "run")[4] == losses(tmp_path / "clean")[4]
     assert losses(tmp_path / "run")[7] != losses(tmp_path / "clean")[7]
 

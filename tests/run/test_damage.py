@@ -18,7 +18,7 @@ from igpt.errors import StorageError, UserError
 from igpt.run import checkpoint
 from igpt.run import journal as metrics
 from igpt.state import TrainState
-from tests.helpers import ROOT, assert_bitwise_equal
+from tests.helpers import ROOT, assert_bitwise_equal, read_arrays
 
 
 def damaged(path):
@@ -42,14 +42,14 @@ def largest(folder):
 def test_of_a_damaged_newest_checkpoint_the_one_before_is_used(tiny_config, tmp_path, capsys, harm):
     tiny_config.train.update(num_samples=0, eval_every=6)
     train.run(tiny_config, tmp_path / "run")
-    whole = checkpoint.read_arrays(tmp_path / "run", 6)
+    whole = read_arrays(tmp_path / "run", 6)
     harm(largest(tmp_path / "run" / "checkpoints" / "6" / "optimizer"))
     capsys.readouterr()
     train.run(tiny_config, tmp_path / "run")
     output = capsys.readouterr().out
     assert "checkpoint of step 6 is damaged (optimizer/" in output and "resumed after step 3" in output
     assert (tmp_path / "run" / "damaged-6-1" / "optimizer").is_dir()
-    assert_bitwise_equal(whole, checkpoint.read_arrays(tmp_path / "run", 6))
+    assert_bitwise_equal(whole, read_arrays(tmp_path / "run", 6))
 
 
 def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path):
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_was_being_removed_is_not_taken_for_whole(tiny_config,
 def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(tiny_config, tmp_path, monkeypatch):
     tiny_config.train.num_samples = 0
     train.run(tiny_config, tmp_path / "run")
-    whole, held = checkpoint.read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
+    whole, held = read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
     progress = checkpoint.progress_at(tmp_path / "run", 6)
     monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # all is written but its name
     with pytest.raises(StorageError), checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:

@@ -11,7 +11,7 @@ import pytest
 import train
 from igpt.run import checkpoint
 from igpt.run.preemption import PreemptedError, StopSignal
-from tests.helpers import ROOT, assert_bitwise_equal, losses, records
+from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays, records
 
 
 def small_finetuning(**train):
@@ -52,7 +52,7 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
     """Fine-tuning, where an evaluation decides what is kept; looks in steps and in evaluations."""
     config = small_finetuning()
     train.run(config, tmp_path / "whole")
-    whole, stopped = checkpoint.read_arrays(tmp_path / "whole", 4), 0
+    whole, stopped = read_arrays(tmp_path / "whole", 4), 0
     for check in checks:
         workdir = tmp_path / f"stopped-{check}"
         told_to_stop(check)
@@ -64,7 +64,7 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
             stopped += 1
         monkeypatch.undo()
         train.run(config, workdir)
-        assert_bitwise_equal(whole, checkpoint.read_arrays(workdir, 4))
+        assert_bitwise_equal(whole, read_arrays(workdir, 4))
         assert losses(workdir) == losses(tmp_path / "whole")
         evaluated = [record["step"] for record in records(workdir) if "eval/loss" in record]
         assert evaluated == [2, 4]
@@ -82,7 +82,7 @@ def test_an_evaluation_that_is_interrupted_twice_is_made_the_third_time(tmp_path
             train.run(config, tmp_path / "run")
         monkeypatch.undo()
     train.run(config, tmp_path / "run")
-    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "whole", 4), checkpoint.read_arrays(tmp_path / "run", 4))
+    assert_bitwise_equal(read_arrays(tmp_path / "whole", 4), read_arrays(tmp_path / "run", 4))
     assert [record["step"] for record in records(tmp_path / "run") if "eval/loss" in record] == [2, 4]
     assert checkpoint.progress_at(tmp_path / "run", 4) == checkpoint.progress_at(tmp_path / "whole", 4)
 

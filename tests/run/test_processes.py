@@ -10,7 +10,7 @@ import time
 import pytest
 
 from igpt.run import checkpoint
-from tests.helpers import ROOT, assert_bitwise_equal, losses
+from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays
 
 
 def options(workdir, devices, *fields):
@@ -214,6 +214,4 @@ def test_a_run_of_two_processes_that_are_killed_ends_bitwise_where_an_uninterrup
         process.kill()
     assert [code for code, _, _ in ended(started)] == [-signal.SIGKILL] * 2
     assert [code for code, _, _ in ended(start(tmp_path / "killed", 2, *fields))] == [0, 0]
-    assert_bitwise_equal(
-        checkpoint.read_arrays(tmp_path / "whole", 60), checkpoint.read_arrays(tmp_path / "killed", 60)
-    )
+    assert_bitwise_equal(read_arrays(tmp_path / "whole", 60), read_arrays(tmp_path / "killed", 60))

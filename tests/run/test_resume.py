@@ -10,7 +10,7 @@ import pytest
 
 import train
 from igpt.run import checkpoint
-from tests.helpers import ROOT, assert_bitwise_equal, losses
+from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays
 
 
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pixels", "bert"])
@@ -30,7 +30,7 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
         patch.setattr(checkpoint.Checkpoints, "save", save_then_stop)
         train.run(tiny_config, tmp_path / "parts")
     train.run(tiny_config, tmp_path / "parts")
-    assert_bitwise_equal(checkpoint.read_arrays(tmp_path / "whole", 6), checkpoint.read_arrays(tmp_path / "parts", 6))
+    assert_bitwise_equal(read_arrays(tmp_path / "whole", 6), read_arrays(tmp_path / "parts", 6))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -72,7 +72,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends
     output = again.communicate(timeout=300)[0].decode()
     assert again.returncode == 0, output
     assert "resumed after step " in output
-    assert_bitwise_equal(checkpoint.read_arrays(whole, steps), checkpoint.read_arrays(killed, steps))
+    assert_bitwise_equal(read_arrays(whole, steps), read_arrays(killed, steps))
     assert losses(killed) == losses(whole)
     if name == "finetune_digits":
         assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
