@@ -26,7 +26,7 @@ from igpt.interop import openai
 from igpt.interop.export import export
 from igpt.palette import Palette
 from igpt.run import checkpoint
-from tests.helpers import (, read_arrays
+from tests.helpers import (
     HF_CLUSTERS,
     HF_IMAGE_SIZE,
     OPENAI_DIMS,
@@ -34,6 +34,7 @@ from tests.helpers import (, read_arrays
     load_hf_strictly,
     losses,
     openai_variables,
+    read_arrays,
     records,
     write_imported_run,
     write_tf_checkpoint,
