@@ -1,0 +1,125 @@
+"""A run's directory: fresh, resumed or set aside, and what it writes."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from igpt.config import Config
+from igpt.errors import StorageError, UserError
+from igpt.run.checkpoint import Checkpoints, Progress
+from igpt.run.directory import RunDirectory, check_resumable, load_config, save_config
+from igpt.state import TrainState
+from tests.helpers import GREY_PALETTE
+
+
+def configured(**changes):
+    config = base.get_config()
+    config.palette.colors = 17
+    config.update_from_flattened_dict(changes)
+    return Config.of(config, trains=True)
+
+
+def test_looking_at_a_directory_writes_nothing(tmp_path):
+    run = RunDirectory(tmp_path / "run", configured())
+    assert not run.is_resumed and run.palette() is None and run.restore(None) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opened_run_is_resumed_the_next_time(tmp_path):
+    with RunDirectory(tmp_path / "run", configured()).opened(GREY_PALETTE):
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "palette.npy", "checkpoints"}
+    run = RunDirectory(tmp_path / "run", configured())
+    assert run.is_resumed and (run.palette().centers == GREY_PALETTE.centers).all()
+
+
+def test_starting_over_renames_the_earlier_run(tmp_path, capsys):
+    for _ in range(3):
+        with RunDirectory(tmp_path / "run", configured(), start_over=True).opened(GREY_PALETTE):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.old-1", "run.old-2"}
+    assert "set the earlier run aside" in capsys.readouterr().out
+
+
+def test_checkpoints_without_a_config_need_a_word_from_the_user(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(1), {"w": jnp.ones(3)}, {"m": jnp.zeros(3)}), 1)
+    with pytest.raises(UserError, match="checkpoints but no config.json; --start_over"):
+        RunDirectory(tmp_path, configured())
+
+
+def test_an_evaluation_is_missing_only_where_one_was_due(tmp_path):
+    run = RunDirectory(tmp_path, configured(**{"train.eval_every": 3, "train.steps": 10}))
+    for first, evaluated, missing in ((3, 0, True), (3, 3, False), (4, 3, False), (10, 9, True), (0, 0, False)):
+        run.first_step, run.progress = first, Progress(evaluated_step=evaluated)
+        assert run.evaluation_is_missing == missing
+
+
+def test_a_run_whose_patience_is_over_has_no_steps_left(tmp_path):
+    fine_tuning = {"train.patience": 2, "objective.classification": 1.0, "model.num_classes": 3}
+    run = RunDirectory(tmp_path, configured(**fine_tuning))
+    run.first_step = 7
+    assert run.last_step == run.config.train.steps
+    run.progress.evaluations_since = 2
+    assert run.has_ended_early and run.last_step == 7
+
+
+def test_a_disk_error_while_opening_is_a_storage_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("igpt.run.directory.save_config", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        with RunDirectory(tmp_path / "run", configured()).opened(GREY_PALETTE):
+            pass
+
+
+def test_a_config_is_equal_after_its_file(tmp_path):
+    save_config(configured(), tmp_path)
+    assert load_config(tmp_path) == configured()
+    check_resumable(configured(), tmp_path)
+
+
+def test_a_run_of_another_configuration_is_named_field_by_field(tmp_path):
+    save_config(configured(), tmp_path)
+    with pytest.raises(UserError, match=r"(?s)model\.width: 512 there, 256 here.*seed: 0 there, 7 here.*--start_over"):
+        check_resumable(configured(**{"model.width": 256, "seed": 7}), tmp_path)
+
+
+def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):
+    save_config(configured(), tmp_path)
+    check_resumable(configured(**{"mesh.fsdp": 2, "model.attention": "reference", "train.log_every": 99}), tmp_path)
+
+
+def test_arithmetic_may_not_change_when_a_run_resumes(tmp_path):
+    save_config(configured(), tmp_path)
+    with pytest.raises(UserError, match=r"model\.attention_dropout: 0\.0 there, 0\.5 here"):
+        check_resumable(configured(**{"model.attention_dropout": 0.5}), tmp_path)  # a name longer than a free one
+
+
+def test_an_earlier_configs_unused_spike_sigma_is_dropped(tmp_path):
+    content = configured().to_dict()
+    for value, loads in ((0.0, True), (6.0, False)):
+        content["optim"]["spike_sigma"] = value
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        if loads:
+            assert load_config(tmp_path) == configured()
+        else:
+            with pytest.raises(UserError, match=r"optim\.spike_sigma is no field"):
+                load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "an object is needed"), ("{}", "it has no data, palette, model")],
+)
+def test_a_damaged_config_is_one_message(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path)
+
+
+def test_a_directory_without_a_config_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run directory: it has no config.json"):
+        load_config(tmp_path)

@@ -1,0 +1,102 @@
+"""A whole configuration: made once, checked, settled for a device, and written as plain data."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from configs import base, probe_digits
+from igpt.config import OF_TRAINING, SECTIONS, Config
+from igpt.errors import UserError
+from igpt.model import ModelConfig
+from igpt.run.directory import FREE_ON_RESUME
+
+
+def test_every_field_of_base_is_a_field_of_its_section():
+    config, given = Config.of(base.get_config(), trains=True), base.get_config()
+    for name in SECTIONS:
+        known = set(config.to_dict()[name])
+        assert known == set(given[name]), name
+    assert set(config.to_dict()) == {*SECTIONS, "seed", "init_from"}
+
+
+def test_fields_that_may_change_on_resume_exist():
+    assert set(FREE_ON_RESUME) <= Config.of(base.get_config(), trains=True).flat().keys()
+
+
+def test_a_configuration_is_the_same_after_json():
+    config = Config.of(base.get_config(), trains=True)
+    assert Config.of(json.loads(json.dumps(config.to_dict())), trains=True) == config
+    assert Config.of(config) is config
+
+
+def test_vocabulary_and_length_follow_from_palette_and_images():
+    given = base.get_config()
+    given.palette.colors, given.data.image_size = 17, (5, 7)
+    model = Config.of(given).model
+    assert (model.vocab_size, model.seq_len) == (17, 35)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "attention"), [("cpu", "float32", "chunked"), ("gpu", "bfloat16", "cudnn")]
+)
+def test_auto_is_settled_for_a_device(platform, dtype, attention):
+    device = SimpleNamespace(platform=platform, device_kind="it", compute_capability="8.0")
+    config = Config.of(base.get_config())
+    model = config.network(device)
+    assert (model.dtype, model.attention) == (dtype, attention)
+    assert config.model.dtype == config.model.attention == "auto"
+
+
+def test_a_network_from_elsewhere_has_no_training():
+    config = Config.of_network(ModelConfig(12, 2, 2, vocab_size=17, seq_len=35), (5, 7), 3)
+    assert all(getattr(config, name) is None for name in OF_TRAINING) and config.data.source == ""
+    assert Config.of(config.to_dict()) == config
+    with pytest.raises(UserError, match="no training configuration: it has no optim, train, mesh"):
+        Config.of(config.to_dict(), trains=True)
+
+
+def test_a_configuration_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="no configuration of igpt: it has no data, palette, model"):
+        Config.of(probe_digits.get_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.steps": 0}, r"train\.steps is 0; it must be at least 1"),
+        ({"train.on_bad_step": "cry"}, r"train\.on_bad_step is 'cry'; choose stop, skip"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"data.image_size": (8,)}, r"image_size is \(8,\)"),
+        ({"data.channels": 2}, "channels is 2; choose 1"),
+        ({"data.split_seed": -1}, "split_seed is -1"),
+        ({"data.labels_per_class": -4}, "labels_per_class is -4"),
+        ({"palette.colors": 0}, r"palette\.colors is 0"),
+        ({"optim.clip_norm": -1.0}, "clip_norm is -1.0"),
+        ({"optim.clip_norm": float("nan")}, "clip_norm is nan"),
+        ({"optim.learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"optim.b2": 1.0}, r"optim\.b2 is 1\.0"),
+        ({"optim.schedule": "linear"}, r"optim\.schedule is 'linear'; choose cosine, constant"),
+        ({"mesh.dcn_data": 0}, r"mesh\.dcn_data is 0"),
+        ({"objective.eval_masks": 0}, "eval_masks is 0"),
+        ({"objective.generative": 0.5}, "its weight must be 1"),
+        ({"objective.generative": 0.0}, "nothing to learn"),
+        ({"model.pixel_head": False}, r"no pixel can be predicted; set objective\.generative=0"),
+        ({"objective.classification": 1.0}, r"model\.num_classes is 0; set it to the number of classes"),
+        ({"model.num_classes": 3}, r"objective\.classification is 0: the classifier would learn nothing"),
+        ({"train.patience": 2}, "waits for a better validation accuracy, which only fine-tuning has"),
+        ({"model.causal": False, "objective.drop_rate": 1.0}, "BERT drops a share between 0 and 1"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_refused(changes, message):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        Config.of(config, trains=True)
+
+
+def test_a_field_that_does_not_exist_suggests_the_nearest():
+    content = Config.of(base.get_config()).to_dict()
+    content["optim"]["learning_rat"] = content["optim"].pop("learning_rate")
+    with pytest.raises(UserError, match=r"optim\.learning_rat is no field .*did you mean optim\.learning_rate\?"):
+        Config.of(content)

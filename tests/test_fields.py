@@ -1,0 +1,68 @@
+"""Sections of a configuration: known fields, right types, allowed ranges."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from igpt.errors import UserError
+from igpt.fields import check_at_least, check_choice, make_section
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    rate: float
+    size: tuple[int, int]
+    name: str = "x"
+    flag: bool = False
+    count: int = 1
+
+
+GIVEN = dict(rate=0.5, size=[3, 4])
+
+
+def test_a_section_is_made_from_a_config_dict_with_lists_as_tuples():
+    made = make_section(Section, "a.", ConfigDict(GIVEN))
+    assert made == Section(0.5, (3, 4)) and make_section(Section, "a.", made) is made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"raet": 1.0}, r"a\.raet is no field of a configuration; did you mean a\.rate\?"),
+        ({"zzz": 1.0}, r"a\.zzz is no field of a configuration; there are rate, size"),
+        ({"rate": "fast"}, r"a\.rate is 'fast'; its type is float"),
+        ({"rate": True}, r"a\.rate is True; its type is float"),
+        ({"count": 1.5}, r"a\.count is 1\.5; its type is int"),
+        ({"flag": 1}, r"a\.flag is 1; its type is bool"),
+        ({"size": 3}, r"a\.size is 3; its type is tuple"),
+        ({"size": (3, "4")}, r"a\.size is \(3, '4'\); its type is tuple"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_would_be_right(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_section(Section, "a.", GIVEN | changes)
+
+
+def test_missing_fields_are_named_together():
+    with pytest.raises(UserError, match=r"no a\.rate, a\.size; start from configs/base\.py"):
+        make_section(Section, "a.", {"name": "y"})
+
+
+def test_what_is_no_section_is_refused():
+    with pytest.raises(UserError, match=r"a is 3; a section of fields is needed"):
+        make_section(Section, "a.", 3)
+
+
+def test_a_range_check_names_field_value_and_bound_and_refuses_nan():
+    section = make_section(Section, "a.", GIVEN | {"rate": float("nan"), "count": 0})
+    with pytest.raises(UserError, match=r"a\.count is 0; it must be at least 1"):
+        check_at_least(section, "a.", count=1)
+    with pytest.raises(UserError, match=r"a\.rate is nan; it must be at least 0\.0"):
+        check_at_least(section, "a.", rate=0.0)
+    check_at_least(section, "a.", count=0)
+
+
+def test_a_choice_check_lists_the_choices():
+    with pytest.raises(UserError, match=r"a\.name is 'x'; choose y, z"):
+        check_choice(make_section(Section, "a.", GIVEN), "a.", name=("y", "z"))
