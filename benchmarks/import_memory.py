@@ -20,7 +20,7 @@ import numpy as np
 from report import write
 
 from igpt.interop.hf_config import ImageGPTConfig, to_model_config
-from igpt.interop.hf_weights import BASE, HEADS, places
+from igpt.interop.hf_weights import BASE, HEADS, sizes, targets
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS
 
@@ -44,12 +44,14 @@ def write_directory(folder: Path, size: dict) -> int:
     ImageGPTImageProcessor(clusters=clusters, size={"height": side, "width": side}).save_pretrained(folder)
 
     shards, filled = [{}], 0
-    for name, place in places(to_model_config(config, "pixels")).items():
+    model = to_model_config(config, "pixels")
+    for name, target in targets(model).items():
+        shape = target.shape(sizes(model))
         if filled > SHARD_BYTES:
             shards.append({})
             filled = 0
-        shards[-1][name if name in HEADS.values() else BASE + name] = place.shape
-        filled += 4 * prod(place.shape)
+        shards[-1][name if name in HEADS.values() else BASE + name] = shape
+        filled += 4 * prod(shape)
     weight_map, total = {}, 0
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"

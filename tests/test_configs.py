@@ -14,7 +14,7 @@ import eval_probe
 from configs import base, probe_digits
 from igpt import config as configuration
 from igpt.errors import UserError
-from igpt.interop.load import network
+from igpt.interop.load import parameter_fields
 from igpt.model import PRESETS, ImageGPT
 from igpt.optim import make_optimizer
 from igpt.sharding import check_batch_size, make_mesh
@@ -57,7 +57,7 @@ def test_a_shipped_probe_config_is_one(name, arguments):
 @pytest.mark.parametrize("size", [*PRESETS, *BERT])
 def test_fine_tuning_starts_from_the_network_of_pretraining(size):
     ours, theirs = (configuration.model_config(get_config(name, size)) for name in ("finetune_imagenet", "imagenet"))
-    assert network(ours) | {"num_classes": 0} == network(theirs)
+    assert parameter_fields(ours) | {"num_classes": 0} == parameter_fields(theirs)
 
 
 @pytest.mark.parametrize(

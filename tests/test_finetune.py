@@ -22,8 +22,8 @@ from igpt.data import sources
 from igpt.data.arrays import split_indices
 from igpt.data.batches import Drops
 from igpt.errors import UserError
-from igpt.interop import openai
 from igpt.interop.export import export
+from igpt.interop.import_run import import_checkpoint
 from igpt.palette import Palette
 from igpt.run import checkpoint
 from tests.helpers import (
@@ -147,7 +147,7 @@ def test_a_run_starts_from_all_weights_of_the_model_with_a_new_classifier(images
 def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, write_openai):
     prefix = write_openai()  # 5 x 5 tokens of 17 colours, with labels, and the clusters beside them
     clusters = tmp_path / "kmeans_centers.npy"
-    begin = openai.import_checkpoint(
+    begin = import_checkpoint(
         write_tf_checkpoint(tmp_path / "model.ckpt-7", openai_variables()), clusters, tmp_path / "start"
     )
     config = tuning(None, begin, data__source=f"openai:{prefix}", data__image_size=(5, 5), model__depth=3)

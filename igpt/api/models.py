@@ -103,9 +103,9 @@ class ImageGPTPreTrainedModel:
         directory = resolve(ref, revision)
         config = config or ImageGPTConfig.from_pretrained(directory, **config_overrides)
         weights = hf_weights.open_directory(directory, cls.head, config)
-        params = hf_weights.read_params(weights.tensors, weights.model)
+        params = weights.read()
         model = cls(config, seed=seed, dtype=dtype, params=params)
-        for name in hf_weights.places(weights.model).keys() - weights.tensors.keys():
+        for name in hf_weights.targets(weights.model).keys() - weights.tensors.keys():
             warnings.warn(f"{ref} has no {name}: it is initialised at random, train it before use", stacklevel=2)
         return model
 

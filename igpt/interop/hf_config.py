@@ -1,6 +1,6 @@
-"""The documented `ImageGPTConfig`: Hugging Face's configuration of an ImageGPT, and what it means for our network.
+"""The documented `ImageGPTConfig` of Hugging Face, and the network of ours that it describes.
 
-Names, defaults and meanings: transformers 5.23, models/imagegpt/configuration_imagegpt.py.
+Source of names, defaults and meanings: transformers 5.23, models/imagegpt/configuration_imagegpt.py.
 """
 
 import copy
@@ -19,39 +19,41 @@ from igpt.model import ACTIVATIONS, ModelConfig
 
 MAX_LAYERS = 1000  # so that a hostile config cannot ask for endless lists of names
 
-ALIASES = {  # the attribute_map of the documentation
+ALIASES = {  # the documentation's attribute_map
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
 SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
+SAME_FIELD = {  # fields of ModelConfig: the fields of ImageGPTConfig that have the same values
+    "width": "n_embd",
+    "depth": "n_layer",
+    "num_heads": "n_head",
+    "seq_len": "n_positions",
+    "embedding_dropout": "embd_pdrop",
+    "residual_dropout": "resid_pdrop",
+    "attention_dropout": "attn_pdrop",
+    "norm_epsilon": "layer_norm_epsilon",
+    "scale_scores": "scale_attn_weights",
+    "scale_scores_by_layer": "scale_attn_by_inverse_layer_idx",
+}
 
-ARCHITECTURES = {  # what a directory holds -> the class that transformers has for it
+ARCHITECTURES = {  # a model's head: the class that transformers has for it
     "pixels": "ImageGPTForCausalImageModeling",
     "classes": "ImageGPTForImageClassification",
     "none": "ImageGPTModel",
 }
 
-UNUSUAL = (
-    "num_labels",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-)
-
 
 @dataclasses.dataclass(init=False, eq=False, repr=False)
 class ImageGPTConfig:
-    """The documented configuration. Keys that nobody here knows are kept in `other` and written back.
+    """The documented configuration. `other` keeps unknown keys of a file, and `to_dict` returns them.
 
-    Raises UserError naming the field for a value that makes no sense, and for a keyword that looks misspelt.
+    Raises UserError, which names the field, for an impossible value and for a keyword that looks misspelt.
     """
 
-    vocab_size: int = 513  # the palette and, last, the start of sequence
+    vocab_size: int = 513  # the palette, and the start of sequence as the last one
     n_positions: int = 1024
     n_embd: int = 512
     n_layer: int = 24
@@ -68,7 +70,7 @@ class ImageGPTConfig:
     tie_word_embeddings: bool = False
     scale_attn_by_inverse_layer_idx: bool = False  # by 1 / (layer_idx + 1)
     reorder_and_upcast_attn: bool = False  # changes nothing here: scores are always float32
-    # From here on, what every Hugging Face model has; written only where it differs from the default.
+    # Every Hugging Face model has the fields below. A file has them only where they differ from the default.
     num_labels: int = 2
     id2label: dict | None = None
     label2id: dict | None = None
@@ -95,7 +97,7 @@ class ImageGPTConfig:
             object.__setattr__(self, name, value)
         self.check()
 
-    def __getattr__(self, name):  # reached only for names that are not set
+    def __getattr__(self, name):  # Python calls it only for names that are not set
         if name in ALIASES:
             return getattr(self, ALIASES[name])
         if name in self.__dict__.get("other", {}):
@@ -105,7 +107,7 @@ class ImageGPTConfig:
     def __setattr__(self, name, value):
         super().__setattr__(ALIASES.get(name, name), value)
         if name == "num_labels":
-            self.id2label = self.label2id = None  # they named other classes
+            self.id2label = self.label2id = None  # the old names belong to other classes
 
     def __eq__(self, other):
         return isinstance(other, ImageGPTConfig) and self.to_dict() == other.to_dict()
@@ -115,50 +117,29 @@ class ImageGPTConfig:
 
     def check(self) -> None:
         """Raises UserError for a field whose value no network could have."""
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels"):
-            _need(name, getattr(self, name), _is_whole, "a positive whole number")
-        _need("n_layer", self.n_layer, lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}")
-        _need("vocab_size", self.vocab_size, lambda value: value >= 2, "at least 2: a colour and the start of sequence")
-        _need(
-            "n_inner", self.n_inner, lambda value: value is None or _is_whole(value), "None or a positive whole number"
-        )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            _need(name, getattr(self, name), lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)")
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            _need(name, getattr(self, name), lambda value: _is_number(value) and value >= 0, "a number from 0 up")
-        for name in (name for name, value in DEFAULTS.items() if isinstance(value, bool)):
-            _need(name, getattr(self, name), lambda value: isinstance(value, bool), "true or false")
-        allowed = (*ACTIVATIONS, *SAME_ACTIVATION)
-        _need(
-            "activation_function",
-            self.activation_function,
-            lambda value: value in allowed,
-            "one of " + ", ".join(allowed),
-        )
-        problems = (None, "regression", "single_label_classification", "multi_label_classification")
-        _need("problem_type", self.problem_type, lambda value: value in problems, f"one of {problems}")
-        for name in ("id2label", "label2id"):
-            _need(name, getattr(self, name), lambda value: value is None or isinstance(value, dict), "None or a dict")
+        for names, holds, allowed in RULES:
+            for name in names:
+                value = getattr(self, name)
+                if not holds(value):
+                    raise UserError(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.other.get("add_cross_attention"):
-            raise UserError(
-                "add_cross_attention is true: transformers' ImageGPT applies the wrong mask there and fails with "
-                "its own defaults, so that there is no behaviour to follow; set it to false"
-            )
+            raise UserError("add_cross_attention is true, but transformers' own is masked wrongly; set it to false")
 
     @property
     def sos_token_id(self) -> int:
-        """The last row of the embedding: nobody prepends it for you (docs/huggingface.md)."""
+        """The last row of the embedding. Callers prepend it to their inputs themselves (docs/huggingface.md)."""
         return self.vocab_size - 1
 
     def to_dict(self) -> dict:
+        """The configuration as transformers writes it to config.json."""
         settings = {name: getattr(self, name) for name in DEFAULTS}
         if self.num_labels != DEFAULTS["num_labels"] and self.id2label is None:
             settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
             settings["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
-        del settings["num_labels"]  # transformers counts the names
-        settings = {k: value for k, value in settings.items() if k not in UNUSUAL or value != DEFAULTS[k]}
+        del settings["num_labels"]  # transformers counts id2label instead
+        settings = {k: value for k, value in settings.items() if k not in COMMON or value != DEFAULTS[k]}
         return copy.deepcopy(settings | self.other) | {"model_type": self.model_type}
 
     def to_json_string(self) -> str:
@@ -166,12 +147,10 @@ class ImageGPTConfig:
 
     @classmethod
     def from_dict(cls, settings: dict, **overrides) -> "ImageGPTConfig":
-        """Reads what `to_dict`, or transformers of any age, wrote. `overrides` are fields of the constructor."""
+        """Reads what `to_dict`, or any version of transformers, wrote. `overrides` are as for the constructor."""
         model_type = settings.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise UserError(
-                f"model_type is {reprlib.repr(model_type)}; only {cls.model_type!r} models can be loaded here"
-            )
+            raise UserError(f"model_type is {reprlib.repr(model_type)}; only {cls.model_type!r} models can be loaded")
         config = cls.__new__(cls)
         config._set({name: value for name, value in settings.items() if name != "model_type"})
         if overrides:
@@ -183,84 +162,75 @@ class ImageGPTConfig:
 
     @classmethod
     def from_pretrained(cls, ref, **overrides) -> "ImageGPTConfig":
-        """The config.json of a directory, or of a hub id; UserError naming the file when it is damaged or another's."""
+        """Reads config.json of a directory or hub id. UserError names the file if it is damaged or of another model."""
         path = resolve(ref) / "config.json"
         settings = read_json(path)
         if {"data", "palette", "model"} <= settings.keys():
-            raise UserError(
-                f"{ref} is a run directory of ours; make a Hugging Face directory of it first: "
-                f"igpt export --model={ref} --out=DIR"
-            )
+            raise UserError(f"{ref} is a run directory; convert it first: igpt export --model={ref} --out=DIR")
         try:
             return cls.from_dict(settings, **overrides)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     def save_pretrained(self, directory) -> None:
+        """Writes config.json into the directory."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         write_text(Path(directory) / "config.json", self.to_json_string())
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ImageGPTConfig)}
+COMMON = list(DEFAULTS)[list(DEFAULTS).index("num_labels") :]  # the fields of every Hugging Face model
 
 
-def to_model_config(
-    config: ImageGPTConfig, head: str, dtype: str = "float32", attention: str = "chunked"
-) -> ModelConfig:
-    """The network that a configuration means; `head` is a key of ARCHITECTURES."""
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
+def _is_from_0(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+KNOWN_ACTIVATIONS = (*ACTIVATIONS, *SAME_ACTIVATION)
+PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels")
+BOOLEANS = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
+RULES = (  # names of fields, the condition on their values, and the same condition in words
+    (SIZES, _is_whole, "a positive whole number"),
+    (["n_layer"], lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}"),
+    (["vocab_size"], lambda value: value >= 2, "at least 2: a colour and the start of sequence"),
+    (["n_inner"], lambda value: value is None or _is_whole(value), "None or a positive whole number"),
+    (["resid_pdrop", "embd_pdrop", "attn_pdrop"], lambda value: _is_from_0(value) and value < 1, "in [0, 1)"),
+    (["layer_norm_epsilon", "initializer_range"], _is_from_0, "a finite number, 0 or more"),
+    (BOOLEANS, lambda value: isinstance(value, bool), "true or false"),
+    (["activation_function"], lambda value: value in KNOWN_ACTIVATIONS, f"one of {', '.join(KNOWN_ACTIVATIONS)}"),
+    (["problem_type"], lambda value: value in PROBLEMS, f"one of {PROBLEMS}"),
+    (["id2label", "label2id"], lambda value: value is None or isinstance(value, dict), "None or a dict"),
+)
+
+
+def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -> ModelConfig:
+    """The network that a configuration describes; `head` is a key of ARCHITECTURES."""
     return ModelConfig(
-        width=config.n_embd,
-        depth=config.n_layer,
-        num_heads=config.n_head,
+        **{ours: getattr(config, theirs) for ours, theirs in SAME_FIELD.items()},
         vocab_size=config.vocab_size - 1,
-        seq_len=config.n_positions,
         mlp_width=config.n_inner or 0,
         use_bias=True,
-        embedding_dropout=config.embd_pdrop,
-        residual_dropout=config.resid_pdrop,
-        attention_dropout=config.attn_pdrop,
-        norm_epsilon=config.layer_norm_epsilon,
         pixel_head=head == "pixels",
         num_classes=config.num_labels if head == "classes" else 0,
         activation=SAME_ACTIVATION.get(config.activation_function, config.activation_function),
-        scale_scores=config.scale_attn_weights,
-        scale_scores_by_layer=config.scale_attn_by_inverse_layer_idx,
         dtype=dtype,
-        attention=attention,
     )
 
 
 def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
-    """The configuration under which transformers computes what `model` does."""
+    """The configuration with which transformers computes the same as `model`; `head` is a key of ARCHITECTURES."""
     config = ImageGPTConfig(
+        **{theirs: getattr(model, ours) for ours, theirs in SAME_FIELD.items()},
         vocab_size=model.vocab_size + 1,
-        n_positions=model.seq_len,
-        n_embd=model.width,
-        n_layer=model.depth,
-        n_head=model.num_heads,
         n_inner=None if model.mlp_width == 4 * model.width else model.mlp_width,
         activation_function=model.activation,
-        resid_pdrop=model.residual_dropout,
-        embd_pdrop=model.embedding_dropout,
-        attn_pdrop=model.attention_dropout,
-        layer_norm_epsilon=model.norm_epsilon,
-        scale_attn_weights=model.scale_scores,
-        scale_attn_by_inverse_layer_idx=model.scale_scores_by_layer,
         architectures=[ARCHITECTURES[head]],
     )
     if head == "classes":
         config.num_labels = model.num_classes
     return config
-
-
-def _need(name: str, value, holds, what: str) -> None:
-    if not holds(value):
-        raise UserError(f"{name} is {reprlib.repr(value)}; it must be {what}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31

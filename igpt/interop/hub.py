@@ -1,10 +1,10 @@
-"""Where a reference lies: a directory here, or a model on the Hugging Face hub, fetched into its cache."""
+"""A reference to a local directory: the path of one, or a model of the Hugging Face hub, downloaded into its cache."""
 
 import difflib
 import re
 from pathlib import Path
 
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 CONFIG_FILES = ["config.json", "preprocessor_config.json"]
@@ -12,16 +12,17 @@ WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorc
 
 
 def resolve(ref: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a reference; a hub id is downloaded, or found in the hub's cache.
+    """The local directory of a reference. A hub id is downloaded unless it is in the hub's cache.
 
-    A path whose first part is a folder here is a path: a slip in it is told at once, not after a try on the network.
+    A path whose first part is a folder here is never taken for a hub id. So a misspelt path fails at once, without a
+    try on the network. Raises UserError if there is no such directory or model.
     """
     directory = Path(ref)
     try:
         if directory.is_dir():
             return directory
         beside = [entry.name for entry in directory.parent.iterdir() if entry.is_dir()]
-    except (OSError, ValueError):  # nothing here has a name like the first part's
+    except (OSError, ValueError):  # the parent is no folder here
         beside = None
     if beside is not None or not HUB_ID.fullmatch(str(ref)):
         close = difflib.get_close_matches(directory.name, beside or (), n=3)
@@ -39,9 +40,8 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
             folder = Path(snapshot_download(str(ref), revision=revision, allow_patterns=[*CONFIG_FILES, *patterns]))
             if any(folder.glob(patterns[0])):
                 break
-    except Exception as error:  # whatever goes wrong between here and there
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the library and the network raise many types
         raise UserError(
-            f"there is no directory {ref}, and the hub did not deliver a model of that name: {reason}"
+            f"there is no directory {ref}, and the hub did not deliver a model of that name: {first_line(error)}"
         ) from None
     return folder

@@ -1,9 +1,9 @@
-"""A model from elsewhere as a run directory: of Hugging Face, or OpenAI's released TensorFlow checkpoints.
+"""A foreign model to a run directory: Hugging Face's directories, or OpenAI's released TensorFlow checkpoints.
 
     igpt import --from=hf_digits --out=runs/imported
     igpt import --checkpoint=model.ckpt-1000000 --clusters=kmeans_centers.npy --size=s --out=runs/igpt-s
 
-An imported run can be probed, sampled, completed, started from and exported. OpenAI's files are those that its
+An imported run can be probed, sampled, completed, fine-tuned and exported. OpenAI's files are those that its
 download.py fetches: model.ckpt-STEP.index with all its .data-* shards, and the colour clusters.
 """
 
@@ -11,22 +11,25 @@ import json
 import math
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from igpt import config as configuration
 from igpt.command import Parser
 from igpt.errors import UserError
 from igpt.files import check_new, read_json, write_new, write_text
 from igpt.interop import hf_weights, openai
-from igpt.interop.export import ORIGIN, file_type
+from igpt.interop.export import ORIGIN
 from igpt.interop.hub import resolve
-from igpt.interop.load import Pretrained, is_huggingface, of_weights, outline, processor_of
+from igpt.interop.load import Pretrained, config_of_weights, is_huggingface, outline, processor_of
+from igpt.interop.mapping import abstract_params, read_params
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS, count_params
 from igpt.palette import Palette
-from igpt.run import checkpoint
+from igpt.run import checkpoint as checkpoints
 
 
 def import_directory(
-    ref: str | Path, out: str | Path, clusters: str | None = None, revision: str | None = None
+    ref: str | Path, out: str | Path, clusters: str | Path | None = None, revision: str | None = None
 ) -> Path:
     """Writes the Hugging Face model `ref` as the run directory `out`, which must be new or empty.
 
@@ -35,63 +38,88 @@ def import_directory(
     check_new(out)
     directory = resolve(ref, revision)
     if not is_huggingface(directory):
-        raise UserError(f"{ref} is no Hugging Face directory: its config.json has no model_type")
+        raise UserError(f"{ref} is not a Hugging Face directory: its config.json has no model_type; give another")
     weights = hf_weights.open_directory(directory)
-    processor = _with_clusters(clusters, weights.model.seq_len) if clusters else processor_of(directory)
-    config = of_weights(directory, weights, processor)
-    palette = processor.palette()
-    params = hf_weights.read_params(weights.tensors, weights.model)
+    processor = _square_processor(clusters, weights.model.seq_len) if clusters else processor_of(directory)
+    config, palette = config_of_weights(directory, weights, processor), processor.palette()
+    origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
+    return _write_run(out, config, palette, weights.read(), origin | {"weights": weights.dtype})
+
+
+def _square_processor(clusters: str | Path, seq_len: int) -> ImageGPTImageProcessor:
+    """An image processor for square images of `seq_len` pixels, with the palette of the file `clusters`."""
+    side = math.isqrt(seq_len)
+    if side * side != seq_len:
+        raise UserError(f"{seq_len} positions are no square: write a preprocessor_config.json with size and clusters")
+    return ImageGPTImageProcessor(clusters=Palette.load(clusters).centers.tolist(), size=side)
+
+
+def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
+    """Writes a TensorFlow checkpoint and its colour clusters as the run directory `out`, which must be new or empty.
+
+    `size` is a name of PRESETS, or None; a checkpoint of another size is an error. Raises UserError before anything is
+    written, if files are missing or damaged, or if they are of another network.
+    """
+    check_new(out)
+    if size is not None and size not in PRESETS:
+        raise UserError(f"--size={size} is not known; choose one of {', '.join(PRESETS)}, or leave it out")
+    palette = Palette.load(clusters)
+    prefix = openai.find_prefix(checkpoint)
+    variables = openai.open_checkpoint(prefix)
+    model = openai.read_model_config(variables, prefix)
+    if size is not None:
+        openai.check_size(size, model, prefix)
+    if palette.vocab_size != model.vocab_size:
+        raise UserError(
+            f"{clusters} has {palette.vocab_size} colours, but the network of {prefix} has {model.vocab_size}; "
+            "give the clusters that it was trained with"
+        )
+    grey = bool((palette.centers == palette.centers[:, :1]).all())
+    side = math.isqrt(model.seq_len)
+    config = configuration.of_network(model, (side, side), channels=1 if grey else 3)
+    params = read_params(variables, openai.targets(variables), abstract_params(model))
+    return _write_run(out, config, palette, params)
+
+
+def _write_run(out: str | Path, config: ConfigDict, palette: Palette, params: dict, origin: dict | None = None) -> Path:
+    """Writes a run directory with one checkpoint, and with `origin` for a later export."""
 
     def write(folder: Path) -> None:
         configuration.save(config, folder)
         palette.save(folder / "palette.npy")
-        origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
-        origin["weights"] = file_type(weights)
-        write_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
-        checkpoint.save_params(folder, params, step=0)
+        if origin:
+            write_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
+        checkpoints.save_params(folder, params, step=0)
 
     return write_new(out, write)
 
 
-def _with_clusters(path: str, positions: int) -> ImageGPTImageProcessor:
-    side = math.isqrt(positions)
-    if side * side != positions:
-        raise UserError(
-            f"{positions} positions are no square: write a preprocessor_config.json with size and clusters "
-            "instead of giving --clusters"
-        )
-    return ImageGPTImageProcessor(clusters=Palette.load(path).centers.tolist(), size={"height": side, "width": side})
-
-
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--from", dest="ref", help="a Hugging Face directory or hub id")
-    parser.add_argument("--revision", help="of a hub id: branch, tag or commit")
-    parser.add_argument("--checkpoint", help="of OpenAI's: the path that its files have in common, or one of them")
-    parser.add_argument("--size", help=f"of OpenAI's, one of {', '.join(PRESETS)}: an error if it is another")
-    parser.add_argument("--clusters", help="a palette .npy: OpenAI's kmeans_centers.npy, or where --from has none")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    parser.add_argument("--checkpoint", help="OpenAI's checkpoint: the path that its files have in common, or one file")
+    parser.add_argument("--size", help=f"the size that OpenAI's checkpoint must have: one of {', '.join(PRESETS)}")
+    parser.add_argument("--clusters", help="a palette .npy: OpenAI's kmeans_centers.npy, or for --from without its own")
     parser.add_argument("--out", required=True, help="the run directory to make")
 
 
 def run(args) -> None:
-    """Imports a model as the command line says."""
+    """`igpt import`."""
     if (args.ref is None) == (args.checkpoint is None):
-        raise UserError("give --from, a Hugging Face directory or hub id, or --checkpoint, OpenAI's; one of the two")
+        raise UserError("give either --from, a Hugging Face directory or hub id, or --checkpoint, OpenAI's")
     if args.ref:
         if args.size:
-            raise UserError("--size goes with --checkpoint; a Hugging Face directory says its own")
+            raise UserError("--size is for --checkpoint only; leave it out: a Hugging Face directory has its own size")
         made = import_directory(args.ref, args.out, args.clusters, args.revision)
     else:
         if args.revision or not args.clusters:
             raise UserError("--checkpoint needs --clusters=kmeans_centers.npy, its palette, and takes no --revision")
-        made = openai.import_checkpoint(args.checkpoint, args.clusters, args.out, args.size)
-    pretrained = outline(made)
-    print(describe(pretrained, made))
-    if not pretrained.model.config.causal:
-        print("trained with the BERT objective: it can be probed, but not sampled")
+        made = import_checkpoint(args.checkpoint, args.clusters, args.out, args.size)
+    print(_report(outline(made), made))
 
 
-def describe(pretrained: Pretrained, made: Path) -> str:
-    """What was imported, and what one would want to run next."""
+def _report(pretrained: Pretrained, made: Path) -> str:
+    """The imported network, and the commands that a user is likely to run next."""
     model = pretrained.model.config
     heads = [name for name, there in (("palette head", model.pixel_head), ("classifier", model.num_classes)) if there]
     lines = [
@@ -105,4 +133,6 @@ def describe(pretrained: Pretrained, made: Path) -> str:
         f"  python eval_probe.py --config=configs/probe_digits.py --config.source=npz:images.npz --model={made} "
         f"--workdir={made}/probe"
     )
+    if not model.causal:
+        lines.append("trained with the BERT objective: it can be probed, but not sampled")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Models from a reference: a run directory, a Hugging Face directory, or the id of one on the hub.
+"""`igpt.load`: a model from a run directory, a Hugging Face directory, or an id of the Hugging Face hub.
 
-Whoever asks for a model asks here, and cannot tell from the answer which of the three it was.
+The result is the same for all three, so code that uses a model need not distinguish them.
 """
 
 import math
@@ -26,7 +26,12 @@ from igpt.state import with_shardings
 
 
 class Pretrained(NamedTuple):
-    """A model with all that is needed to use it: its run's configuration and its tokenizer."""
+    """A model and all that its use needs.
+
+    config: the configuration of its run, or the part that is known of a Hugging Face model (data, palette, model).
+    model: the network, with parameters on devices; `outline` puts shapes in their place. palette: its tokenizer.
+    step: the optimizer step of the parameters, 0 for a Hugging Face model.
+    """
 
     config: ConfigDict
     model: ImageGPT
@@ -35,72 +40,43 @@ class Pretrained(NamedTuple):
 
 
 def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
-    """The model that `ref` names, on `mesh`, by default one device.
+    """The model `ref` on `mesh`, by default on one device.
 
-    Of a run's checkpoints it is that of `step`; without one the newest, or after fine-tuning the best on validation.
-    Raises UserError when there is no such model, or when it is damaged. Nothing is ever executed that a file holds.
+    step: a checkpoint of the run; by default the newest, or after fine-tuning the best on the validation images.
+    Raises UserError when there is no such model, or when it is damaged. No code in the files is executed.
     """
     directory = resolve(ref)
     pretrained = outline(directory)
     graph, params = nnx.split(pretrained.model)
-    mesh = mesh or one_device()
-    params, step = params_of(directory, with_shardings(nnx.to_pure_dict(params), mesh), step)
+    abstract = with_shardings(nnx.to_pure_dict(params), mesh or one_device())
+    params, step = params_of(directory, abstract, step)
     return pretrained._replace(model=nnx.merge(graph, params), step=step)
 
 
 def outline(directory: Path) -> Pretrained:
-    """All of a model but its parameters, in whose place are their shapes."""
+    """The model of a directory, with shapes in place of its parameters."""
     config = config_of(directory)
-    config.model.attention = "auto"  # what the training machine could do, this one may not
+    config.model.attention = "auto"  # the training machine's back end may not exist on this machine
     palette = palette_of(directory)
     check_palette_size(palette, config, directory)
     model = nnx.eval_shape(lambda: ImageGPT(configuration.model_config(config), nnx.Rngs(0)))
     return Pretrained(config, model, palette)
 
 
+def config_of(directory: Path) -> ConfigDict:
+    """The configuration of a run, or of the network and images of a Hugging Face directory."""
+    if not is_huggingface(directory):
+        return configuration.load(directory)
+    return config_of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
+
+
 def is_huggingface(directory: Path) -> bool:
-    """Whether a directory's config.json is of Hugging Face's kind; ours has no model_type."""
+    """Whether a directory's config.json is of Hugging Face's kind, which has a model_type. A run's has none."""
     return (directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
 
 
-def config_of(directory: Path) -> ConfigDict:
-    """A run's configuration, or what a Hugging Face directory says of network and images."""
-    if not is_huggingface(directory):
-        return configuration.load(directory)
-    return of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
-
-
-def of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> ConfigDict:
-    """Our configuration of a Hugging Face model; UserError where its parts do not fit each other or our network."""
-    if weights.config.tie_word_embeddings:
-        raise UserError(
-            f"{directory} ties its head to the embedding, start of sequence included; our network has a head of its "
-            "own. Such a model can be used through igpt.api only"
-        )
-    size, clusters = (processor.size["height"], processor.size["width"]), processor.clusters
-    if math.prod(size) != weights.model.seq_len:
-        raise UserError(
-            f"{directory}: the processor makes images of {size[0]} x {size[1]}, the model has {weights.model.seq_len} "
-            "positions; set 'size' in preprocessor_config.json to a height and width whose product that is"
-        )
-    if len(clusters) != weights.model.vocab_size:
-        raise UserError(
-            f"{directory}: the processor has {len(clusters)} clusters, the model {weights.model.vocab_size} colours "
-            "(vocab_size less the start of sequence)"
-        )
-    units = (processor.do_rescale, processor.rescale_factor, processor.do_normalize)
-    if units != (True, 1 / 255, True) or not processor.image_mean == processor.image_std == [0.5] * 3:
-        raise UserError(
-            f"{directory}: the processor's clusters are in units of their own (do_rescale, rescale_factor, "
-            "do_normalize, image_mean, image_std); a palette of ours has byte / 127.5 - 1, which are the defaults. "
-            "Convert the clusters, or use the model through igpt.api"
-        )
-    grey = bool((clusters == clusters[:, :1]).all())
-    return configuration.of_network(weights.model, size, channels=1 if grey else 3)
-
-
 def processor_of(directory: Path) -> ImageGPTImageProcessor:
-    """The image processor of a Hugging Face directory, with clusters."""
+    """The image processor of a Hugging Face directory. UserError if it has no clusters."""
     if not (directory / "preprocessor_config.json").is_file():
         raise UserError(
             f"{directory} has no preprocessor_config.json, and so no palette; give one with igpt "
@@ -108,39 +84,86 @@ def processor_of(directory: Path) -> ImageGPTImageProcessor:
         )
     processor = ImageGPTImageProcessor.from_pretrained(directory)
     if processor.clusters is None:
-        raise UserError(f"{directory}/preprocessor_config.json has no 'clusters', and so no palette")
+        raise UserError(f"{directory}/preprocessor_config.json has no 'clusters', and so no palette; add them")
     return processor
 
 
+def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> ConfigDict:
+    """Our configuration of a Hugging Face model. UserError if its parts do not fit each other, or not our network."""
+    if weights.config.tie_word_embeddings:
+        raise UserError(
+            f"{directory} uses its embedding, start of sequence included, as its head; our network has a separate "
+            "head. Use such a model through igpt.api"
+        )
+    size, clusters = (processor.size["height"], processor.size["width"]), processor.clusters
+    if math.prod(size) != weights.model.seq_len:
+        raise UserError(
+            f"{directory}: the processor makes images of {size[0]} x {size[1]}, the model has {weights.model.seq_len} "
+            "positions; set 'size' in preprocessor_config.json to a height and a width with that product"
+        )
+    if len(clusters) != weights.model.vocab_size:
+        raise UserError(
+            f"{directory}: the processor has {len(clusters)} clusters, the model {weights.model.vocab_size} colours "
+            "(vocab_size less the start of sequence); give the clusters that it was trained with"
+        )
+    units = (processor.do_rescale, processor.rescale_factor, processor.do_normalize)
+    if units != (True, 1 / 255, True) or not processor.image_mean == processor.image_std == [0.5] * 3:
+        raise UserError(
+            f"{directory}: the processor's clusters are in unusual units (do_rescale, rescale_factor, do_normalize, "
+            "image_mean, image_std); a palette has the default units, byte / 127.5 - 1. Convert the clusters, or use "
+            "the model through igpt.api"
+        )
+    grey = bool((clusters == clusters[:, :1]).all())
+    return configuration.of_network(weights.model, size, channels=1 if grey else 3)
+
+
 def palette_of(directory: Path) -> Palette:
-    if is_huggingface(directory):
-        return processor_of(directory).palette()
-    return Palette.load(directory / "palette.npy")
+    """The palette of a run, or of a Hugging Face directory's image processor."""
+    return processor_of(directory).palette() if is_huggingface(directory) else Palette.load(directory / "palette.npy")
+
+
+def check_palette_size(palette: Palette, config: ConfigDict, path) -> None:
+    """Raises UserError unless the palette has as many colours as the model's vocabulary."""
+    if palette.vocab_size != config.palette.colors:
+        raise UserError(
+            f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}; "
+            f"set palette.colors={palette.vocab_size} or give a palette of that size"
+        )
 
 
 def params_of(directory: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
-    """The parameters onto the shardings of `abstract`, and the step they are of."""
+    """The parameters with the shardings of `abstract`, and their step."""
     if not is_huggingface(directory):
         return checkpoint.restore_params(directory, abstract, step)
     if step is not None:
-        raise UserError(f"{directory} is a Hugging Face directory: it has no checkpoint of step {step}")
-    weights = hf_weights.open_directory(directory)
-    return hf_weights.read_params(weights.tensors, weights.model, abstract), 0
+        raise UserError(f"{directory} is a Hugging Face directory: it has no checkpoint of step {step}; leave it out")
+    return hf_weights.open_directory(directory).read(abstract), 0
+
+
+def starting_params(ref: str, mesh: Mesh) -> dict:
+    """All parameters of the model `ref`, on the mesh."""
+    return nnx.to_pure_dict(nnx.state(load(ref, mesh=mesh).model))
+
+
+def parameter_fields(model: ModelConfig) -> dict:
+    """The fields that determine the shapes and the meaning of the parameters."""
+    free = ("embedding_dropout", "residual_dropout", "attention_dropout", "dtype", "attention", "remat", "scan_layers")
+    return {name: value for name, value in vars(model).items() if name not in free}
 
 
 def check_same_network(ref: str, config: ConfigDict) -> None:
     """Raises UserError unless a run of `config` can start from the weights of the model `ref`.
 
-    A classifier may be new, and either head left behind.
+    The run may add a classifier, and may leave out either head.
     """
-    theirs, ours = (network(configuration.model_config(c)) for c in (config_of(resolve(ref)), config))
+    theirs, ours = (parameter_fields(configuration.model_config(c)) for c in (config_of(resolve(ref)), config))
     differing = [
         f"{name} is {theirs[name]} there, {ours[name]} here"
         for name in ours
         if theirs[name] != ours[name] and name not in ("num_classes", "pixel_head")
     ]
     if differing:
-        raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; make the config agree")
+        raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; change the config to match")
     classes = theirs["num_classes"]
     if classes and ours["num_classes"] not in (0, classes):
         raise UserError(
@@ -154,33 +177,10 @@ def check_same_network(ref: str, config: ConfigDict) -> None:
         )
 
 
-def starting_params(ref: str, mesh: Mesh) -> dict:
-    """All parameters of the model `ref`, on the mesh."""
-    directory = resolve(ref)
-    abstract = nnx.to_pure_dict(nnx.state(outline(directory).model))
-    params, _ = params_of(directory, with_shardings(abstract, mesh))
-    return params
-
-
-def network(model: ModelConfig) -> dict:
-    """The fields that fix the parameters' shapes and meaning."""
-    free = ("embedding_dropout", "residual_dropout", "attention_dropout", "dtype", "attention", "remat", "scan_layers")
-    return {name: value for name, value in vars(model).items() if name not in free}
-
-
 def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -> None:
-    """Raises UserError where a model that knows one palette would be given another, or its tokens."""
+    """Raises UserError if `other`, the palette of images or tokens for a model, is not that model's `palette`."""
     if other is not None and not np.array_equal(palette.centers, other.centers):
         raise UserError(
-            f"{whose} has another palette than {origin}, whose colours are the only ones that its network knows; use "
-            f"{origin}'s: tokens are prepared with it by igpt prepare --palette"
-        )
-
-
-def check_palette_size(palette: Palette, config: ConfigDict, path) -> None:
-    """A model's vocabulary is its palette: they must agree before either is used."""
-    if palette.vocab_size != config.palette.colors:
-        raise UserError(
-            f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}; "
-            f"set palette.colors={palette.vocab_size} or give a palette of that size"
+            f"{whose} has another palette than {origin}, whose network knows only its own colours; use {origin}'s "
+            "palette: igpt prepare --palette prepares tokens with it"
         )

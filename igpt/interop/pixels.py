@@ -1,7 +1,7 @@
-"""Anything an image can be -> uint8 RGB: PIL images of every mode, arrays of either layout, nested lists of numbers.
+"""Images in any form to uint8 RGB: PIL images of every mode, arrays of either layout, nested lists of numbers.
 
-Where Hugging Face's processor can read an input, what comes out is the same; grey, 16-bit, CMYK and the like, on which
-it fails, are converted. Transparency is laid on white, as its do_convert_rgb does.
+The result equals that of Hugging Face's processor for every input that it can read. Grey, 16-bit, CMYK and similar
+images, on which it fails, are converted. Transparency is laid on white, as its do_convert_rgb does.
 """
 
 import os
@@ -14,16 +14,17 @@ from igpt.errors import UserError
 
 LAYOUTS = ("channels_first", "channels_last", "none")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-DEEP_MODES = ("I", "F")  # and "I;16", "I;16B", ...: more than 8 bits a channel
+DEEP_MODES = ("I", "F")  # more than 8 bits a channel, as are "I;16", "I;16B" and so on
 
 
 def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) -> tuple[list[np.ndarray], list[bool]]:
-    """Images in any form -> uint8 [N, H, W, 3] for each image (N = 1) or 4-D array, in the order given.
+    """Images in any form -> uint8 [N, H, W, 3] for each image (N = 1) or 4-D array, in the given order.
 
-    The second list says which of them were floats in [0, 1], read as bytes / 255. All floats of one call mean the
-    same: a single value above 1 makes all of them whole numbers from 0 to 255. `layout` is that of arrays, by default
-    inferred: the first of the two axes with 1, 3 or 4 channels. An RGB image of PIL keeps its colours though it
-    names one of them transparent, unless `convert_rgb`. Raises UserError for what is no image.
+    The second list has True for each that was floats in [0, 1], converted to bytes as 255 * value. All floats of a
+    call have the same unit: one value above 1 makes all of them whole numbers from 0 to 255. `layout` is that of
+    arrays; None takes the first of the two possible axes that has 1, 3 or 4 channels as the channels. If an RGB image
+    of PIL names a colour as transparent, that colour is kept unless `convert_rgb`. Raises UserError for anything that
+    is not an image.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"input_data_format is {layout!r}; choose one of {', '.join(LAYOUTS)}, or None to infer it")
@@ -43,7 +44,7 @@ def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) ->
 
 
 def _single_images(images) -> Iterator:
-    """Walks nested lists down to PIL images and arrays; a nested list of numbers is an array."""
+    """The PIL images and arrays in nested lists. A nested list of numbers is one array."""
     if isinstance(images, str | bytes | os.PathLike):
         raise UserError(f"{str(images)[:80]!r} is a name, not an image; open it first: PIL.Image.open(...)")
     if isinstance(images, Image.Image) or hasattr(images, "__array__"):
@@ -56,19 +57,19 @@ def _single_images(images) -> Iterator:
             try:
                 yield np.asarray(images)
                 return
-            except ValueError:  # not one array, but perhaps images of several sizes
+            except ValueError:  # the lists differ in length, and may be images of different sizes
                 pass
         for image in images:
             yield from _single_images(image)
     else:
         raise UserError(
-            f"an image cannot be a {type(images).__name__}; PIL images, numpy, jax and torch arrays, nested lists of "
-            "numbers, and lists of these are"
+            f"an image cannot be a {type(images).__name__}; give PIL images, numpy, jax or torch arrays, nested lists "
+            "of numbers, or lists of these"
         )
 
 
 def _as_numpy(image) -> np.ndarray:
-    if hasattr(image, "detach"):  # a torch tensor, which may track gradients or lie on another device
+    if hasattr(image, "detach"):  # a torch tensor, which may track gradients or be on another device
         image = image.detach().cpu()
     try:
         return np.asarray(image)
@@ -77,7 +78,7 @@ def _as_numpy(image) -> np.ndarray:
 
 
 def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
-    """A PIL image -> uint8 [H, W, 3], or for the modes of more than 8 bits their own numbers [H, W]."""
+    """A PIL image -> uint8 [H, W, 3 or 4]; in modes of more than 8 bits, the unchanged numbers [H, W]."""
     try:
         if image.mode in DEEP_MODES or image.mode.startswith("I;16"):
             numbers = np.asarray(image)
@@ -86,37 +87,38 @@ def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
             return numbers.astype(np.uint16) if deep else numbers
         if image.mode == "RGB" and not (convert_rgb and "transparency" in image.info):
             return np.asarray(image)
-        if image.mode == "La":  # Pillow knows the way from this one to LA only
+        if image.mode == "La":  # Pillow can convert it to LA only
             image = image.convert("LA")
         transparent = image.mode.endswith(("A", "a")) or image.info.get("transparency") is not None
         return np.asarray(image.convert("RGBA" if transparent else "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:  # PIL reads a file only when its pixels are asked for
+    except (OSError, ValueError, SyntaxError) as error:  # PIL decodes a file only when its pixels are requested
         raise UserError(f"a PIL image of mode {image.mode} cannot be read as RGB: {error}") from None
 
 
 def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
-    """Numbers of any kind -> uint8 of the same shape, or UserError: nothing is clipped."""
+    """Numbers of any kind -> uint8 of the same shape. UserError for numbers out of range: they are not clipped."""
+    kind = pixels.dtype.kind
     if pixels.dtype == np.uint8:
         return pixels
-    if pixels.dtype.kind not in "biuf":
+    if kind not in "biuf":
         raise UserError(f"pixels are {pixels.dtype}; integers, floats or bools are needed")
-    if pixels.dtype.kind == "b":
+    if kind == "b":
         return pixels.astype(np.uint8) * np.uint8(255)
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+    if kind == "u" and pixels.dtype.itemsize == 2:
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
     if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 255):
-        allowed = "0..255" if pixels.dtype.kind != "f" else "[0, 1], or whole numbers in 0..255"
+        allowed = "[0, 1], or whole numbers in 0..255" if kind == "f" else "0..255"
         raise UserError(
             f"pixels are {pixels.dtype} from {pixels.min()} to {pixels.max()}; {allowed} is allowed: scale them first"
         )
-    if pixels.dtype.kind == "f":
+    if kind == "f":
         pixels = pixels.astype(np.float64)
         if up_to_one:
             return np.round(pixels * 255).astype(np.uint8)
         if not (pixels == np.round(pixels)).all():
             raise UserError(
-                f"pixels are floats with fractions, up to {pixels.max()}; floats lie in [0, 1] in all the images of a "
-                "call, or are whole numbers in 0..255, so divide by 255 or round them first"
+                f"pixels are floats with fractions, up to {pixels.max()}; all floats of a call must be in [0, 1], or "
+                "whole numbers in 0..255: divide by 255 or round them first"
             )
     return pixels.astype(np.uint8)
 
@@ -131,20 +133,20 @@ def _with_channels_last(pixels: np.ndarray, layout: str | None) -> np.ndarray:
         pixels = pixels[..., None]
     elif layout is None and shape[-3] not in CHANNELS and shape[-1] not in CHANNELS:
         raise UserError(
-            f"no axis of {shape} is one of 1, 3 or 4 channels; for grey images without such an axis give a list of "
-            "[H, W] arrays, or input_data_format='none'"
+            f"no axis of {shape} has 1, 3 or 4 channels; for grey images without a channel axis give a list of [H, W] "
+            "arrays, or input_data_format='none'"
         )
     elif layout == "channels_first" or (layout is None and shape[-3] in CHANNELS):
         pixels = np.moveaxis(pixels, -3, -1)
     if pixels.shape[-1] not in CHANNELS:
         raise UserError(f"with {layout}, shape {shape} has {pixels.shape[-1]} channels; 1, 3 or 4 are allowed")
     if 0 in shape:
-        raise UserError(f"an image array has shape {shape}, with no pixels in it")
+        raise UserError(f"an image array has shape {shape}, and so no pixels")
     return pixels if pixels.ndim == 4 else pixels[None]
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """[N, H, W, 1 | 3 | 4] -> [N, H, W, 3]: grey repeated, transparency laid on white."""
+    """[N, H, W, 1 | 3 | 4] -> [N, H, W, 3]: grey is repeated, transparency is laid on white."""
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
     if pixels.shape[-1] == 4:

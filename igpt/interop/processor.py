@@ -1,13 +1,16 @@
-"""Images -> resized, rescaled, normalised, quantised: Hugging Face's documented ImageGPT image processor, exactly.
+"""Hugging Face's documented ImageGPT image processor: images to tokens, or to normalised pixel values.
 
-Every step after the resize is a function of a byte and its channel, so pixel values are a lookup among 256 x 3 floats
-and tokens a lookup in a `ColorTable`. Pixel values equal those of transformers' PIL processor (5.23) bit for bit. So do
-tokens, but for near ties: there the distance is expanded, with pixels rounded to float32; here it is float64.
+Images are resized, rescaled, normalised and quantised. Every step after the resize depends only on a byte and its
+channel. So pixel values are looked up among 256 x 3 floats, and tokens in a `ColorTable`.
+Source: transformers 5.23, its PIL processor. Pixel values equal it bit for bit. Tokens equal it except for near ties,
+because it computes an expanded distance of float32 pixels, and this module a float64 distance.
 """
 
 import difflib
 import functools
 import json
+import math
+import reprlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,35 +21,35 @@ from igpt.errors import UserError
 from igpt.files import read_json, write_text
 from igpt.interop.hub import resolve
 from igpt.interop.pixels import rgb_batches
-from igpt.interop.processor_settings import SETTINGS, checked
-from igpt.palette import BYTE_LEVELS, ColorTable, Palette
+from igpt.palette import BYTE_LEVELS, MAX_COLORS, ColorTable, Palette
 
 FILE_NAME = "preprocessor_config.json"
-TYPES = {  # every spelling that names this processor, in files old and new
+MAX_PIXELS = 1 << 24  # in a resized image
+MAX_NUMBER = float(np.finfo(np.float32).max)  # pixel values are float32
+TYPES = {  # the names of this processor in files of all versions
     "image_processor_type": ("ImageGPTImageProcessor", "ImageGPTImageProcessorFast", "ImageGPTImageProcessorPil"),
     "feature_extractor_type": ("ImageGPTFeatureExtractor",),
 }
 
 
 class BatchFeature(dict):
-    """What a processor returns: a dict whose keys are attributes too."""
+    """The result of a processor: a dict with its keys as attributes."""
 
     def __getattr__(self, name: str):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"there is no {name!r} here, only {', '.join(self)}") from None
+            raise AttributeError(f"there is no {name!r}, only {', '.join(self)}") from None
 
 
 class ImageGPTImageProcessor:
     """Images of any kind -> `input_ids` [B, H * W], or `pixel_values` [B, 3, H, W] without do_color_quantize.
 
     clusters [V, 3]: the palette, in the units of normalised pixels ([-1, 1] by default). size: {"height", "width"}, a
-    number or (height, width); the aspect ratio is not kept. resample: a filter of PIL, by enum or number. image_mean,
-    image_std: a number or three. do_convert_rgb: whatever it is, all other modes become RGB; True also lays on white
-    the colour that an RGB file names transparent. None means the default. Other names are kept in `extra`, and
-    to_dict gives them back.
-    Raises UserError for a value that cannot be meant, naming it.
+    number or (height, width); images are stretched to it. resample: a filter of PIL, by enum or number. image_mean,
+    image_std: a number or three. do_convert_rgb: images become RGB whatever it is; True also lays on white the colour
+    that an RGB file names transparent. None gives the default. `extra` keeps unknown names, and to_dict returns them.
+    Raises UserError, with the setting's name, for an invalid value.
     """
 
     model_input_names = ("input_ids",)
@@ -66,17 +69,9 @@ class ImageGPTImageProcessor:
         do_convert_rgb=None,
         **extra,
     ):
-        self.clusters = checked("clusters", clusters)
-        self.do_resize = checked("do_resize", do_resize)
-        self.size = checked("size", size)
-        self.resample = checked("resample", resample)
-        self.do_rescale = checked("do_rescale", do_rescale)
-        self.rescale_factor = checked("rescale_factor", rescale_factor)
-        self.do_normalize = checked("do_normalize", do_normalize)
-        self.image_mean = checked("image_mean", image_mean)
-        self.image_std = checked("image_std", image_std)
-        self.do_color_quantize = checked("do_color_quantize", do_color_quantize)
-        self.do_convert_rgb = checked("do_convert_rgb", do_convert_rgb)
+        given = locals()
+        for name in SETTINGS:
+            setattr(self, name, checked(name, given[name]))
         for name in extra:
             if similar := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.85):
                 raise UserError(f"the image processor has no {name!r}; did you mean {similar[0]!r}?")
@@ -103,19 +98,17 @@ class ImageGPTImageProcessor:
         input_data_format=None,
         do_convert_rgb=None,
     ) -> BatchFeature:
-        """Tokens int64 or pixel values float32 of a batch; what is not None overrides a setting for this call.
+        """Tokens int64 or pixel values float32 of a batch. Arguments that are not None replace settings in this call.
 
-        images: see `pixels.rgb_batches`; floats in [0, 1] count as rescaled already, whatever do_rescale is, and are
-        rounded to bytes. return_tensors: None (a list of numpy arrays), "np", "jax" (int32 unless JAX's x64 is on),
-        "pt" or "tf". data_format: where pixel_values has its channels.
+        images: see `pixels.rgb_batches`; floats in [0, 1] are rounded to bytes, and count as rescaled already.
+        return_tensors: None (a list of numpy arrays), "np", "jax" (int32 unless JAX's x64 is on) or "pt".
+        data_format: the position of the channels in pixel_values, "channels_first" or "channels_last".
         """
         given = locals()
         chosen = {name: getattr(self, name) if given.get(name) is None else given[name] for name in SETTINGS}
         settings = SimpleNamespace(**{name: checked(name, value) for name, value in chosen.items()})
         if settings.do_color_quantize and settings.clusters is None:
-            raise UserError(
-                "do_color_quantize is True without clusters; give clusters [V, 3] or do_color_quantize=False"
-            )
+            raise UserError("do_color_quantize is True without clusters; give them [V, 3], or do_color_quantize=False")
         if data_format not in ("channels_first", "channels_last"):
             raise UserError(f"data_format is {data_format!r}; choose channels_first or channels_last")
         batches, rescaled = rgb_batches(images, input_data_format, bool(settings.do_convert_rgb))
@@ -129,9 +122,7 @@ class ImageGPTImageProcessor:
         if len({batch.shape[1:] for batch in batches}) == 1:
             batches = [np.concatenate(batches)] if len(batches) > 1 else batches
         elif return_tensors is not None:
-            raise UserError(
-                "the images differ in size; a tensor needs do_resize=True, or return_tensors=None for a list"
-            )
+            raise UserError("the images differ in size; give do_resize=True for a tensor, or return_tensors=None")
         if settings.do_color_quantize:
             table = _color_table(settings.clusters.tobytes(), _levels(settings, scale).tobytes())
             tokens = [table.encode(batch, np.int64).reshape(len(batch), -1) for batch in batches]
@@ -140,14 +131,14 @@ class ImageGPTImageProcessor:
         return BatchFeature(pixel_values=_returned(values, return_tensors))
 
     def palette(self) -> Palette:
-        """The clusters as this library's tokenizer; UserError where they do not lie in [-1, 1]."""
+        """The clusters as a palette. UserError if there are none, or if they are not in [-1, 1]."""
         if self.clusters is None:
-            raise UserError("this image processor has no clusters, so there is no palette in it")
+            raise UserError("this image processor has no clusters, and so no palette; give clusters [V, 3]")
         return Palette(checked("clusters", self.clusters))
 
     @classmethod
     def from_pretrained(cls, ref, *, revision=None, **overrides) -> "ImageGPTImageProcessor":
-        """Reads preprocessor_config.json from a directory, that file itself, or a hub id (at a `revision`)."""
+        """Reads preprocessor_config.json. `ref` is that file, its directory, or a hub id with a `revision`."""
         path = Path(ref)
         if not path.exists():
             path = Path(resolve(ref, revision))
@@ -160,10 +151,10 @@ class ImageGPTImageProcessor:
             raise UserError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, settings: dict, **overrides) -> "ImageGPTImageProcessor":
-        """What to_dict gave, or a file of any transformers version; UserError for another processor's.
+    def from_dict(cls, settings, **overrides) -> "ImageGPTImageProcessor":
+        """Reads what `to_dict`, or any version of transformers, wrote. UserError for another processor's settings.
 
-        Only files may name what is unknown here, and keep it; an override has to be a setting.
+        `overrides` replace settings. Unknown names in `settings` are kept, but unknown overrides are an error.
         """
         if not isinstance(settings, dict):
             raise UserError(f"an image processor's settings are a JSON object, not a {type(settings).__name__}")
@@ -171,26 +162,27 @@ class ImageGPTImageProcessor:
             if settings.get(field) not in (None, *names):
                 raise UserError(f"{field} is {settings[field]!r}, another processor's; {names[0]!r} is needed")
         if unknown := set(overrides) - set(SETTINGS):
-            raise UserError(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(SETTINGS)}")
+            raise UserError(f"there is no setting {', '.join(sorted(unknown))}; choose from {', '.join(SETTINGS)}")
         naming = (*TYPES, "processor_class")
         return cls(**{name: value for name, value in settings.items() if name not in naming} | overrides)
 
     def to_dict(self) -> dict:
-        """Every setting as JSON has it. do_convert_rgb and clusters are left out while they are None."""
+        """Every setting as a JSON value. do_convert_rgb and clusters are left out if they are None."""
         named = {name: checked(name, getattr(self, name)) for name in SETTINGS}
+        named = {name: value for name, value in named.items() if value is not None}
         if self.clusters is not None:
             named["clusters"] = named["clusters"].tolist()
-        named = {name: value for name, value in named.items() if value is not None}
         return self.extra | named | {"image_processor_type": "ImageGPTImageProcessor"}
 
     def to_json_string(self) -> str:
+        """The text of preprocessor_config.json."""
         try:
             return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         except TypeError as error:
             raise UserError(f"the image processor's extra settings cannot be written as JSON: {error}") from None
 
     def save_pretrained(self, directory) -> list[str]:
-        """Writes preprocessor_config.json, whole or not at all; transformers reads it. Returns its path in a list."""
+        """Writes preprocessor_config.json, which transformers can read. Returns a list of its path."""
         path = Path(directory) / FILE_NAME
         text = self.to_json_string()
         try:
@@ -212,19 +204,19 @@ class ImageGPTImageProcessor:
         return f"{type(self).__name__}({colors}{changed})"
 
 
-ImageGPTFeatureExtractor = ImageGPTImageProcessor  # its older name, gone from transformers 5
+ImageGPTFeatureExtractor = ImageGPTImageProcessor  # the older name, which transformers 5 has removed
 
 
 def _resized(batch: np.ndarray, settings) -> np.ndarray:
     height, width = settings.size["height"], settings.size["width"]
-    if batch.shape[1:3] == (height, width):  # PIL, too, would only copy it
+    if batch.shape[1:3] == (height, width):  # PIL would copy the image unchanged
         return batch
     images = (Image.fromarray(image).resize((width, height), settings.resample) for image in batch)
     return np.stack([np.asarray(image) for image in images])
 
 
 def _levels(settings, scale: float) -> np.ndarray:
-    """What each byte stands for in each channel, float64 [256, 3]; by default exactly the palette's levels."""
+    """The value of each byte in each channel, float64 [256, 3]; by default exactly the palette's BYTE_LEVELS."""
     if settings.do_normalize and scale == 1 / 255 and settings.image_mean == settings.image_std == [0.5] * 3:
         return BYTE_LEVELS
     levels = np.repeat(np.arange(256.0)[:, None] * scale, 3, axis=1)
@@ -237,7 +229,7 @@ def _color_table(centers: bytes, levels: bytes) -> ColorTable:
 
 
 def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> float32, rounded where transformers rounds: after rescaling and after each step."""
+    """uint8 [N, H, W, 3] -> float32. Like transformers, rounds to float32 after rescaling and after each step."""
     levels = np.repeat((np.arange(256.0) * scale).astype(np.float32)[:, None], 3, axis=1)
     if settings.do_normalize:
         levels = (levels - np.float32(settings.image_mean)) / np.float32(settings.image_std)
@@ -248,7 +240,7 @@ def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -
 
 
 def _returned(batches: list[np.ndarray], kind: str | None):
-    """Batches in the container that was asked for; only a list can hold images of several sizes."""
+    """Batches as the requested tensors. Only the list, kind None, can hold images of different sizes."""
     match kind:
         case None:
             return [image for batch in batches for image in batch]
@@ -258,16 +250,95 @@ def _returned(batches: list[np.ndarray], kind: str | None):
             import jax.numpy as jnp
 
             return jnp.asarray(batches[0])
-        case "pt" | "tf":
-            package = {"pt": "torch", "tf": "tensorflow"}[str(getattr(kind, "value", kind))]
-            try:  # neither is needed for anything else here, so neither need be installed
-                if kind == "pt":
-                    import torch
-
-                    return torch.from_numpy(batches[0])
-                import tensorflow
-
-                return tensorflow.constant(batches[0])
+        case "pt":
+            try:  # torch is optional: nothing else in this module needs it
+                import torch
             except ImportError:
-                raise UserError(f"return_tensors={kind!r} needs {package}: pip install {package}") from None
-    raise UserError(f"return_tensors is {kind!r}; choose None, 'np', 'jax', 'pt' or 'tf'")
+                raise UserError("return_tensors='pt' needs torch: pip install torch") from None
+            return torch.from_numpy(batches[0])
+    raise UserError(f"return_tensors is {kind!r}; choose None, 'np', 'jax' or 'pt'")
+
+
+def checked(name: str, value):
+    """The value in the form that is used; None gives the default. Raises UserError for an invalid value."""
+    default, check = SETTINGS[name]
+    value = default if value is None else value
+    return None if value is None else check(name, value)
+
+
+def _flag(name, value):
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} is {reprlib.repr(value)}; True or False is needed")
+    return bool(value)
+
+
+def _number(name, value):
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not abs(value) <= MAX_NUMBER:
+        raise UserError(f"{name} is {reprlib.repr(value)}; a finite number is needed")
+    return float(value)
+
+
+def _three_numbers(name, value):
+    try:
+        numbers = list(value) if np.ndim(value) else [value] * 3
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3:
+        raise UserError(f"{name} is {reprlib.repr(value)}; a number or three, one for each channel, are needed")
+    numbers = [_number(name, number) for number in numbers]
+    if name == "image_std" and 0.0 in numbers:
+        raise UserError(f"image_std is {numbers}; pixels are divided by it, so it cannot contain 0")
+    return numbers
+
+
+def _size(name, value):
+    if hasattr(value, "keys"):
+        value = {key: length for key, length in dict(value).items() if length is not None}
+        lengths = [value["height"], value["width"]] if set(value) == {"height", "width"} else []
+    else:
+        lengths = list(value) if isinstance(value, list | tuple) else [value] * 2
+    whole = all(isinstance(length, int | np.integer) and not isinstance(length, bool) for length in lengths)
+    if len(lengths) != 2 or not whole or min(lengths) < 1 or math.prod(map(int, lengths)) > MAX_PIXELS:
+        raise UserError(
+            f"{name} is {reprlib.repr(value)}; give {{'height': h, 'width': w}}, (h, w) or one number for both, up to "
+            f"{MAX_PIXELS:,} pixels. Image GPT resizes to an exact size, so shortest_edge and the like are not allowed"
+        )
+    return {"height": int(lengths[0]), "width": int(lengths[1])}
+
+
+def _filter(name, value):
+    allowed = {choice.value: choice.name.lower() for choice in sorted(Image.Resampling)}  # newer Pillows add filters
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in allowed:
+        choices = ", ".join(f"{number} {word}" for number, word in allowed.items())
+        raise UserError(f"{name} is {reprlib.repr(value)}; a filter of PIL is needed: {choices}")
+    return int(value)
+
+
+def _clusters(name, value):
+    try:
+        clusters = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        clusters = np.empty(0, object)  # rows of different lengths, or no rows
+    if clusters.dtype.kind not in "iuf" or clusters.shape[1:] != (3,) or not 1 <= len(clusters) <= MAX_COLORS:
+        raise UserError(
+            f"{name} are {clusters.dtype} {list(clusters.shape)}; numbers [V, 3], V from 1 to {MAX_COLORS}, are needed"
+        )
+    if not (np.abs(clusters) <= MAX_NUMBER).all():
+        raise UserError(f"{name} are not finite: they run from {clusters.min()} to {clusters.max()}")
+    return clusters.astype(np.float64)
+
+
+SETTINGS = {  # name: the default, and the function that checks and converts a value
+    "clusters": (None, _clusters),
+    "do_resize": (True, _flag),
+    "size": ({"height": 256, "width": 256}, _size),
+    "resample": (2, _filter),
+    "do_rescale": (True, _flag),
+    "rescale_factor": (1 / 255, _number),
+    "do_normalize": (True, _flag),
+    "image_mean": ([0.5] * 3, _three_numbers),
+    "image_std": ([0.5] * 3, _three_numbers),
+    "do_color_quantize": (True, _flag),
+    "do_convert_rgb": (None, _flag),
+}

@@ -1,51 +1,43 @@
-"""Named tensors in the weight files of a stranger's directory: listed first, then read one by one.
+"""Weight files of a directory: lists their tensors by name, reads them one by one, and writes safetensors files.
 
-Looked for in this order: model.safetensors, the shards of model.safetensors.index.json, pytorch_model.bin, the shards
-of pytorch_model.bin.index.json. The .bin files are pickles: they are looked through first, and refused unless they name
-nothing but tensors; then torch's weights_only loader, which executes nothing, maps them.
+The first of these that exists is read: model.safetensors, the shards of model.safetensors.index.json,
+pytorch_model.bin, the shards of pytorch_model.bin.index.json. Formats: https://huggingface.co/docs/safetensors, and
+torch.save. A .bin file is a pickle, and a pickle can run code when it is loaded. So a file that names anything but
+tensors is refused first. Then torch's weights_only loader, which executes nothing, maps the file into memory.
 """
 
 import io
 import json
+import os
 import pickletools
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 from igpt.files import read_json, write_text
+from igpt.interop.mapping import Tensor
 
-MAX_SHARD_BYTES = 2 << 30  # of the files that are written here
-MAX_HEADER_BYTES = 2 << 20  # of a safetensors header or a pickle; iGPT-XL's have about 100 kB
+MAX_SHARD_BYTES = 2 << 30  # in the files that are written here
+MAX_HEADER_BYTES = 2 << 20  # in a safetensors header or a pickle; those of iGPT-XL have about 100 kB
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# All that the pickle of a state dict has to name. torch's weights_only would let more through, bytearray(10**10) too.
+# All names that a state dict's pickle needs. torch's weights_only allows more, such as bytearray(10**10).
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z]\w*Storage")
-LEGACY_PICKLES = (
-    5  # magic number, protocol, system, state dict, storage keys: what torch < 1.6 wrote before the numbers
-)
-TORCH_WITH_SAFE_LOADER = (2, 10)  # weights_only could be bypassed before (CVE-2025-32434, CVE-2026-24747)
-
-
-class Tensor(NamedTuple):
-    """A tensor that has not been read yet. `dtype` is a key of FLOATS, or the file's own name of another type."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    read: Callable[[], np.ndarray]
+LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, protocol, system, state dict, storage keys
+TORCH_WITH_SAFE_LOADER = (2, 10)  # older ones let files bypass weights_only (CVE-2025-32434, CVE-2026-24747)
 
 
 def list_tensors(directory: Path, errors: list[str]) -> dict[str, Tensor]:
-    """Every tensor of a directory by name. What is wrong with single tensors is added to `errors`.
+    """Every tensor of a directory by name. Problems of single tensors are appended to `errors`.
 
-    Raises UserError when there are no weights or a file is damaged.
+    Raises UserError when there are no weights, or when a file is damaged. A `Tensor.dtype` is a key of FLOATS, or the
+    file's own name of another type.
     """
     for index, single, list_file in (
         ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
@@ -57,56 +49,46 @@ def list_tensors(directory: Path, errors: list[str]) -> dict[str, Tensor]:
             return _list_shards(directory / index, list_file, errors)
     raise UserError(
         f"{directory} has no weights: model.safetensors, pytorch_model.bin, or shards of either with their index.json "
-        "are read; convert other formats with transformers' save_pretrained"
+        "can be read; convert other formats with transformers' save_pretrained"
     )
 
 
 def _list_shards(index: Path, list_file: Callable, errors: list[str]) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index} has no 'weight_map' from tensor names to file names")
+        raise UserError(f"{index} has no 'weight_map' from tensor names to file names; fetch it again")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     tensors = {}
     for file in sorted(set(weight_map.values())):
-        if not _is_beside(index, file):
+        # Only files of the index's format, in its folder. os.path.isfile is False for impossible names.
+        if Path(file).name != file or not file.endswith(suffix) or not os.path.isfile(index.parent / file):
             raise UserError(f"{index} names the shard {file[:99]!r}, which is no weight file beside it")
         for name, tensor in list_file(index.parent / file).items():
             if name in tensors:
                 errors.append(f"{name} is in {tensors[name].file.name} and again in {file}")
             elif weight_map.get(name) != file:
-                errors.append(f"{name} is in {file}, where the index says {weight_map.get(name, 'nothing of it')}")
+                errors.append(f"{name} is in {file}, but the index names {weight_map.get(name, 'no file for it')}")
             tensors[name] = tensor
     absent = [name for name in weight_map if name not in tensors]
-    errors += [f"{name} is not in {weight_map[name]}, where the index says it is" for name in absent]
+    errors += [f"{name} is not in {weight_map[name]}, which the index names for it" for name in absent]
     return tensors
-
-
-def _is_beside(index: Path, file: str) -> bool:
-    """A shard is of its index's kind and in its directory: no name may lead anywhere else."""
-    kind = index.name.split(".")[1]  # safetensors or bin
-    try:
-        return Path(file).name == file and file.endswith(f".{kind}") and (index.parent / file).is_file()
-    except OSError:  # no file system has names this long
-        return False
 
 
 def _list_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise UserError(
-                    f"{path} announces a header of {header_bytes:,} bytes; at most {MAX_HEADER_BYTES:,} are accepted, "
-                    "and no ImageGPT comes near"
-                )
-            with safe_open(path, framework="numpy"):  # the format's own library validates every entry and the length
-                header = json.loads(file.read(header_bytes))
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise UserError(f"{path} announces a header of {length:,} bytes; {MAX_HEADER_BYTES:,} are allowed")
+            with safe_open(path, framework="numpy"):  # the format's library checks the header
+                header = json.loads(file.read(length))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a sound safetensors file ({error}); fetch it again") from None
 
     def tensor(entry: dict) -> Tensor:
-        start, stop = (8 + header_bytes + offset for offset in entry["data_offsets"])
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
 
-        def read() -> np.ndarray:  # an ordinary read: pages of a memory map would count as ours until evicted
+        def read() -> np.ndarray:  # not a memory map: its pages would count as this process's memory
             dtype = np.dtype(FLOATS[entry["dtype"]])
             flat = np.fromfile(path, dtype, (stop - start) // dtype.itemsize, offset=start)
             return flat.reshape(entry["shape"])
@@ -120,33 +102,24 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError:
-        raise UserError(
-            f'{path} is a PyTorch file; reading it needs torch: pip install "igpt[torch]", or convert it to safetensors'
-        ) from None
+        raise UserError(f'{path} needs torch: pip install "igpt[torch]", or convert it to safetensors') from None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < TORCH_WITH_SAFE_LOADER:
-        raise UserError(
-            f"torch {torch.__version__} cannot read {path} safely; install torch 2.10 or newer, "
-            "or convert the file to safetensors"
-        )
+        raise UserError(f"torch {torch.__version__} cannot read {path} safely; install torch 2.10 or newer")
     try:
         mappable = _check_pickle(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged pickle can raise any type
+        reason = first_line(error)[:200]
         raise UserError(f"{path} was refused: it is damaged or holds more than tensors ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds a {type(state).__name__}; a state dict from names to tensors is needed")
-    plain = [
-        value
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    ]
-    if len(plain) < len(state):
-        raise UserError(f"{path} holds more than plain tensors; a state dict is needed")
-    # A tied head is there twice. Expanded tensors of few stored numbers could ask for any amount of memory.
-    if sum(value.nbytes for value in plain) > 2 * path.stat().st_size:
-        raise UserError(f"{path} was refused: its tensors are larger than the file, repeating what it holds")
+    for value in state.values():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            raise UserError(f"{path} holds more than plain tensors; a state dict is needed")
+    # Few stored numbers can be expanded to a tensor of any size. The factor 2 is for a tied head, which is there twice.
+    if sum(value.nbytes for value in state.values()) > 2 * path.stat().st_size:
+        raise UserError(f"{path} was refused: its tensors repeat numbers and exceed the file; save copies of them")
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
     def tensor(value) -> Tensor:
@@ -159,58 +132,46 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _check_pickle(path: Path) -> bool:
-    """Raises ValueError unless a .bin file's pickles are those of a state dict. True if it is torch 1.6's zip or newer.
-
-    Nothing is unpickled: the operations are read one by one.
-    """
+    """Raises ValueError if a .bin file has more than a state dict. Returns whether it is a zip, torch 1.6's format."""
     with path.open("rb") as file:
-        head = file.read(MAX_HEADER_BYTES)
-        zipped = zipfile.is_zipfile(file)
+        head, zipped = file.read(MAX_HEADER_BYTES), zipfile.is_zipfile(file)
         if zipped != head.startswith(b"PK\x03\x04"):
-            raise ValueError("it is a zip file in part")
+            raise ValueError("only a part of it is a zip file")
         if zipped:
-            with zipfile.ZipFile(file) as archive:
-                head = _zipped_pickle(archive, path.stat().st_size)
-    pickles = io.BytesIO(head)
+            parts = (archive := zipfile.ZipFile(file)).infolist()
+            pickles = [part for part in parts if part.filename.endswith("data.pkl")]
+            if len(pickles) != 1 or len({part.filename for part in parts}) < len(parts):
+                raise ValueError("it does not have exactly one data.pkl, or another name is there twice")
+            packed = any(part.compress_type or part.compress_size != part.file_size for part in parts)
+            larger = sum(part.file_size for part in parts) > path.stat().st_size
+            if packed or larger or pickles[0].file_size > MAX_HEADER_BYTES:
+                raise ValueError("it holds more than its size allows")
+            head = archive.read(pickles[0])
+    stream = io.BytesIO(head)  # pickletools only lists the operations: nothing is unpickled
     for _ in range(1 if zipped else LEGACY_PICKLES):
-        for operation, argument, _ in pickletools.genops(pickles):
-            if operation.name == "GLOBAL" and PICKLED.fullmatch(argument):
-                continue
-            if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") or operation.name.startswith("EXT"):
+        for operation, argument, _ in pickletools.genops(stream):
+            names = operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") or operation.name.startswith("EXT")
+            if names and not (operation.name == "GLOBAL" and PICKLED.fullmatch(argument)):
                 raise ValueError(f"it names {argument or operation.name}")
     return zipped
 
 
-def _zipped_pickle(archive: zipfile.ZipFile, size: int) -> bytes:
-    """The one pickle of torch's zip format, in which every part is stored as it is."""
-    parts = archive.infolist()
-    pickles = [part for part in parts if part.filename.endswith("data.pkl")]
-    if len(pickles) != 1 or len({part.filename for part in parts}) < len(parts):
-        raise ValueError("parts of it are there twice, or none is data.pkl")
-    stored = all(part.compress_type == zipfile.ZIP_STORED and part.file_size == part.compress_size for part in parts)
-    if not stored or sum(part.file_size for part in parts) > size or pickles[0].file_size > MAX_HEADER_BYTES:
-        raise ValueError("it holds more than its size allows")
-    return archive.read(pickles[0])
-
-
 def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-    """Writes model.safetensors, or numbered shards and their index when there is more than a shard may hold.
+    """Writes model.safetensors, or numbered shards and their index if there are more than MAX_SHARD_BYTES.
 
-    `dtype` is a key of FLOATS. Tensors of that type are written without being copied.
+    `dtype` is a key of FLOATS. Tensors of that type are not copied.
     """
     dtype = np.dtype(FLOATS[dtype])
-    shards = [{}]
-    filled = 0
+    shards, room = [], 0
     for name, tensor in tensors.items():
         size = tensor.size * dtype.itemsize
-        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+        if not shards or size > room:
             shards.append({})
-            filled = 0
+            room = MAX_SHARD_BYTES
         shards[-1][name] = tensor
-        filled += size
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
+        room -= size
+    numbered = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = numbered if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
         contiguous = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in shard.items()}
         save_file(contiguous, directory / file, {"format": "pt"})  # older transformers refuse files without it

@@ -32,7 +32,7 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (3, *HF_IMAGE_SIZE, 3), np.ui
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """A causal model of transformers with its processor; not to be changed."""
+    """A causal model of transformers with its processor; tests must not change it."""
     return save_hf_model(tmp_path_factory.mktemp("hf"), hf_model())
 
 
@@ -43,7 +43,7 @@ def imported(hf, tmp_path_factory):
 
 @pytest.fixture
 def copied(hf, tmp_path):
-    """The directory `hf`, to be changed."""
+    """A copy of the directory `hf`, which a test may change."""
     folder = tmp_path / "copied"
     folder.mkdir()
     for file in FILES:
@@ -69,14 +69,14 @@ def test_a_directory_of_transformers_comes_back_byte_for_byte(tmp_path, head, dt
     assert not [path for path in tmp_path.rglob("*partial*")]
 
 
-def test_what_the_config_says_of_the_type_does_not_round_what_the_tensors_are(copied, tmp_path):
+def test_the_dtype_in_the_config_does_not_round_the_tensors(copied, tmp_path):
     change(copied / "config.json", dtype="float16")
     run = import_directory(copied, tmp_path / "run")
     assert_same_files(copied, export(run, tmp_path / "back"), ["model.safetensors"])
     assert_same_files(copied, export(copied, tmp_path / "other"), ["model.safetensors"])
 
 
-def test_the_commands_take_a_directory_there_and_back(hf, tmp_path):
+def test_the_commands_import_a_directory_and_export_it(hf, tmp_path):
     def command(*args):
         return subprocess.run([sys.executable, "-m", "igpt", *args], capture_output=True, text=True)
 
@@ -140,12 +140,12 @@ def test_a_model_of_transformers_computes_the_same_here(hf):
     np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
 
 
-def test_another_run_s_origin_or_a_damaged_one_is_refused(imported, tmp_path):
+def test_a_foreign_or_damaged_origin_is_refused(imported, tmp_path):
     run = write_imported_run(tmp_path / "run")
     origin = run / ORIGIN
     sound = (imported / ORIGIN).read_text()
     origin.write_text(sound)
-    with pytest.raises(UserError, match="of another model"):  # which has biases
+    with pytest.raises(UserError, match="another model"):  # one with biases
         export(run, tmp_path / "hf")
     for content in ("{}", '{"config": 1}', '{"config": {}, "preprocessor": {}}', "[", sound.replace('"F32"', '"F33"')):
         origin.write_text(content)
@@ -174,19 +174,19 @@ def test_parts_that_do_not_fit_each_other_are_refused(copied):
     change(processor, clusters=(2 * HF_CLUSTERS).tolist())
     refused(r"palette centres are floats in \[-1, 1\]")
     change(processor, image_mean=[0.485, 0.456, 0.406])
-    refused("clusters are in units of their own")
+    refused("clusters are in unusual units")
     change(processor, do_normalize=False)
-    refused("clusters are in units of their own")
+    refused("clusters are in unusual units")
     change(config, vocab_size=19)
-    refused(r"wte.weight has shape \[18, 22\], the config makes it \[19, 22\]")
+    refused(r"wte.weight has shape \[18, 22\]; it must be \[19, 22\]")
     change(config, model_type="gpt2")
     refused("model_type is 'gpt2'; only 'imagegpt'")
     change(config, tie_word_embeddings=True)
-    refused("ties its head to the embedding")
+    refused("uses its embedding, start of sequence included, as its head")
     processor.unlink()
     refused(r"has no preprocessor_config.json, .* import --from=.* --clusters=kmeans_centers.npy")
     config.write_text("{}")
-    with pytest.raises(UserError, match="is no Hugging Face directory: its config.json has no model_type"):
+    with pytest.raises(UserError, match="is not a Hugging Face directory: its config.json has no model_type"):
         import_directory(copied, copied.parent / "run")
 
 
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_causal_is_not_exported(tmp_path):
 
 
 @pytest.mark.parametrize("taken", ["full", "file", "x" * 300, "file/below"])
-def test_nothing_is_written_over_or_where_it_cannot_be(hf, imported, tmp_path, taken):
+def test_existing_files_and_impossible_paths_are_not_written(hf, imported, tmp_path, taken):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -228,8 +228,8 @@ def test_an_empty_directory_is_filled(imported, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("a defect")])
-def test_what_breaks_off_leaves_nothing_and_touches_no_one_s_files(imported, hf, tmp_path, monkeypatch, error):
-    (tmp_path / "out.partial").mkdir()  # somebody's, not ours
+def test_a_failed_write_leaves_nothing_and_keeps_foreign_files(imported, hf, tmp_path, monkeypatch, error):
+    (tmp_path / "out.partial").mkdir()  # another program's folder
 
     def fail(*args, **kwargs):
         raise error
@@ -262,5 +262,5 @@ def test_half_precision_in_parts_is_widened(copied, tmp_path):
     assert all((back[name] == tensors[name]).all() for name in tensors)
 
 
-def test_the_sizes_here_need_no_divisor():
+def test_the_image_size_fits_the_number_of_positions():
     assert HF_IMAGE_SIZE[0] * HF_IMAGE_SIZE[1] == HF_SIZES["n_positions"]

@@ -20,7 +20,7 @@ from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ModelConfig
 
 SMALL = dict(vocab_size=18, n_positions=16, n_embd=22, n_layer=3, n_head=2)
-STRANGE = [  # what a stranger may write where something else belongs
+STRANGE = [  # values that a foreign file may have in a field of any other type
     *(None, True, False, 0, -1, 2**31, 2**63, 10**400, -(10**400), 0.5, 1e308, float("nan"), float("inf"), "", "x"),
     *("imagegpt", "\ud800", "x" * 10**6, [], [[]], ["x"], [None] * 9, {}, {"x": 1}, {"0": None}, {"height": "x"}),
 ]
@@ -28,7 +28,7 @@ CLUSTERS = np.linspace(-1, 1, 51).reshape(17, 3).tolist()
 
 
 def loads_or_is_refused(load) -> bool:
-    """Whether `load` did it; an exception other than UserError, 64 MB or five seconds are too much."""
+    """Whether `load` succeeded. Fails for an exception other than UserError, for 64 MB, and for five seconds."""
     tracemalloc.start()
     start = time.process_time()
     try:
@@ -60,7 +60,7 @@ def test_defaults_and_their_file_are_those_of_transformers(tmp_path):
         dict(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, activation_function="gelu_new"),
     ],
 )
-def test_a_file_of_transformers_is_written_back_byte_for_byte_and_read_back_the_same(tmp_path, settings):
+def test_a_file_of_transformers_is_written_back_byte_for_byte(tmp_path, settings):
     PeerConfig(**SMALL, **settings).save_pretrained(tmp_path)
     written = (tmp_path / "config.json").read_text()
     ImageGPTConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
@@ -68,7 +68,7 @@ def test_a_file_of_transformers_is_written_back_byte_for_byte_and_read_back_the_
     assert ImageGPTConfig(**SMALL, **settings).num_labels == PeerConfig.from_pretrained(tmp_path).num_labels
 
 
-def test_an_old_file_without_half_of_the_fields_gets_the_defaults(tmp_path):
+def test_an_old_file_with_few_fields_gets_the_defaults(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "imagegpt", "n_embd": 22, "n_head": 2, "num_hidden_layers": 3}'
     )
@@ -77,7 +77,7 @@ def test_an_old_file_without_half_of_the_fields_gets_the_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, *SAME_ACTIVATION])
-def test_every_network_survives_the_way_there_and_back(activation):
+def test_every_network_survives_conversion_in_both_directions(activation):
     config = ImageGPTConfig(**SMALL, n_inner=46, activation_function=activation, scale_attn_weights=False, num_labels=5)
     for head in ("pixels", "classes", "none"):
         model = to_model_config(config, head)
@@ -95,7 +95,7 @@ def test_every_setting_reaches_the_network():
     )
 
 
-def test_a_misspelt_keyword_is_told_and_a_bad_value_named():
+def test_messages_name_a_misspelt_keyword_and_a_bad_value():
     with pytest.raises(UserError, match="no 'n_layers'; did you mean 'n_layer'"):
         ImageGPTConfig(n_layers=3)
     with pytest.raises(UserError, match="n_embd 22 is not divisible by n_head 3"):
@@ -136,7 +136,7 @@ def test_any_value_in_any_field_of_a_processor_loads_or_is_refused(tmp_path, val
     for name in settings:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {name: value}))
         loaded += loads_or_is_refused(lambda: ImageGPTImageProcessor.from_pretrained(tmp_path).to_json_string())
-    assert (loaded == len(settings)) == (value is None)  # which stands for every default
+    assert (loaded == len(settings)) == (value is None)  # None gives every field its default
 
 
 def test_a_message_does_not_repeat_a_megabyte():
@@ -154,7 +154,7 @@ def test_files_that_are_no_json_objects_are_refused(tmp_path):
         assert not loads_or_is_refused(lambda: ImageGPTImageProcessor.from_pretrained(tmp_path))
 
 
-def test_what_is_too_deep_to_be_copied_is_refused(tmp_path):
+def test_json_that_is_nested_too_deep_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a":' * MAX_JSON_DEPTH + "1" + "}" * MAX_JSON_DEPTH)
     assert ImageGPTConfig.from_pretrained(tmp_path).to_json_string()
@@ -173,7 +173,7 @@ def test_a_file_that_is_too_large_is_not_even_read(tmp_path):
         read_json(path)
 
 
-def test_what_never_ends_is_not_read(tmp_path):
+def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     os.symlink("/dev/zero", tmp_path / "preprocessor_config.json")
     with pytest.raises(UserError, match="is not a file"):

@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from igpt.errors import UserError
 from igpt.interop import hf_weights
-from igpt.interop.hf_weights import BASE, named_tensors, open_directory, places, read_params
+from igpt.interop.hf_weights import BASE, named_tensors, open_directory, targets
 from igpt.model import ImageGPT, ModelConfig
 from tests.helpers import HF_CLASSES, assert_trees_equal, hf_model
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A causal model's directory; not to be changed."""
+    """A causal model's directory; tests must not change it."""
     directory = tmp_path_factory.mktemp("hf")
     hf_model().save_pretrained(directory)
     return directory
@@ -26,15 +26,14 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def directory(saved, tmp_path):
-    """The same, to be changed; and its tensors."""
+    """A copy of `saved`, which a test may change."""
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((saved / file).read_bytes())
     return tmp_path
 
 
 def params_of(directory):
-    weights = open_directory(directory)
-    return read_params(weights.tensors, weights.model)
+    return open_directory(directory).read()
 
 
 def change(directory, **settings):
@@ -43,18 +42,18 @@ def change(directory, **settings):
 
 
 @pytest.mark.parametrize("head", HF_CLASSES)
-def test_every_tensor_goes_there_and_comes_back_unchanged(tmp_path, head):
+def test_every_tensor_survives_reading_and_writing(tmp_path, head):
     hf_model(head).save_pretrained(tmp_path)
     weights = open_directory(tmp_path)
     assert (weights.model.pixel_head, weights.model.num_classes) == (head == "pixels", 5 if head == "classes" else 0)
-    back = named_tensors(read_params(weights.tensors, weights.model), weights.model, "" if head == "none" else BASE)
+    back = named_tensors(weights.read(), weights.model, "" if head == "none" else BASE)
     theirs = load_file(tmp_path / "model.safetensors")
     assert back.keys() == theirs.keys()
     assert_trees_equal(back, theirs)
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["Other"], 5, True, "ImageGPTModel", {}])
-def test_without_a_word_of_the_config_the_tensors_say_which_head_there_is(directory, architectures):
+def test_the_tensors_decide_the_head_if_the_config_names_none(directory, architectures):
     change(directory, architectures=architectures)
     assert open_directory(directory).model.pixel_head
 
@@ -92,7 +91,7 @@ def test_the_masks_of_old_files_are_skipped_in_safetensors_too(saved, directory)
     assert_trees_equal(params_of(directory), params_of(saved))
 
 
-def test_everything_that_does_not_fit_is_named_at_once(directory):
+def test_all_tensors_that_do_not_fit_are_listed_at_once(directory):
     tensors = load_file(directory / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.bias"]
     tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:-1].copy()
@@ -103,9 +102,9 @@ def test_everything_that_does_not_fit_is_named_at_once(directory):
     with pytest.raises(UserError) as error:
         open_directory(directory)
     assert str(error.value) == (
-        f"the weights in {directory} do not fit their config.json:\n"
+        f"the weights in {directory} do not fit their config.json; fetch both again, or correct the config:\n"
         "  ln_f.weight is there twice, with and without the prefix 'transformer.'\n"
-        "  wte.weight has shape [17, 22], the config makes it [18, 22]\n"
+        "  wte.weight has shape [17, 22]; it must be [18, 22]\n"
         "  wpe.weight is F64; weights are F32, F16, BF16\n"
         "  h.1.mlp.c_fc.bias [88] is missing\n"
         "  extra??[31m [3] is unknown"
@@ -133,7 +132,7 @@ def test_a_tensor_in_two_shards_is_named(directory):
 @pytest.mark.parametrize(
     "claim", [dict(n_embd=2**30), dict(n_positions=2**30), dict(n_layer=1000), dict(n_inner=2**30)]
 )
-def test_a_config_that_claims_more_than_the_file_has_costs_nothing(directory, monkeypatch, claim):
+def test_a_config_with_false_sizes_allocates_no_memory(directory, monkeypatch, claim):
     change(directory, **claim)
 
     def fail(*args, **kwargs):
@@ -145,11 +144,11 @@ def test_a_config_that_claims_more_than_the_file_has_costs_nothing(directory, mo
         open_directory(directory)
 
 
-def test_a_head_that_is_asked_for_may_lack_and_another_is_left_out(directory):
+def test_a_requested_head_may_be_missing_and_another_is_left_out(directory):
     weights = open_directory(directory, head="classes")
-    assert places(weights.model).keys() - weights.tensors.keys() == {"score.weight"}
+    assert targets(weights.model).keys() - weights.tensors.keys() == {"score.weight"}
     assert "lm_head.weight" not in weights.tensors
-    assert set(read_params(weights.tensors, weights.model)) == {
+    assert set(weights.read()) == {
         *("blocks", "final_norm", "position_table", "token_table"),
     }
 
@@ -160,4 +159,4 @@ def test_a_network_without_biases_gets_zeros_for_them():
     tensors = named_tensors(params, model)
     biases = {name for name in tensors if re.search(r"\.bias$", name)}
     assert len(biases) == 2 * 4 and not any(tensors[name].any() for name in biases)
-    assert tensors.keys() == {n if n in hf_weights.HEADS.values() else BASE + n for n in places(model)}
+    assert tensors.keys() == {n if n in hf_weights.HEADS.values() else BASE + n for n in targets(model)}

@@ -11,8 +11,9 @@ from flax import nnx
 import igpt
 from igpt import config as configuration
 from igpt.errors import UserError
+from igpt.interop.hub import resolve
 from igpt.interop.import_run import import_directory
-from igpt.interop.load import check_same_network, resolve
+from igpt.interop.load import check_same_network
 from igpt.palette import Palette
 from igpt.run import checkpoint
 from igpt.sample import sample_images
@@ -32,7 +33,7 @@ def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
     assert np.allclose(pretrained.model(tokens), 0)  # the head is still zero
 
 
-def test_a_step_can_be_named_and_a_missing_one_lists_those_there_are(tmp_path):
+def test_a_step_can_be_chosen_and_a_missing_one_lists_the_others(tmp_path):
     write_run_config(tmp_path)
     save_states(tmp_path, make_mesh(), steps=(2, 4))
     assert igpt.load(tmp_path, step=2).step == 2
@@ -82,7 +83,7 @@ def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
         configuration.check_resumable(config, tmp_path)
 
 
-def test_a_fine_tuned_run_gives_its_best_step_and_any_other_that_is_named(tmp_path):
+def test_a_fine_tuned_run_loads_its_best_step_or_the_chosen_one(tmp_path):
     write_run_config(tmp_path)
     progress, mesh = checkpoint.Progress(), make_mesh()
     with checkpoint.Checkpoints(tmp_path, 1, progress) as checkpoints:
@@ -96,7 +97,7 @@ def test_a_fine_tuned_run_gives_its_best_step_and_any_other_that_is_named(tmp_pa
         np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], expected)
 
 
-def test_heads_may_differ_where_they_can_be_new_or_left_behind(tmp_path):
+def test_a_run_may_add_a_classifier_and_leave_out_either_head(tmp_path):
     config = write_run_config(tmp_path, num_classes=5)
     for heads in (dict(num_classes=5), dict(num_classes=0), dict(pixel_head=False, num_classes=5)):
         config.model.update(heads)
@@ -122,11 +123,11 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """A model of transformers with its processor; not to be changed."""
+    """A model of transformers with its processor; tests must not change it."""
     return save_hf_model(tmp_path_factory.mktemp("hub") / "hf", hf_model())
 
 
-def test_a_hugging_face_directory_and_the_run_imported_from_it_are_the_same_model(hf, tmp_path):
+def test_a_hugging_face_directory_equals_the_run_imported_from_it(hf, tmp_path):
     one, other = igpt.load(hf), igpt.load(import_directory(hf, tmp_path / "run"))
     assert one.config.to_json() == other.config.to_json() and one.step == other.step == 0
     np.testing.assert_array_equal(one.palette.centers, other.palette.centers)
@@ -140,7 +141,7 @@ def test_a_hugging_face_directory_has_no_steps(hf):
         igpt.load(hf, step=3)
 
 
-def test_weights_may_come_from_a_hugging_face_directory_of_the_same_network(hf):
+def test_weights_may_come_from_a_hugging_face_directory(hf):
     config = igpt.load(hf).config
     check_same_network(str(hf), config)
     config.model.use_bias = False
@@ -150,7 +151,7 @@ def test_weights_may_come_from_a_hugging_face_directory_of_the_same_network(hf):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """hub(answer) puts `answer` in the place of huggingface_hub's snapshot_download, in an empty folder."""
+    """hub(answer) replaces huggingface_hub's snapshot_download with `answer`, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def install(answer):
@@ -191,7 +192,7 @@ def test_pytorch_weights_are_fetched_only_where_there_are_no_others(hub, tmp_pat
 
 
 @pytest.mark.parametrize("error", [OSError("offline\nmore"), ValueError("no such repository"), RuntimeError()])
-def test_what_goes_wrong_at_the_hub_is_told_in_a_sentence(hub, error):
+def test_an_error_of_the_hub_becomes_one_line(hub, error):
     def answer(*args, **kwargs):
         raise error
 
@@ -211,7 +212,7 @@ def test_without_the_hub_s_library_the_message_names_the_extra(hub, monkeypatch)
         igpt.load("someone/something")
 
 
-def test_a_slip_in_a_path_is_told_without_asking_the_hub(hub, tmp_path):
+def test_a_misspelt_path_fails_without_asking_the_hub(hub, tmp_path):
     def answer(*args, **kwargs):
         raise AssertionError("the hub was asked")
 

@@ -11,8 +11,10 @@ from flax import nnx
 import igpt
 from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
-from igpt.interop import openai
+from igpt.interop import import_run, mapping, openai
 from igpt.interop.export import export
+from igpt.interop.import_run import import_checkpoint
+from igpt.interop.mapping import Tensor
 from igpt.model import ModelConfig
 from tests.helpers import OPENAI_DIMS, openai_variables, write_tf_checkpoint
 
@@ -61,7 +63,7 @@ def clusters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory, clusters):
-    """imported(bert=..., classes=...) -> released variables, and the run directory imported from them."""
+    """imported(bert=..., classes=...) -> the released variables, and the run directory of their import."""
     made = {}
 
     def of(**kind):
@@ -70,7 +72,7 @@ def imported(tmp_path_factory, clusters):
             folder = tmp_path_factory.mktemp("imported")
             variables = openai_variables(**kind)
             prefix = write_tf_checkpoint(folder / "model.ckpt-1000000", variables)
-            made[key] = variables, openai.import_checkpoint(prefix, clusters, folder / "run")
+            made[key] = variables, import_checkpoint(prefix, clusters, folder / "run")
         return made[key]
 
     return of
@@ -123,7 +125,7 @@ def test_a_bert_checkpoint_may_have_a_classifier_too(imported):
     np.testing.assert_allclose(igpt.load(run).model.classify(some_tokens()), expected, atol=1e-5)
 
 
-def test_the_run_directory_says_what_network_it_holds_and_carries_the_clusters(imported, clusters):
+def test_the_run_directory_has_the_network_and_the_clusters(imported, clusters):
     config, model, palette, step = igpt.load(imported()[1])
     assert step == 0 and tuple(config.data.image_size) == (5, 5) and config.data.channels == 3
     expected = dict(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, use_bias=False, causal=True)
@@ -134,7 +136,7 @@ def test_the_run_directory_says_what_network_it_holds_and_carries_the_clusters(i
 
 def test_grey_clusters_make_a_grey_model(checkpoint, tmp_path):
     np.save(tmp_path / "grey.npy", np.linspace(-1, 1, V)[:, None].repeat(3, axis=1))
-    run = openai.import_checkpoint(checkpoint, tmp_path / "grey.npy", tmp_path / "run")
+    run = import_checkpoint(checkpoint, tmp_path / "grey.npy", tmp_path / "run")
     assert igpt.load(run).config.data.channels == 1
 
 
@@ -160,15 +162,13 @@ def test_any_file_of_a_checkpoint_names_it(checkpoint, ending):
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
 def test_other_float_types_become_float32(clusters, tmp_path, dtype):
     variables = {name: value.astype(dtype) for name, value in openai_variables().items() if name.startswith("model/")}
-    run = openai.import_checkpoint(
-        write_tf_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run"
-    )
+    run = import_checkpoint(write_tf_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
     model = igpt.load(run).model
     assert model.token_table[...].dtype == np.float32
     np.testing.assert_array_equal(model.position_table[...], variables["model/wpe"].astype(np.float32))
 
 
-def test_little_more_than_one_leaf_is_held_beside_the_parameters_and_the_largest_comes_first():
+def test_the_largest_leaf_is_read_first_one_variable_at_a_time():
     arrays = {name: value for name, value in openai_variables().items() if name.startswith("model/")}
     alive, order = [], []
 
@@ -180,10 +180,11 @@ def test_little_more_than_one_leaf_is_held_beside_the_parameters_and_the_largest
             order.append(name.removeprefix("model/"))
             return copy
 
-        return openai.Variable(value.shape, value.dtype, read)
+        return Tensor(value.shape, value.dtype.name, None, read)
 
     model = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F)
-    params = openai.read_params({name: variable(name, value) for name, value in arrays.items()}, model)
+    variables = {name: variable(name, value) for name, value in arrays.items()}
+    params = mapping.read_params(variables, openai.targets(variables), mapping.abstract_params(model))
     assert params["head"]["kernel"].shape == (D, V)
     assert all("mlp" in name for name in order[: 2 * L]) and "ln_f/g" in order[-2 * L - 1 :]
     assert len(order) == 5 + 8 * L
@@ -212,40 +213,41 @@ zeros = np.zeros
             put("model/h1000000/ln_1/g", zeros(D, "f4")),
             r"model/h3/ln_1/g \[20\] is missing(.|\n)*model/h1000000/ln_1/g",
         ),
-        (put("model/h2/ln_2/g", zeros(D + 1, "f4")), r"model/h2/ln_2/g has shape \[21\], the others make it \[20\]"),
-        (put("model/sos", zeros((1, D), "f4")), r"model/sos has shape \[1, 20\], the others make it \[20\]"),
+        (put("model/h2/ln_2/g", zeros(D + 1, "f4")), r"model/h2/ln_2/g has shape \[21\]; it must be \[20\]"),
+        (put("model/sos", zeros((1, D), "f4")), r"model/sos has shape \[1, 20\]; it must be \[20\]"),
         (put("model/clf/wclf", zeros((C, D + 1), "f4")), r"model/clf/wclf has shape \[7, 21\].*\[7, 20\]"),
-        (put("model/ln_f/g", zeros(D, "i4")), r"model/ln_f/g is int32; weights are floats"),
-        (put("model/wpe", zeros((23, D), "f4")), r"model/wpe has 23 positions, which is no square"),
+        (
+            put("model/ln_f/g", zeros(D, "i4")),
+            r"model/ln_f/g is int32; weights are float16, bfloat16",
+        ),
+        (put("model/wpe", zeros((23, D), "f4")), r"model/wpe has 23 positions, which is not a square"),
         (
             lambda variables: [
                 variables.update({name: zeros((3, 5, D), "f4")}) for name in variables if "attn" in name
             ],
-            "3 heads of 5 do not make up the width 20",
+            "3 heads of 5 do not add up to the width 20",
         ),
     ],
 )
-def test_variables_that_are_no_image_gpt_are_refused_before_any_is_read(
-    clusters, tmp_path, monkeypatch, change, message
-):
-    monkeypatch.setattr(openai, "read_params", lambda *_: pytest.fail("began to read"))
+def test_variables_of_another_network_are_refused_before_reading(clusters, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(import_run, "read_params", lambda *_: pytest.fail("began to read"))
     variables = openai_variables()
     change(variables)
     prefix = write_tf_checkpoint(tmp_path / "model.ckpt-7", variables)
     with pytest.raises(UserError, match=message):
-        openai.import_checkpoint(prefix, clusters, tmp_path / "run")
+        import_checkpoint(prefix, clusters, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_everything_that_is_wrong_is_said_at_once_and_a_long_list_is_cut(clusters, tmp_path):
+def test_all_errors_are_listed_at_once_and_a_long_list_is_cut(clusters, tmp_path):
     variables = openai_variables()
     without("wpe", "h0/ln_1/g")(variables)
     variables["model/h1/ln_1/g"] = zeros(D + 1, "f4")
     variables |= {f"model/extra{i:02d}": zeros(1, "f4") for i in range(20)}
     with pytest.raises(UserError) as caught:
-        openai.import_checkpoint(write_tf_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
+        import_checkpoint(write_tf_checkpoint(tmp_path / "model.ckpt-7", variables), clusters, tmp_path / "run")
     lines = str(caught.value).splitlines()
-    assert len(lines) == 1 + openai.SHOWN + 1 and lines[-1].strip() == "... and 11 more"
+    assert len(lines) == 1 + mapping.SHOWN + 1 and lines[-1].strip() == "... and 11 more"
     for part in ("model/wpe [T, 20] is missing", "h0/ln_1/g [20] is missing", "h1/ln_1/g has shape", "extra00 [1] is"):
         assert part in str(caught.value)
 
@@ -270,23 +272,23 @@ def cut(path, keep):
         (lambda prefix, shard: cut(shard, 100), "is damaged"),
         (
             lambda prefix, shard: shard.unlink(),
-            r"is not whole: model.ckpt-1000000.data-00002-of-00005 should lie beside",
+            r"is not complete: model.ckpt-1000000.data-00002-of-00005 should lie beside",
         ),
         (lambda prefix, shard: [file.unlink() for file in prefix.parent.glob("*.data-*")], r"\.data-\* should lie"),
         (
             lambda prefix, shard: prefix.with_name(f"{prefix.name}.index").unlink(),
-            r"there is no TensorFlow checkpoint .*ckpt-1000000\.index would be its index.*: none\)",
+            r"there is no TensorFlow checkpoint .*because there is no .*ckpt-1000000\.index.*: none\)",
         ),
     ],
 )
 def test_damaged_and_missing_files_are_refused(copied, clusters, tmp_path, damage, message):
     damage(copied, copied.with_name(f"{copied.name}.data-00002-of-{SHARDS:05d}"))
     with pytest.raises(UserError, match=message):
-        openai.import_checkpoint(copied, clusters, tmp_path / "run")
+        import_checkpoint(copied, clusters, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_in_place_of_a_prefix_is_told_what_prefixes_it_holds(checkpoint):
+def test_a_folder_in_place_of_a_prefix_lists_its_prefixes(checkpoint):
     with pytest.raises(UserError, match=rf"such as model\.ckpt-1000000 \(in .*: {checkpoint}\)"):
         openai.find_prefix(checkpoint.parent)
 
@@ -294,66 +296,66 @@ def test_a_folder_in_place_of_a_prefix_is_told_what_prefixes_it_holds(checkpoint
 def test_a_size_is_checked_against_the_checkpoint(checkpoint, clusters, tmp_path, monkeypatch):
     mistaken = r"--size=s has width 512, depth 24, num_heads 8, seq_len 1024, but .* has width 20, depth 3, num_heads 2"
     with pytest.raises(UserError, match=mistaken + ".*leave --size out"):
-        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
+        import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
     monkeypatch.setitem(openai.PRESETS, "tiny", dict(width=D, depth=L, num_heads=N, seq_len=T))
     with pytest.raises(UserError, match=mistaken + ".*give --size=tiny"):
-        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
+        import_checkpoint(checkpoint, clusters, tmp_path / "run", size="s")
     with pytest.raises(UserError, match="--size=xs is not known; choose one of s, m, l"):
-        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="xs")
-    assert openai.import_checkpoint(checkpoint, clusters, tmp_path / "run", size="tiny") == tmp_path / "run"
+        import_checkpoint(checkpoint, clusters, tmp_path / "run", size="xs")
+    assert import_checkpoint(checkpoint, clusters, tmp_path / "run", size="tiny") == tmp_path / "run"
 
 
 def test_clusters_of_another_network_are_refused(checkpoint, tmp_path):
     other = write_clusters(tmp_path / "other.npy", colors=13)
-    with pytest.raises(UserError, match=r"other\.npy has 13 colours, .* is of a network with 17"):
-        openai.import_checkpoint(checkpoint, other, tmp_path / "run")
+    with pytest.raises(UserError, match=r"other\.npy has 13 colours, but the network of .* has 17"):
+        import_checkpoint(checkpoint, other, tmp_path / "run")
     with pytest.raises(UserError, match="there is no palette at"):
-        openai.import_checkpoint(checkpoint, tmp_path / "absent.npy", tmp_path / "run")
+        import_checkpoint(checkpoint, tmp_path / "absent.npy", tmp_path / "run")
 
 
-def test_nothing_that_is_there_is_written_over(checkpoint, clusters, tmp_path):
+def test_existing_files_are_not_overwritten(checkpoint, clusters, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run")
+        import_checkpoint(checkpoint, clusters, tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
-def test_the_command_says_what_it_made_and_what_to_do_next(checkpoint, clusters, tmp_path, capsys):
+def test_the_command_prints_its_result_and_the_next_commands(checkpoint, clusters, tmp_path, capsys):
     command = ["import", f"--checkpoint={checkpoint}.index", f"--clusters={clusters}", f"--out={tmp_path}/run"]
     run_igpt(command)
-    said = capsys.readouterr().out
-    assert "width 20, depth 3, 2 heads, 25 positions, 17 colours, palette head" in said
-    assert f"igpt sample --model={tmp_path}/run" in said and "BERT" not in said
+    printed = capsys.readouterr().out
+    assert "width 20, depth 3, 2 heads, 25 positions, 17 colours, palette head" in printed
+    assert f"igpt sample --model={tmp_path}/run" in printed and "BERT" not in printed
     with pytest.raises(SystemExit) as caught:
         run_igpt(command)
     assert caught.value.code == 2 and "error: --out=" in capsys.readouterr().err
 
 
-def test_the_command_says_that_a_bert_model_cannot_be_sampled(clusters, tmp_path, capsys):
+def test_the_command_prints_that_a_bert_model_cannot_be_sampled(clusters, tmp_path, capsys):
     prefix = write_tf_checkpoint(tmp_path / "model.ckpt-7", openai_variables(bert=True))
     run_igpt(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
-    said = capsys.readouterr().out
-    assert "BERT objective" in said and "igpt sample" not in said
+    printed = capsys.readouterr().out
+    assert "BERT objective" in printed and "igpt sample" not in printed
 
 
-def test_tensorflow_is_asked_for_by_the_name_of_its_extra(checkpoint, clusters, tmp_path, monkeypatch):
+def test_without_tensorflow_the_message_names_the_extra(checkpoint, clusters, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r'pip install "igpt\[tfds\]"'):
-        openai.import_checkpoint(checkpoint, clusters, tmp_path / "run")
+        import_checkpoint(checkpoint, clusters, tmp_path / "run")
 
 
-def test_importing_the_modules_loads_no_tensorflow_and_reading_a_checkpoint_starts_no_device(checkpoint):
+def test_imports_load_no_tensorflow_and_reading_starts_no_device(checkpoint):
     program = f"""
 import sys
 from pathlib import Path
-import igpt.data.batches, igpt.export, igpt.openai
+import igpt.data.batches, igpt.interop.export, igpt.interop.openai
 assert "tensorflow" not in sys.modules
-variables = igpt.openai.open_checkpoint(Path({str(checkpoint)!r}))
+variables = igpt.interop.openai.open_checkpoint(Path({str(checkpoint)!r}))
 assert variables["model/wte"].read().shape == ({V}, {D})
 from tensorflow.python.eager import context
 assert context._context is None
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "oneDNN" not in done.stderr  # a notice on every import, unless it is kept away
+    assert "oneDNN" not in done.stderr  # TensorFlow prints this notice on import unless it is switched off

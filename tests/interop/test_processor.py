@@ -1,8 +1,9 @@
-"""Parity is with transformers' PIL flavour: the torchvision one resizes and rounds differently, even from itself."""
+"""Parity with transformers' PIL processor. Its torchvision processor resizes and rounds differently."""
 
 import io
 import itertools
 import pickle
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def test_pixel_values_equal_transformers_to_the_last_bit(resample, do_rescale, d
 @pytest.mark.parametrize(("do_rescale", "do_normalize"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("resample", [None, *Image.Resampling])
 def test_tokens_equal_transformers(resample, do_rescale, do_normalize):
-    highest = (1 if do_rescale else 255) * (2 if do_normalize else 1)  # so that clusters lie where pixels will
+    highest = (1 if do_rescale else 255) * (2 if do_normalize else 1)  # the clusters need the range of the pixels
     clusters = (
         np.array(PROCESSOR_CLUSTERS) * highest / 2 + (0 if do_normalize and do_rescale else highest / 2)
     ).tolist()
@@ -55,7 +56,7 @@ def test_tokens_equal_transformers(resample, do_rescale, do_normalize):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_raw_bytes_are_quantised_to_the_nearest_cluster_where_transformers_squares_them_in_8_bits():
+def test_raw_bytes_get_the_nearest_cluster_unlike_in_transformers():
     settings = dict(
         clusters=(127.5 + 127.5 * np.array(PROCESSOR_CLUSTERS)).tolist(), do_rescale=False, do_normalize=False
     )
@@ -65,7 +66,7 @@ def test_raw_bytes_are_quantised_to_the_nearest_cluster_where_transformers_squar
 
 
 def disagreements(clusters, image):
-    """How many tokens differ from transformers', and how much farther, at most, the farther of the two centres is."""
+    """The number of tokens that differ from transformers', and the largest difference of their centres' distances."""
     ours, theirs = (
         kind(clusters=clusters.tolist(), do_resize=False)(image, return_tensors="np")["input_ids"].ravel()
         for kind in (ImageGPTImageProcessor, ImageGPTImageProcessorPil)
@@ -76,8 +77,8 @@ def disagreements(clusters, image):
     return differ.sum(), np.max(distances[1] - distances[0], initial=0)
 
 
-def test_fewer_than_1_token_in_100000_differs_and_only_where_two_clusters_are_as_near():
-    """transformers rounds pixels to float32, about 1e-7, and so may take the other of two clusters as near as that."""
+def test_fewer_than_1_token_in_100000_differs_and_only_at_a_near_tie():
+    """transformers rounds pixels to float32, about 1e-7. So it may choose the other of two equally near clusters."""
     rng = np.random.default_rng(1)
     counted = []
     for clusters in rng.uniform(-1, 1, (2, 512, 3)):
@@ -87,7 +88,7 @@ def test_fewer_than_1_token_in_100000_differs_and_only_where_two_clusters_are_as
     assert max(gap for _, gap in counted) < 1e-6
 
 
-def test_where_every_pixel_is_a_near_tie_tokens_differ_but_only_by_a_near_tie():
+def test_tokens_of_pixels_at_near_ties_differ_by_near_ties_only():
     colors = np.random.default_rng(2).permutation(256)[:48].reshape(16, 3)
     clusters = np.concatenate([colors / 127.5 - 1 + shift for shift in (0.01, -0.01)])
     number, gap = disagreements(clusters, colors.reshape(2, 8, 3).astype(np.uint8))
@@ -108,7 +109,7 @@ def test_clusters_decode_tokens_as_in_the_documentation():
     np.testing.assert_array_equal(ours(images, return_tensors="np").input_ids, tokens)
 
 
-# ---- what an image can be
+# ---- inputs
 
 
 def forms_of_one_batch():
@@ -153,7 +154,7 @@ def test_single_images_are_a_batch_of_one():
         np.testing.assert_array_equal(tokens_of(single), tokens_as_rgb(PROCESSOR_IMAGES[:1]))
 
 
-def test_images_of_several_sizes_are_resized_into_one_batch_and_without_resizing_come_as_a_list():
+def test_images_of_different_sizes_become_one_batch_or_a_list():
     given = [
         PROCESSOR_IMAGES[0],
         PROCESSOR_IMAGES[1, :7],
@@ -214,7 +215,7 @@ def test_transparency_is_laid_on_white_as_do_convert_rgb_does(mode):
         np.testing.assert_array_equal(tokens_of(np.asarray(picture)), theirs)
 
 
-def test_an_rgb_picture_keeps_a_colour_named_transparent_unless_do_convert_rgb():
+def test_only_do_convert_rgb_makes_an_rgb_colour_transparent():
     picture = PROCESSOR_PICTURE.copy()
     picture.info["transparency"] = picture.getpixel((2, 2))
     np.testing.assert_array_equal(tokens_of(picture), tokens_of(PROCESSOR_PICTURE))
@@ -242,7 +243,7 @@ def test_grey_arrays_and_bools_become_rgb():
     np.testing.assert_array_equal(tokens_of(GREY > 99), tokens_of(np.uint8(255) * (GREY > 99)))
 
 
-def test_when_both_axes_could_be_channels_the_first_is_as_in_transformers():
+def test_if_both_axes_could_be_channels_the_first_one_is():
     rng = np.random.default_rng(4)
     ambiguous = rng.integers(0, 256, (3, 17, 4), np.uint8)
     theirs = ImageGPTImageProcessorPil(clusters=PROCESSOR_CLUSTERS, do_resize=False)
@@ -285,7 +286,7 @@ def test_floats_in_0_1_are_rounded_to_the_nearest_byte():
     np.testing.assert_array_equal(tokens_of(np.clip(between / 255, 0, 1)), tokens_as_rgb(PROCESSOR_IMAGES))
 
 
-def test_all_floats_of_a_call_mean_the_same():
+def test_all_floats_of_a_call_have_the_same_unit():
     dark, bright = np.ones((5, 5, 3)), np.full((5, 5, 3), 200.0)
     values = make_processor()(
         [dark, bright], do_color_quantize=False, do_normalize=False, return_tensors="np"
@@ -307,10 +308,10 @@ def test_an_image_with_one_of_its_sides_right_is_resized_along_the_other():
         np.testing.assert_array_equal(tokens_of(image), tokens_of(resized, do_resize=False))
 
 
-# ---- what comes back
+# ---- results
 
 
-def test_results_come_as_lists_or_as_the_tensors_asked_for():
+def test_results_are_lists_or_the_requested_tensors():
     as_list = make_processor()(PROCESSOR_IMAGES)
     assert isinstance(as_list.input_ids, list) and as_list["input_ids"][0].dtype == np.int64
     for kind, of, dtype in (
@@ -325,14 +326,13 @@ def test_results_come_as_lists_or_as_the_tensors_asked_for():
     assert values.dtype == torch.float32 and values.shape == (3, 3, 13, 11)
 
 
-@pytest.mark.parametrize(("kind", "package"), [("pt", "torch"), ("tf", "tensorflow")])
-def test_tensors_of_a_package_that_is_missing_are_refused(monkeypatch, kind, package):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(UserError, match=f"needs {package}: pip install {package}"):
-        make_processor()(PROCESSOR_IMAGES, return_tensors=kind)
+def test_torch_tensors_without_torch_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="needs torch: pip install torch"):
+        make_processor()(PROCESSOR_IMAGES, return_tensors="pt")
 
 
-def test_data_format_says_where_the_channels_go():
+def test_data_format_is_the_position_of_the_channels():
     first, last = (
         make_processor()(PROCESSOR_IMAGES, do_color_quantize=False, data_format=place, return_tensors="np").pixel_values
         for place in ("channels_first", "channels_last")

@@ -1,4 +1,4 @@
-"""The image processor's settings: in the constructor, in a call, in files, and those that cannot be meant."""
+"""The image processor's settings: in the constructor, in a call and in files; invalid ones are refused."""
 
 import inspect
 import json
@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 from igpt.errors import UserError
-from igpt.interop import load as pretrained
+from igpt.interop import processor as processor_module
 from igpt.interop.processor import ImageGPTFeatureExtractor, ImageGPTImageProcessor
 from tests.helpers import PROCESSOR_CLUSTERS, PROCESSOR_IMAGES, PROCESSOR_PICTURE, make_processor, tokens_as_rgb
 
@@ -48,7 +48,7 @@ def test_an_override_holds_for_its_call_only():
         ("do_color_quantize", False),
     ],
 )
-def test_every_setting_counts_in_the_constructor_as_an_attribute_and_in_the_call(name, value):
+def test_a_setting_works_in_constructor_attribute_and_call(name, value):
     by_default = make_processor()(PROCESSOR_IMAGES, return_tensors="np")
     as_attribute = make_processor()
     setattr(as_attribute, name, value)
@@ -96,7 +96,7 @@ def test_the_signature_is_the_documented_one():
         ({"do_resize": "yes"}, "do_resize is 'yes'; True or False"),
         ({"rescale_factor": float("nan")}, "rescale_factor"),
         ({"rescale_factor": 10**400}, "rescale_factor"),
-        ({"image_std": [0.5, 0, 0.5]}, "image_std.*cannot hold 0"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std.*cannot contain 0"),
         ({"image_mean": [0.5, 0.5]}, "image_mean.*three"),
         ({"image_mean": "grey"}, "image_mean"),
         ({"clusters": [[1, 2], [3, 4]]}, r"clusters are int64 \[2, 2\]; numbers \[V, 3\]"),
@@ -107,7 +107,7 @@ def test_the_signature_is_the_documented_one():
         ({"do_resise": False}, "no 'do_resise'; did you mean 'do_resize'"),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_and_named(settings, message):
+def test_an_invalid_setting_is_refused_and_named(settings, message):
     with pytest.raises(UserError, match=message):
         ImageGPTImageProcessor(**settings)
     if "do_resise" not in settings:
@@ -138,7 +138,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_and_named(settings, message):
         (Image.fromarray(np.full((5, 5), 65536, np.int32)), "65536"),
     ],
 )
-def test_what_is_no_image_is_refused_with_what_is_allowed(images, message):
+def test_anything_but_an_image_is_refused_with_the_allowed_kinds(images, message):
     with pytest.raises(UserError, match=message):
         make_processor()(images)
 
@@ -146,13 +146,13 @@ def test_what_is_no_image_is_refused_with_what_is_allowed(images, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"return_tensors": "mlx"}, "return_tensors is 'mlx'; choose None, 'np', 'jax', 'pt' or 'tf'"),
+        ({"return_tensors": "mlx"}, "return_tensors is 'mlx'; choose None, 'np', 'jax' or 'pt'"),
         ({"data_format": "none"}, "data_format"),
         ({"input_data_format": "last"}, "input_data_format is 'last'"),
         ({"input_data_format": "channels_first"}, r"channels_first, shape \[23, 19, 3\] has 23 channels"),
     ],
 )
-def test_a_wrong_word_in_a_call_is_refused(overrides, message):
+def test_an_invalid_argument_of_a_call_is_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         make_processor()(PROCESSOR_IMAGES[0], **overrides)
 
@@ -192,7 +192,7 @@ def write(tmp_path, settings):
     return tmp_path
 
 
-def test_a_file_of_2021_is_read_as_it_was_meant(tmp_path):
+def test_a_file_of_2021_is_read_as_transformers_reads_it(tmp_path):
     old = {"clusters": PROCESSOR_CLUSTERS, "do_normalize": True, "do_resize": True, "resample": 2, "size": 32}
     ours = ImageGPTImageProcessor.from_pretrained(
         write(tmp_path, old | {"feature_extractor_type": "ImageGPTFeatureExtractor"})
@@ -205,17 +205,17 @@ def test_a_file_of_2021_is_read_as_it_was_meant(tmp_path):
     )
 
 
-def test_settings_given_when_loading_win_over_the_files(tmp_path):
+def test_settings_given_when_loading_replace_those_of_the_file(tmp_path):
     make_processor().save_pretrained(tmp_path)
     ours = ImageGPTImageProcessor.from_pretrained(str(tmp_path), size=5, do_color_quantize=False)
     assert ours.size == {"height": 5, "width": 5} and not ours.do_color_quantize
-    with pytest.raises(UserError, match="cache_dir: no such setting; there are clusters, do_resize"):
+    with pytest.raises(UserError, match="there is no setting cache_dir; choose from clusters, do_resize"):
         ImageGPTImageProcessor.from_pretrained(tmp_path, cache_dir="cache")
 
 
-def test_what_is_not_here_is_resolved_as_every_other_model_reference(tmp_path, monkeypatch):
+def test_a_processor_of_the_hub_is_resolved_like_a_model(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(pretrained, "resolve", lambda *ref: asked.append(ref) or tmp_path)
+    monkeypatch.setattr(processor_module, "resolve", lambda *ref: asked.append(ref) or tmp_path)
     make_processor().save_pretrained(tmp_path)
     assert ImageGPTImageProcessor.from_pretrained("someone/imagegpt", revision="v2") == make_processor()
     assert asked == [("someone/imagegpt", "v2")]
@@ -243,7 +243,7 @@ def test_a_file_that_is_not_an_image_gpt_processors_is_refused(tmp_path, setting
         ImageGPTImageProcessor.from_pretrained(write(tmp_path, settings))
 
 
-def test_a_directory_without_the_file_is_refused_and_so_is_a_file_to_save_into(tmp_path):
+def test_missing_files_wrong_types_and_bad_targets_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no .*preprocessor_config.json"):
         ImageGPTImageProcessor.from_pretrained(tmp_path)
     (tmp_path / "file").write_text("")

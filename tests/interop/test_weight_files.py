@@ -38,8 +38,8 @@ def assert_equal(found, expected):
 
 
 def reads_or_is_refused(directory, limit=16 << 20, seconds=5.0) -> bool:
-    """Whether all was read; an exception other than UserError, or more memory or time than this, is a failure."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of torch's memory tracemalloc knows nothing
+    """Whether all was read. Fails for an exception other than UserError, and above these limits of memory and time."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # tracemalloc does not count torch's memory
     tracemalloc.start()
     start = time.process_time()
     try:
@@ -65,7 +65,7 @@ def with_header(header: bytes | str, data: bytes = bytes(8), length: int | None 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("most", [10**9, 60])
-def test_what_is_written_is_read_in_one_file_or_in_shards(tmp_path, monkeypatch, dtype, most):
+def test_written_tensors_are_read_from_one_file_or_from_shards(tmp_path, monkeypatch, dtype, most):
     monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", most)
     expected = {name: array.astype(FLOATS[dtype]) for name, array in ARRAYS.items()}
     write_safetensors(tmp_path, ARRAYS, dtype)
@@ -79,7 +79,7 @@ def test_what_is_written_is_read_in_one_file_or_in_shards(tmp_path, monkeypatch,
         assert files == ["model.safetensors"]
 
 
-def test_a_directory_without_weights_says_which_files_it_may_have(tmp_path):
+def test_a_directory_without_weights_lists_the_allowed_files(tmp_path):
     (tmp_path / "tf_model.h5").touch()
     with pytest.raises(UserError, match=r"has no weights: model.safetensors, pytorch_model.bin, .* save_pretrained"):
         list_tensors(tmp_path, [])
@@ -102,7 +102,7 @@ def test_shards_of_pytorch_files_are_read(tmp_path):
     assert_equal(read_all(tmp_path), ARRAYS)
 
 
-def test_tensors_that_the_index_and_the_shards_disagree_on_are_named(tmp_path):
+def test_tensors_that_differ_between_index_and_shards_are_named(tmp_path):
     save_file({"a": ARRAYS["a"], "b": ARRAYS["b"]}, tmp_path / "1.safetensors")
     save_file({"b": ARRAYS["b"], "d": ARRAYS["b"]}, tmp_path / "2.safetensors")
     weight_map = {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}
@@ -110,15 +110,15 @@ def test_tensors_that_the_index_and_the_shards_disagree_on_are_named(tmp_path):
     errors = []
     list_tensors(tmp_path, errors)
     assert errors == [
-        "b is in 1.safetensors, where the index says 2.safetensors",
+        "b is in 1.safetensors, but the index names 2.safetensors",
         "b is in 1.safetensors and again in 2.safetensors",
-        "d is in 2.safetensors, where the index says nothing of it",
-        "c is not in 2.safetensors, where the index says it is",
+        "d is in 2.safetensors, but the index names no file for it",
+        "c is not in 2.safetensors, which the index names for it",
     ]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_an_index_leads_nowhere_but_beside_itself(tmp_path, kind):
+def test_an_index_can_name_files_of_its_own_folder_only(tmp_path, kind):
     (tmp_path / "in").mkdir()
     name = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
     for folder in (tmp_path, tmp_path / "in"):
@@ -207,7 +207,7 @@ def test_hostile_safetensors_headers_are_refused(tmp_path, content):
     assert reads_or_is_refused(tmp_path)
 
 
-def test_a_header_of_a_hundred_megabytes_is_not_parsed_even_if_it_is_there(tmp_path):
+def test_a_header_of_a_hundred_megabytes_is_not_parsed(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(with_header(PLAIN, length=100 << 20))
     os.truncate(path, 200 << 20)
@@ -215,7 +215,7 @@ def test_a_header_of_a_hundred_megabytes_is_not_parsed_even_if_it_is_there(tmp_p
 
 
 def mutations(content: bytes, head: int, seed: int):
-    """`content` with bytes flipped, cut, put in or taken out, mostly among the first `head`."""
+    """Copies of `content` with bytes flipped, inserted, replaced or removed, mostly among the first `head`."""
     rng = np.random.default_rng(seed)
     for i in range(150):
         mutant = bytearray(content)
@@ -269,7 +269,7 @@ def test_mutated_index_files_are_read_or_refused(tmp_path, monkeypatch):
 
 
 class Opens:
-    """Unpickled, it would make a file."""
+    """An object whose unpickling would create a file."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -289,7 +289,7 @@ class Calls:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain", "zip by hand"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, name, protocol, form):
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, name, protocol, form):
     marker = tmp_path / "marker"
     state = {"a": torch.ones(2), "b": Opens(marker)}
     path = tmp_path / name
@@ -329,7 +329,7 @@ def test_pytorch_files_with_more_than_stored_tensors_are_refused(tmp_path, monke
     if legacy and isinstance(state, dict) and getattr(state.get("a"), "is_sparse", False):
         pytest.skip("torch itself cannot write it")
     if isinstance(state, dict) and isinstance(state.get("a"), Calls):
-        monkeypatch.setattr("torch.load", None)  # it has to be refused before
+        monkeypatch.setattr("torch.load", None)  # the file must be refused before it is loaded
         path = tmp_path / "pytorch_model.bin"
         data = pickle.dumps(state, 2)
         with zipfile.ZipFile(path, "w") as archive:
@@ -343,11 +343,11 @@ def test_pytorch_files_with_more_than_stored_tensors_are_refused(tmp_path, monke
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_zip_that_would_unpack_to_more_than_it_is_or_is_ambiguous_is_refused(tmp_path, monkeypatch):
+def test_a_zip_that_is_compressed_or_ambiguous_is_refused(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "pytorch_model.bin")
     with zipfile.ZipFile(tmp_path / "pytorch_model.bin") as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
-    monkeypatch.setattr("torch.load", None)  # nothing of it is to be reached
+    monkeypatch.setattr("torch.load", None)  # the file must be refused before it is loaded
 
     def refused(compression=zipfile.ZIP_STORED, more=(), before=b""):
         content = io.BytesIO()
@@ -362,14 +362,14 @@ def test_a_zip_that_would_unpack_to_more_than_it_is_or_is_ambiguous_is_refused(t
     assert "more than its size allows" in refused(zipfile.ZIP_DEFLATED)
     assert "there twice" in refused(more=[("other/data.pkl", parts["pytorch_model/data.pkl"])])
     assert "there twice" in refused(more=[("x", b"1"), ("x", b"2")])
-    assert "zip file in part" in refused(before=b"\x80\x02")
-    parts["pytorch_model/data/0"] = rng.bytes(4 << 20)  # no larger unpacked, but not where torch would map it
+    assert "only a part of it is a zip file" in refused(before=b"\x80\x02")
+    parts["pytorch_model/data/0"] = rng.bytes(4 << 20)  # not larger when unpacked, but torch could not map it
     assert "more than its size allows" in refused(zipfile.ZIP_DEFLATED)
     parts["pytorch_model/data.pkl"] += bytes(MAX_HEADER_BYTES)
     assert "more than its size allows" in refused()
 
 
-def test_a_torch_whose_loader_could_be_deceived_is_not_used(tmp_path, monkeypatch):
+def test_a_torch_with_an_unsafe_loader_is_not_used(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(UserError, match=r"torch 2\.9\.1\+cpu cannot read .* safely; install torch 2\.10 or newer"):
