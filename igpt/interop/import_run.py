@@ -11,10 +11,8 @@ import json
 import math
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from igpt import config as configuration
 from igpt.command import Parser
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.files import check_new, read_json, write_new, write_text
 from igpt.interop import hf_weights, openai
@@ -25,7 +23,7 @@ from igpt.interop.mapping import abstract_params, read_params
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS, count_params
 from igpt.palette import Palette
-from igpt.run import checkpoint as checkpoints
+from igpt.run.directory import save_config as checkpoints
 
 
 def import_directory(
@@ -76,16 +74,16 @@ def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | P
         )
     grey = bool((palette.centers == palette.centers[:, :1]).all())
     side = math.isqrt(model.seq_len)
-    config = configuration.of_network(model, (side, side), channels=1 if grey else 3)
+    config = Config.of_network(model, (side, side), channels=1 if grey else 3)
     params = read_params(variables, openai.targets(variables), abstract_params(model))
     return _write_run(out, config, palette, params)
 
 
-def _write_run(out: str | Path, config: ConfigDict, palette: Palette, params: dict, origin: dict | None = None) -> Path:
+def _write_run(out: str | Path, config: Config, palette: Palette, params: dict, origin: dict | None = None) -> Path:
     """Writes a run directory with one checkpoint, and with `origin` for a later export."""
 
     def write(folder: Path) -> None:
-        configuration.save(config, folder)
+        save_config(config, folder)
         palette.save(folder / "palette.npy")
         if origin:
             write_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")

@@ -3,6 +3,7 @@
 The result is the same for all three, so code that uses a model need not distinguish them.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from igpt import config as configuration
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.interop import hf_weights
@@ -21,6 +21,7 @@ from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
 from igpt.run import checkpoint
+from igpt.run.directory import load_config
 from igpt.sharding import one_device
 from igpt.state import with_shardings
 
@@ -33,7 +34,7 @@ class Pretrained(NamedTuple):
     step: the optimizer step of the parameters, 0 for a Hugging Face model.
     """
 
-    config: ConfigDict
+    config: Config
     model: ImageGPT
     palette: Palette
     step: int = 0
@@ -56,17 +57,18 @@ def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> 
 def outline(directory: Path) -> Pretrained:
     """The model of a directory, with shapes in place of its parameters."""
     config = config_of(directory)
-    config.model.attention = "auto"  # the training machine's back end may not exist on this machine
+    # The back end of the training machine may not exist on this machine.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     palette = palette_of(directory)
     check_palette_size(palette, config, directory)
-    model = nnx.eval_shape(lambda: ImageGPT(configuration.model_config(config), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ImageGPT(config.network(), nnx.Rngs(0)))
     return Pretrained(config, model, palette)
 
 
-def config_of(directory: Path) -> ConfigDict:
+def config_of(directory: Path) -> Config:
     """The configuration of a run, or of the network and images of a Hugging Face directory."""
     if not is_huggingface(directory):
-        return configuration.load(directory)
+        return load_config(directory)
     return config_of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
 
 
@@ -88,7 +90,7 @@ def processor_of(directory: Path) -> ImageGPTImageProcessor:
     return processor
 
 
-def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> ConfigDict:
+def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> Config:
     """Our configuration of a Hugging Face model. UserError if its parts do not fit each other, or not our network."""
     if weights.config.tie_word_embeddings:
         raise UserError(
@@ -114,7 +116,7 @@ def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: I
             "the model through igpt.api"
         )
     grey = bool((clusters == clusters[:, :1]).all())
-    return configuration.of_network(weights.model, size, channels=1 if grey else 3)
+    return Config.of_network(weights.model, size, channels=1 if grey else 3)
 
 
 def palette_of(directory: Path) -> Palette:
@@ -122,7 +124,7 @@ def palette_of(directory: Path) -> Palette:
     return processor_of(directory).palette() if is_huggingface(directory) else Palette.load(directory / "palette.npy")
 
 
-def check_palette_size(palette: Palette, config: ConfigDict, path) -> None:
+def check_palette_size(palette: Palette, config: Config, path) -> None:
     """Raises UserError unless the palette has as many colours as the model's vocabulary."""
     if palette.vocab_size != config.palette.colors:
         raise UserError(
@@ -151,12 +153,12 @@ def parameter_fields(model: ModelConfig) -> dict:
     return {name: value for name, value in vars(model).items() if name not in free}
 
 
-def check_same_network(ref: str, config: ConfigDict) -> None:
+def check_same_network(ref: str, config: Config) -> None:
     """Raises UserError unless a run of `config` can start from the weights of the model `ref`.
 
     The run may add a classifier, and may leave out either head.
     """
-    theirs, ours = (parameter_fields(configuration.model_config(c)) for c in (config_of(resolve(ref)), config))
+    theirs, ours = (parameter_fields(one.model) for one in (config_of(resolve(ref)), config))
     differing = [
         f"{name} is {theirs[name]} there, {ours[name]} here"
         for name in ours
