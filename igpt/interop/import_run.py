@@ -23,7 +23,7 @@ from igpt.interop.mapping import abstract_params, read_params
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS, count_params
 from igpt.palette import Palette
-from igpt.run.directory import save_config as checkpoints
+from igpt.run.directory import save_config
 
 
 def import_directory(
