@@ -49,7 +49,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return not isinstance(kind, type) or isinstance(value, kind)
 
 
-def check_at_least(settings: Any, name: str, **least: float) -> None:
+def check_at_least(settings: Any, name: str, /, **least: float) -> None:
     """Raises UserError for the first field below its smallest value; NaN is below every value."""
     for field, smallest in least.items():
         value = getattr(settings, field)
@@ -57,7 +57,7 @@ def check_at_least(settings: Any, name: str, **least: float) -> None:
             raise UserError(f"{name}{field} is {value}; it must be at least {smallest}")
 
 
-def check_choice(settings: Any, name: str, **allowed: tuple) -> None:
+def check_choice(settings: Any, name: str, /, **allowed: tuple) -> None:
     """Raises UserError for the first field whose value is not among those allowed."""
     for field, choices in allowed.items():
         value = getattr(settings, field)

@@ -106,8 +106,8 @@ class ModelConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
-            ("attention", BACKENDS),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("attention", ("auto", *BACKENDS)),
             ("activation", tuple(ACTIVATIONS)),
             ("remat", tuple(REMAT)),
         ):
