@@ -27,6 +27,11 @@ class StorageError(UserError):
     exit_code = 1
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its type where the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def reported():
     """Turns a `UserError` into one message on stderr and its exit code, without a traceback."""

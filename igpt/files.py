@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from igpt.errors import StorageError, UserError
 
@@ -39,11 +40,25 @@ def told_of_storage(workdir: Path):
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, in UTF-8. Raises OSError."""
+@contextlib.contextmanager
+def whole(path: Path | str) -> Iterator[BinaryIO]:
+    """Opens a file beside `path`, which is renamed to `path` when the block ends and deleted when it fails."""
+    path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a whole file in UTF-8, or none. Raises OSError."""
+    with whole(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> dict:

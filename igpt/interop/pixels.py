@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from igpt.data.images import lay_on_white, scale_to_bytes
 from igpt.errors import UserError
 
 LAYOUTS = ("channels_first", "channels_last", "none")
@@ -103,7 +104,7 @@ def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
     if pixels.dtype.kind == "b":
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
-        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
+        return scale_to_bytes(pixels)
     if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 255):
         allowed = "0..255" if pixels.dtype.kind != "f" else "[0, 1], or whole numbers in 0..255"
         raise UserError(
@@ -147,7 +148,4 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     """[N, H, W, 1 | 3 | 4] -> [N, H, W, 3]: grey repeated, transparency laid on white."""
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
-    if pixels.shape[-1] == 4:
-        alpha = pixels[..., 3:] / 255
-        return np.round(alpha * pixels[..., :3] + (1 - alpha) * 255).astype(np.uint8)
-    return pixels
+    return lay_on_white(pixels) if pixels.shape[-1] == 4 else pixels
