@@ -181,7 +181,7 @@ PREPARE_HEIGHT, PREPARE_WIDTH, PREPARE_IMAGES = 7, 5, 61
 
 def reading_settings(source, **fields):
     """How a source is read: the default of every field that `fields` does not name."""
-    return dict(configuration.READING, source=str(source), image_size=(8, 8), channels=3) | fields
+    return dict(source=str(source), image_size=(8, 8), channels=3) | fields
 
 
 def load_source(source, **fields):

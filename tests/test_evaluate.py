@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from igpt import config as configuration
 from igpt.__main__ import main as run_igpt
 from igpt.data.batches import Drops
-from igpt.data.examples import Split
+from igpt.data.examples import ArrayImages, Split
 from igpt.errors import UserError
 from igpt.evaluate import evaluate
 from igpt.interop.load import Pretrained
@@ -21,7 +21,7 @@ def pretrained_and_split(count=23, labels=True, **changes):
     network = dataclasses.replace(TINY_MODEL, **changes)
     config = configuration.of_network(network, (1, 13), 1)
     tokens = np.random.default_rng(0).integers(0, 11, (count, 1, 13))
-    split = Split(palette.decode(tokens), np.arange(count, dtype=np.int32) % 3 if labels else None)
+    split = Split(ArrayImages(palette.decode(tokens)), np.arange(count, dtype=np.int32) % 3 if labels else None)
     return Pretrained(config, random_model(network), palette), split, tokens[:, 0]
 
 

@@ -21,6 +21,7 @@ from igpt.__main__ import main as run_igpt
 from igpt.data import sources
 from igpt.data.arrays import split_indices
 from igpt.data.batches import Drops
+from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 from igpt.interop.export import export
 from igpt.interop.import_run import import_checkpoint
@@ -346,7 +347,7 @@ def test_a_start_with_other_heads_is_refused(images, tmp_path, fields, message):
 
 def test_labels_that_do_not_serve_are_refused_in_every_split(images, start, tmp_path, write_npz):
     arrays = dict(np.load(images))
-    _, validation, test = split_indices(97, (0.25, 0.25), 0)
+    _, validation, test = split_indices(97, DataConfig("", (1, 1), 1, 0.25, 0.25))
     cases = [(None, "labels are needed, and this source has none"), (np.full(97, 2), "all training images have the")]
     for index in (validation[3], test[5]):
         cases.append((np.where(np.arange(97) == index, 3, arrays["labels"]), "run from 0 to 3, .*num_classes=4"))

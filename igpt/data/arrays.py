@@ -1,52 +1,57 @@
-"""Sources that lie in arrays: scikit-learn's digits and .npz files."""
+"""Sources held in memory: scikit-learn's digits and .npz files."""
 
 import zipfile
 
 import numpy as np
 
-from igpt.data.examples import EncodedImages, Source, Split
+from igpt.data.examples import SPLITS, ArrayImages, EncodedImages, Source, Split
 from igpt.data.images import Preprocess
+from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 
 
-def of_arrays(name: str, images, labels, fractions, split_seed: int, preprocess: Preprocess) -> Source:
-    """A source in memory: images uint8 [N, H, W] (grey) or [N, H, W, 3]. Of another size, they are brought to it."""
+def of_arrays(images: np.ndarray, labels: np.ndarray | None, settings: DataConfig) -> Source:
+    """A source of images uint8 [N, H, W] (grey) or [N, H, W, 3] in memory, resized where `settings` ask for it."""
     channels = 1 if images.ndim == 3 else 3
     if channels == 1:
         images = np.repeat(images[..., None], 3, axis=-1)
-    splits = []
-    for part in split_indices(len(images), fractions, split_seed):
-        kept = images[part]
-        if preprocess.kind == "crop" or (preprocess.kind == "shrink" and images.shape[1:3] != preprocess.size):
-            kept = EncodedImages(
-                [(image, f"image {i} of {name}") for i, image in zip(part, kept, strict=True)], preprocess
-            )
-        splits.append(Split(kept, None if labels is None else labels[part]))
-    return Source(name, *splits, channels)
+    preprocess = Preprocess.of(settings)
+    resized = preprocess.kind == "crop" or (preprocess.kind == "shrink" and images.shape[1:3] != preprocess.size)
+    if resized:
+        named = [(image, f"image {i} of {settings.source}") for i, image in enumerate(images)]
+        whole = Split(EncodedImages(named, preprocess), labels)
+    else:
+        whole = Split(ArrayImages(images), labels)
+    return Source(settings.source, *map(whole.take, split_indices(len(images), settings)), channels)
 
 
-def split_indices(count: int, fractions: tuple[float, float], seed: int) -> list[np.ndarray]:
-    """The examples of train, validation and test; `fractions` of all go to the last two, chosen by `seed`."""
-    validation, test = (round(fraction * count) for fraction in fractions)
-    train = count - validation - test
-    if min(train, validation, test) < 1:
+def split_indices(count: int, settings: DataConfig, has_test=False, what="images") -> list[np.ndarray]:
+    """Random indices of training, validation and test. With `has_test`, a test set exists: the last part is empty.
+
+    Raises UserError, which calls the examples `what`, where a part that needs examples has none.
+    """
+    held_out = [settings.validation_fraction, settings.test_fraction][: 1 if has_test else 2]
+    sizes = [round(fraction * count) for fraction in held_out]
+    sizes = [count - sum(sizes), *sizes]
+    if min(sizes) < 1:
+        found = ", ".join(f"{size} for {name}" for size, name in zip(sizes, SPLITS, strict=False))
         raise UserError(
-            f"{count} images split into {train} for training, {validation} for validation and {test} for test; "
-            "each needs at least one, so give more images or change data.validation_fraction and data.test_fraction"
+            f"{count} {what} split into {found}; each needs at least one, so give more images or change "
+            "data.validation_fraction and data.test_fraction"
         )
-    return np.split(np.random.default_rng(seed).permutation(count), [train, train + validation])
+    return np.split(np.random.default_rng(settings.split_seed).permutation(count), np.cumsum(sizes)[:2])
 
 
-def digits():
-    """scikit-learn's handwritten digits: 1,797 images, 8 x 8, 17 grey levels (the UCI optical digits, test part)."""
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's handwritten digits: 1,797 images, 8 x 8, 17 grey levels (the test set of UCI's optical digits)."""
     from sklearn.datasets import load_digits  # slow to import, and needed only here
 
     pixels, labels = load_digits(return_X_y=True)
     return np.round(pixels.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8), labels.astype(np.int32)
 
 
-def npz(path: str):
-    """Arrays `images` uint8 [N, H, W] or [N, H, W, 3] and, optionally, integer `labels` [N]."""
+def read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The arrays `images`, uint8 [N, H, W] or [N, H, W, 3], and `labels`, int32 [N] or None. Raises UserError."""
     try:
         arrays = np.load(path, allow_pickle=False)
         if isinstance(arrays, np.ndarray):
@@ -81,7 +86,7 @@ def npz(path: str):
 
 
 def map_array(path: str) -> np.ndarray:
-    """The array of a .npy file, in the file."""
+    """Maps the array of a .npy file into memory without reading it. Raises UserError that names the file."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Examples in, token batches out: split -> augment -> tokens, with batch = f(seed, step).
+"""From examples to batches of tokens: read, augment, encode. A batch is a function of (seed, step).
 
-Nothing here carries state from one step to the next, so that resuming is asking for the next step, and every process
-can compute its own rows of any batch: order, augmentation and rows depend on (seed, step) alone.
+Order, augmentation, crops and masks depend on (seed, step) alone. A resumed run therefore just asks for its next step,
+and every process computes its own rows of any batch.
 """
 
 import dataclasses
@@ -12,35 +12,34 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from igpt.data.examples import Split
+from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 
-Rows = slice | Int[np.ndarray, "n"]  # those of a batch that are wanted here: see sharding.process_rows
+Rows = slice | Int[np.ndarray, "n"]  # the rows of a batch that this process reads: see sharding.process_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """With probability `probability` an image is padded by `pad` pixels, cropped at random, and flipped by a coin."""
+    """Pads an image by `pad` pixels, crops it at random to its size, and flips it with probability 1/2.
+
+    All this happens to an image with probability `probability`; otherwise the image stays as it is.
+    """
 
     pad: int = 0
     pad_mode: str = "constant"  # constant (black), edge or reflect
     flip: bool = False
     probability: float = 1.0
 
-    def __post_init__(self):
-        if self.pad_mode not in ("constant", "edge", "reflect"):
-            raise UserError(f"data.pad_mode is {self.pad_mode!r}; choose constant, edge or reflect")
-        if self.pad < 0 or not 0.0 <= self.probability <= 1.0:
-            raise UserError(
-                f"data.pad is {self.pad} and data.augment_probability {self.probability}; "
-                "the pad is at least 0 pixels, the probability between 0 and 1"
-            )
+    @classmethod
+    def of(cls, settings: DataConfig) -> "Augmentation":
+        return cls(settings.pad, settings.pad_mode, settings.flip, settings.augment_probability)
 
     def __call__(
         self, images: np.ndarray, rng: np.random.Generator, rows: Rows, batch_size: int, black: int = 0
     ) -> np.ndarray:
-        """Augments `rows` of a batch of images [n, H, W, 3], or of their tokens [n, H, W], where `black` is one.
+        """Augments images [n, H, W, 3], or their tokens [n, H, W], which are `rows` of a batch. Padding is `black`.
 
-        The draws are made for the whole batch, so that its split over processes changes nothing.
+        Random numbers are drawn for the whole batch, so that the result does not depend on the number of processes.
         """
         height, width = images.shape[1:3]
         applied = rng.random(batch_size)[rows] < self.probability
@@ -61,9 +60,10 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Drops:
-    """The positions that BERT hides (Chen et al. 2020, section 2.1): each with probability `rate`, independently.
+    """Masks of the BERT objective (Chen et al. 2020, section 2.1): each position is dropped with probability `rate`.
 
-    `keep` is False there. Training draws one mask a step and image, evaluation the same `masks` for an image each time.
+    A mask is True where a position is kept. Training draws a new mask for each image in each step. In evaluation an
+    image always has the same `masks` masks.
     """
 
     rate: float = 0.15
@@ -82,7 +82,7 @@ class Drops:
 
 
 class EpochOrder:
-    """The example at each position of an endless stream of epochs, every epoch in an order of its own."""
+    """Maps positions in an endless stream of epochs to indices of examples. Each epoch has its own random order."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
@@ -104,17 +104,14 @@ class EpochOrder:
 
 
 class TrainBatches:
-    """Training batches, random access: `batches[step]` is this process's rows of batch f(seed, step)."""
+    """Training batches by step, in any order: `batches[step]` is this process's rows of batch f(seed, step).
+
+    A batch has "tokens" int32 [n, T], "label" int32 [n] where the split has labels, and with `drops` "keep" bool
+    [n, 1, T]. Raises UserError where the split is smaller than a batch, and for an image that cannot be read.
+    """
 
     def __init__(
-        self,
-        split: Split,
-        tokenizer,
-        batch_size: int,
-        seed: int,
-        augmentation: Augmentation,
-        rows: Rows,
-        drops: Drops | None = None,
+        self, split: Split, tokenizer, batch_size: int, seed: int, augmentation: Augmentation, rows: Rows, drops=None
     ):
         if batch_size > len(split):
             raise UserError(
@@ -127,14 +124,14 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> dict:
         indices = self.order[np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]]
-        # Streams 0 to 4 of a seed, here, above and below, keep order, augmentation, crops and masks independent.
+        # The second number keeps order (0), augmentation (1), crops (2) and masks (3, 4) independent of each other.
         rng = np.random.default_rng((self.seed, 1, step))
         if self.split.holds_tokens_of(self.tokenizer):
             grids = self.split.images.grids(indices)
             tokens = self.augmentation(grids, rng, self.rows, self.batch_size, self.black)
         else:
             draws = None
-            if self.split.crops_at_random:
+            if self.split.images.crops_at_random:
                 draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
             images, indices = self.split.read(indices, draws)
             tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
@@ -144,7 +141,7 @@ class TrainBatches:
         return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
 
     def iterate(self, start: int, stop: int, threads: int = 1, ahead: int = 4) -> Iterator[dict]:
-        """Batches start, ..., stop - 1 in order, made by `threads` background threads up to `ahead` steps early."""
+        """Yields batches start, ..., stop - 1 in order. `threads` threads make up to `ahead` of them in advance."""
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
 
@@ -152,16 +149,14 @@ class TrainBatches:
 def eval_batches(
     split: Split, tokenizer, batch_size: int, rows: Rows = slice(None), drops: Drops | None = None
 ) -> Iterator[dict]:
-    """Every example exactly once, in order. `mask` is 0.0 where the last batch is filled up with example 0, and where
-    an image could not be read."""
+    """Yields every example exactly once, in order, as `TrainBatches` does, with "mask" float32 [n].
+
+    The mask is 0.0 for images that could not be read, and where example 0 fills up the last batch.
+    """
     for start in range(0, len(split), batch_size):
         positions = np.arange(start, start + batch_size)[rows]
         wanted = np.where(positions < len(split), positions, 0)
-        if split.holds_tokens_of(tokenizer):
-            tokens, used = split.images.grids(wanted), wanted
-        else:
-            images, used = split.read(wanted)
-            tokens = tokenizer.encode(images)
+        tokens, used = split.encode(tokenizer, wanted)
         mask = (positions < len(split)) & (used == wanted)
         batch = _batch(tokens, split.labels, used) | {"mask": mask.astype(np.float32)}
         if drops is not None:
@@ -169,6 +164,6 @@ def eval_batches(
         yield batch
 
 
-def _batch(tokens, labels, indices) -> dict:
+def _batch(tokens, labels, indices) -> dict[str, np.ndarray]:
     batch = {"tokens": tokens.reshape(len(tokens), -1)}
     return batch if labels is None else batch | {"label": labels[indices]}

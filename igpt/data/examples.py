@@ -1,7 +1,10 @@
-"""Examples by index, wherever they lie: in memory, in encoded files, or as palette tokens in mapped files."""
+"""Examples by index, wherever they are stored: in memory, in encoded files, or as palette tokens in mapped files."""
 
+import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -11,40 +14,34 @@ from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.errors import UserError
 from igpt.palette import Palette
 
-
-class Chosen(Sequence):
-    """Some of a sequence's entries, read when they are asked for."""
-
-    def __init__(self, entries: Sequence, indices: np.ndarray):
-        self.entries, self.indices = entries, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int):
-        return self.entries[int(self.indices[index])]
+SPLITS = ("train", "validation", "test")
 
 
-class EncodedImages:
-    """Images uint8 [N, H, W, 3] that are decoded and brought to size when they are asked for.
-
-    `files[i]` is (bytes, a path, or an array [h, w, 3]; a name for messages). What cannot be read raises
-    UserError, or with `skip` is replaced by the next image that can be, and counted in `unreadable`.
-    """
+class Images(abc.ABC):
+    """Images uint8 [N, H, W, 3] that are read when they are indexed: by a number, a slice, an array or a tuple."""
 
     dtype = np.dtype(np.uint8)
+    shape: tuple[int, int, int, int]
+    crops_at_random = False  # whether `read` uses its `draws`
+    palette: Palette | None = None  # of images stored as tokens, which `grids` returns
+    unreadable: Mapping[int, str] = MappingProxyType({})  # index -> why that image cannot be read
 
-    def __init__(self, files: Sequence, preprocess: Preprocess, channels: int = 3, skip: bool = False):
-        self.files, self.preprocess, self.channels, self.skip = files, preprocess, channels, skip
-        self.shape = (len(files), *preprocess.size, 3)
-        self.unreadable = {}  # index -> what is wrong with it
+    @abc.abstractmethod
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns images [n, H, W, 3] and their indices, which differ from `indices` where an image was replaced.
+
+        `draws` [n, 3] in [0, 1) choose random training crops; without them images are as evaluation sees them.
+        """
+
+    @abc.abstractmethod
+    def take(self, indices: np.ndarray) -> "Images":
+        """Returns the images at these indices, in this order, without reading them."""
 
     def __len__(self) -> int:
-        return len(self.files)
+        return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        """Whole images, as evaluation sees them, by a number, a slice or an array."""
-        if isinstance(index, tuple):  # goes on into the images: NumPy knows how
+        if isinstance(index, tuple):  # parts of images, such as [..., :1]
             return np.asarray(self)[index]
         if isinstance(index, slice):
             index = np.arange(len(self))[index]
@@ -54,19 +51,54 @@ class EncodedImages:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
+
+class ArrayImages(Images):
+    """Images in memory: an array uint8 [N, H, W, 3]."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.shape = array, array.shape
+
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Images [n, H, W, 3] and the indices of which they are. `draws` [n, 3] in [0, 1): random training crops."""
+        return self.array[indices], indices
+
+    def take(self, indices: np.ndarray) -> "ArrayImages":
+        return ArrayImages(self.array[indices])
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.array[index]
+
+
+class EncodedImages(Images):
+    """Images that are decoded and resized each time they are read.
+
+    Image i is `files[indices[i]]`, by default `files[i]`: a pair of its content (bytes, a path, or an array [h, w, 3])
+    and a name for messages. An image that cannot be read raises UserError. With `skip` the next readable image replaces
+    it, and `unreadable` records it.
+    """
+
+    def __init__(self, files, preprocess: Preprocess, channels: int = 3, skip: bool = False, indices=None):
+        self.files, self.preprocess, self.channels, self.skip = files, preprocess, channels, skip
+        self.indices = np.arange(len(files)) if indices is None else indices
+        self.shape = (len(self.indices), *preprocess.size, 3)
+        self.crops_at_random = preprocess.kind == "crop"
+        self.unreadable = {}
+
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         indices = np.where(indices < 0, indices + len(self), indices)
         images, used = np.empty((len(indices), *self.shape[1:]), np.uint8), np.array(indices)
         for row in range(len(indices)):
-            images[row], used[row] = self._readable(int(indices[row]), None if draws is None else draws[row])
+            images[row], used[row] = self._first_readable(int(indices[row]), None if draws is None else draws[row])
         return images, used
 
-    def _readable(self, index: int, draws) -> tuple[np.ndarray, int]:
+    def take(self, indices: np.ndarray) -> "EncodedImages":
+        return EncodedImages(self.files, self.preprocess, self.channels, self.skip, self.indices[indices])
+
+    def _first_readable(self, index: int, draws) -> tuple[np.ndarray, int]:
+        """Reads the image at `index`, or with `skip` the first readable one from there on."""
         for _ in range(len(self)):
             if index not in self.unreadable:
                 try:
-                    content, name = self.files[index]
+                    content, name = self.files[int(self.indices[index])]
                     if isinstance(content, np.ndarray):
                         image = Image.fromarray(content)
                     else:
@@ -81,29 +113,24 @@ class EncodedImages:
         raise UserError(f"none of {len(self)} images can be read; the first: {first}")
 
 
-class DecodedTokens:
-    """Images uint8 [N, H, W, 3] kept as their palette tokens [N, H W]: an array that decodes what is asked of it.
+class DecodedTokens(Images):
+    """Images stored as palette tokens [N, H W], such as in a mapped file, and decoded each time they are read.
 
-    The tokens stay wherever they are, such as in a mapped file. An index picks whole images, by a number, a slice or
-    an array. Raises UserError naming `path` for tokens that the palette does not have, when it meets them.
+    Reading tokens that the palette does not have raises UserError, which names `path`.
     """
-
-    dtype = np.dtype(np.uint8)
 
     def __init__(self, tokens, palette: Palette, path: str, image_size: tuple[int, int]):
         self.tokens, self.palette, self.path = tokens, palette, path
         self.shape = (len(tokens), *image_size, 3)
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return self.palette.decode(self.grids(indices)), indices
 
-    def __getitem__(self, index) -> np.ndarray:
-        if isinstance(index, tuple):  # goes on into the images, such as [..., :1]: NumPy knows how
-            return np.asarray(self)[index]
-        return self.palette.decode(self.grids(index))
+    def take(self, indices: np.ndarray) -> "DecodedTokens":
+        return DecodedTokens(self.tokens[indices], self.palette, self.path, self.shape[1:3])
 
     def grids(self, index) -> np.ndarray:
-        """The tokens themselves, int32 [..., H, W]."""
+        """Returns the tokens themselves, int32 [..., H, W]."""
         tokens = self.tokens[index]
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.palette.vocab_size):
             raise UserError(
@@ -112,63 +139,44 @@ class DecodedTokens:
             )
         return tokens.astype(np.int32).reshape(*tokens.shape[:-1], *self.shape[1:3])
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """All images at once: three bytes a token."""
-        return np.asarray(self[:], dtype)
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples by index: images uint8 [N, H, W, 3] and, where the source has them, labels int32 [N]."""
+    """Examples by index: images uint8 [N, H, W, 3] and, where the source has them, labels int32 [N].
 
-    images: np.ndarray | EncodedImages | DecodedTokens
-    labels: np.ndarray | None
+    Labels are an array, or are indexed like one and read when they are indexed.
+    """
+
+    images: Images
+    labels: Any
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Images [n, H, W, 3], and their indices: others than asked for where an image could not be read."""
-        if isinstance(self.images, EncodedImages):
-            return self.images.read(indices, draws)
-        return self.images[indices], indices
-
-    def readable(self) -> "Split":
-        """The same without the images that cannot be read, each with its label; encoded ones are decoded once."""
-        if not isinstance(self.images, EncodedImages):
-            return self
-        asked = np.arange(len(self))
-        images, used = self.images.read(asked)
-        kept = used == asked
-        return Split(images[kept], None if self.labels is None else self.labels[kept])
+        return self.images.read(indices, draws)
 
     def take(self, indices: np.ndarray) -> "Split":
-        """The examples at these indices, in this order."""
-        images = self.images
-        if isinstance(images, EncodedImages):
-            images = EncodedImages(Chosen(images.files, indices), images.preprocess, images.channels, images.skip)
-        elif isinstance(images, DecodedTokens):
-            images = DecodedTokens(images.tokens[indices], images.palette, images.path, images.shape[1:3])
-        else:
-            images = images[indices]
-        return Split(images, None if self.labels is None else self.labels[indices])
-
-    @property
-    def crops_at_random(self) -> bool:
-        """Whether `read` has a use for draws."""
-        return isinstance(self.images, EncodedImages) and self.images.preprocess.kind == "crop"
+        """Returns the examples at these indices, in this order."""
+        return Split(self.images.take(indices), None if self.labels is None else self.labels[indices])
 
     def holds_tokens_of(self, tokenizer) -> bool:
-        """Whether `images.grids` are the very tokens that `tokenizer` would make."""
-        return isinstance(self.images, DecodedTokens) and np.array_equal(
-            self.images.palette.centers, getattr(tokenizer, "centers", None)
-        )
+        """Whether `images.grids` returns the same tokens as encoding the images with `tokenizer` would."""
+        palette = self.images.palette
+        return palette is not None and np.array_equal(palette.centers, getattr(tokenizer, "centers", None))
+
+    def encode(self, tokenizer, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns tokens [n, H, W] as evaluation sees them, and their indices: see `Images.read`."""
+        if self.holds_tokens_of(tokenizer):
+            return self.images.grids(indices), indices
+        images, used = self.read(indices)
+        return tokenizer.encode(images), used
 
 
 def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
-    """Raises UserError unless every split has labels and training covers two classes, all of them below num_classes.
+    """Raises UserError unless every split has labels, training has two classes or more, and all lie below num_classes.
 
-    num_classes 0: any integers will do. A data set that declares its classes is taken at its word.
+    With num_classes 0, labels may be any integers. Classes that a data set declares need not occur among the labels.
     """
     if any(split.labels is None for split in (train, *others)):
         raise UserError(
@@ -188,14 +196,14 @@ def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
 
 
 def _classes(split: Split) -> np.ndarray:
-    """Ascending; labels that are read one by one know better than to read them all."""
+    """The classes in ascending order. Labels that are read one by one have a `classes` that need not read them all."""
     return split.labels.classes() if hasattr(split.labels, "classes") else np.unique(split.labels)
 
 
 def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[np.ndarray, "n"]:
-    """The indices of `per_class` examples of each class, drawn by `seed` and sorted: the low-data sets of section 4.7.
+    """Draws `per_class` examples of each class by `seed`: sorted indices, for the low-data sets of section 4.7.
 
-    Those of a smaller number are among those of a larger one. Raises UserError where a class has fewer examples.
+    A smaller set is part of every larger one of the same seed. Raises UserError where a class has fewer examples.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
@@ -215,8 +223,8 @@ def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[n
 class Source:
     """A data set in its three splits.
 
-    `channels` is 1 where the images are grey, though they are stored as RGB. `palette` is that of a source whose images
-    come as palette tokens.
+    `channels` is 1 where the images are grey, although they are stored as RGB. `palette` is the palette of a source
+    whose images are stored as tokens.
     """
 
     name: str
@@ -226,13 +234,15 @@ class Source:
     channels: int
     palette: Palette | None = None
 
+    def splits(self) -> dict[str, Split]:
+        return {name: getattr(self, name) for name in SPLITS}
+
     @property
     def image_size(self) -> tuple[int, int]:
         return self.train.images.shape[1:3]
 
     @property
     def unreadable(self) -> list[str]:
-        """What was wrong with each image that this process has passed over so far, in the order of the images."""
-        encoded = [part.images for part in (self.train, self.validation, self.test)]
-        found = [images.unreadable for images in encoded if isinstance(images, EncodedImages)]
-        return [texts[i] for texts in found for i in sorted(texts)]  # sorted: other threads may be adding to it
+        """Why each image that this process has skipped so far cannot be read, in the order of the images."""
+        found = [split.images.unreadable for split in self.splits().values()]
+        return [reasons[i] for reasons in found for i in sorted(reasons)]  # a copy: other threads may add reasons

@@ -1,4 +1,4 @@
-"""A folder of pictures as a data source: a sub-folder for each class, or all in one place without labels."""
+"""A folder of pictures as a data source: a sub-folder for each class, or all pictures in one folder without labels."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from igpt.data.arrays import split_indices
-from igpt.data.examples import EncodedImages, Source, Split
+from igpt.data.examples import SPLITS, EncodedImages, Source, Split
 from igpt.data.images import Preprocess
+from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-SPLITS = ("train", "validation", "test")
-NO_CLASSES = {*SPLITS, "val", "valid", "testing", "training"}  # names of splits, rather
+NO_CLASSES = {*SPLITS, "val", "valid", "testing", "training"}  # folders of these names are splits
 
 
-class Files:
-    """Paths, in the form in which EncodedImages reads them."""
+class ImagePaths:
+    """Paths of image files with their names for messages, as EncodedImages takes them."""
 
     def __init__(self, paths: list[str]):
         self.paths = paths  # strings: a million Path objects take a gigabyte
@@ -28,29 +28,26 @@ class Files:
         return Path(self.paths[index]), printable(self.paths[index])
 
 
-def open_folder(
-    folder: str, splits: str | tuple[float, float], split_seed: int, preprocess: Preprocess, channels: int, skip: bool
-) -> Source:
-    """Opens a folder. Classes are numbered by the sorted names of their sub-folders, images ordered by their paths.
+def open_folder(folder: str, settings: DataConfig) -> Source:
+    """Opens a folder. Classes are numbered in the order of their sub-folders' names, images ordered by path.
 
-    `splits`: the fractions for validation and test, or a text file with a line `path,train|validation|test` for every
-    image, paths relative to the folder. Files with other endings than SUFFIXES are passed over, and their number told;
-    hidden ones are none of the data.
+    Images are split at random, or by `settings.split_file`. Hidden files are ignored. Raises UserError.
     """
     paths, labels = list_images(Path(folder))
-    if isinstance(splits, str):
-        parts = read_split_file(Path(splits), Path(folder), paths)
+    if settings.split_file:
+        parts = read_split_file(Path(settings.split_file), Path(folder), paths)
     else:
-        parts = split_indices(len(paths), splits, split_seed)
-    made = []
-    for part in parts:
-        images = EncodedImages(Files([paths[i] for i in part]), preprocess, channels, skip)
-        made.append(Split(images, None if labels is None else labels[part]))
-    return Source(f"folder:{folder}", *made, channels)
+        parts = split_indices(len(paths), settings)
+    preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
+    images = EncodedImages(ImagePaths(paths), preprocess, settings.channels, skip)
+    return Source(settings.source, *map(Split(images, labels).take, parts), settings.channels)
 
 
 def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
-    """Every picture of a folder, sorted by path, and where there are sub-folders its class, int32 [N]."""
+    """Every picture of a folder, sorted by path, and with sub-folders their classes, int32 [N]. Raises UserError.
+
+    Prints the number of files that do not end in one of SUFFIXES.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     here, others = _pictures(folder, deep=False)
@@ -86,15 +83,15 @@ def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
 
 
 def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
-    """The sorted paths of pictures, and how many other entries there are that are not hidden."""
+    """The sorted paths of pictures, and the number of other entries that are not hidden."""
 
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise UserError(f"{printable(error.filename)} cannot be listed: {error.strerror}; make it readable")
 
     found, others = [], 0
-    for where, folders, names in os.walk(folder, onerror=refuse):
+    for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if deep and not name.startswith(".")]
-        others += sum(os.path.islink(os.path.join(where, name)) for name in folders)  # they might lead in a circle
+        others += sum(os.path.islink(os.path.join(where, name)) for name in folders)  # unread: links can form cycles
         for name in names:
             if name.startswith("."):
                 continue
@@ -106,9 +103,12 @@ def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
 
 
 def read_split_file(path: Path, folder: Path, images: list[str]) -> list[np.ndarray]:
-    """The indices of train, validation and test. Every image has its line, and every line its image."""
+    """The indices of train, validation and test, from lines `path,split` with paths relative to the folder.
+
+    Raises UserError unless each image has exactly one line, and each line an image.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files are bytes
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files may be no UTF-8
     except OSError as error:
         raise UserError(f"data.split_file={path} cannot be read: {error.strerror}") from None
     position = {Path(image).relative_to(folder).as_posix(): i for i, image in enumerate(images)}
@@ -137,5 +137,5 @@ def read_split_file(path: Path, folder: Path, images: list[str]) -> list[np.ndar
 
 
 def printable(name: str) -> str:
-    """A file's name as text that any terminal takes: bytes that are no UTF-8 as escapes."""
+    """A file's name as text that any terminal can print: bytes that are no UTF-8 become escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

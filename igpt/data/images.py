@@ -1,6 +1,7 @@
-"""Image files of strangers -> uint8 RGB at the model's size: decoded within bounds, then cropped and shrunk.
+"""Untrusted image files -> uint8 RGB at the model's size: decoded within bounds, then cropped and resized.
 
-Sizes and crops of ImageNet: Chen et al. 2020, appendix A.1; of CIFAR: section 3.4. The paper does not name its filter.
+Sizes and crops follow Chen et al. 2020: appendix A.1 for ImageNet, section 3.4 for CIFAR. The paper does not name its
+resampling filter.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from igpt.data.settings import FILTERS, DataConfig
 from igpt.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # the decoders that strangers' files may reach
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no other decoder sees an untrusted file
 MAX_PIXELS = 1 << 26  # of a file; with MAX_BYTES it keeps every decoder below 1 GB
-MAX_WEBP_PIXELS = 1 << 25  # its decoder holds several copies
+MAX_WEBP_PIXELS = 1 << 25  # the WebP decoder holds several copies
 MAX_BYTES = 1 << 27
-MAX_SCANNED = 1 << 36  # pixels times passes over them, of a progressive JPEG: some seconds
-TILE = 2048  # larger images are converted in squares of this side, to keep the copies small
-FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
+MAX_SCANNED = 1 << 36  # pixels times passes of a progressive JPEG: this many take some seconds
+TILE = 2048  # side of the squares in which larger images are converted, so that copies stay small
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,22 +34,23 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF's orientation
 
-# Pillow's remarks on odd metadata. Once for all: a filter around each call would be no thread's own.
+# Silences Pillow's warnings about odd metadata. Set once, because warning filters are shared by all threads.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class UnreadableImage(UserError):
-    """An image that cannot be used. Its message names the file."""
+    """An image that cannot be used. The message names the file."""
 
 
 def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
-    """A file's first frame, upright, in RGB (by way of grey where `channels` is 1; transparency is laid on white).
+    """Decodes the first frame of a file: upright, in RGB, transparency laid on white. One channel: grey, as RGB.
 
-    Raises UnreadableImage for what is damaged, of no known format, or too large, before its pixels are decoded.
+    Raises UnreadableImage for files that are damaged, of another format, or too large. Size is checked before pixels
+    are decoded.
     """
-    content = _read(content, name) if isinstance(content, Path) else content
-    if len(content) > MAX_BYTES:
-        raise UnreadableImage(f"{name} has {len(content):,} bytes; at most {MAX_BYTES:,} are opened: shrink it first")
+    if isinstance(content, Path):
+        content = _read(content, name)
+    _check_bytes(len(content), name)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_bounds(image, content, name)
@@ -56,9 +58,9 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
         upright = UPRIGHT.get(_orientation(image))
         image = _rgb(image, channels)
         return image if upright is None else image.transpose(upright)
-    except (MemoryError, UserError):  # within these bounds, memory that runs out is not the file's fault
+    except (MemoryError, UserError):  # no file within these bounds exhausts memory by itself
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # for sizes far above our own bound
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own, much higher bound
         raise UnreadableImage(f"{name} is too large: at most {MAX_PIXELS:,} pixels are opened: shrink it") from None
     except UnidentifiedImageError:
         raise UnreadableImage(f"{name} cannot be read as an image: it is no {', '.join(FORMATS)} file") from None
@@ -68,20 +70,22 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
 
 
 def _read(path: Path, name: str) -> bytes:
-    """The content of a file; whole, as decoders believe a damaged header that asks for more than there is."""
+    """Reads a whole file. Decoders that read it in parts trust damaged headers that announce more than there is."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
             raise UnreadableImage(f"{name} is no file")
-        if status.st_size > MAX_BYTES:
-            raise UnreadableImage(
-                f"{name} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are opened: shrink it first"
-            )
+        _check_bytes(status.st_size, name)
         return path.read_bytes()
     except FileNotFoundError:
         raise UnreadableImage(f"there is no image {name}") from None
     except OSError as error:
         raise UnreadableImage(f"{name} cannot be opened: {error.strerror}") from None
+
+
+def _check_bytes(count: int, name: str) -> None:
+    if count > MAX_BYTES:
+        raise UnreadableImage(f"{name} has {count:,} bytes; at most {MAX_BYTES:,} are opened: shrink it first")
 
 
 def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
@@ -91,9 +95,9 @@ def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
         raise UnreadableImage(
             f"{name} has {image.width} x {image.height} pixels; at most {most:,} are opened: shrink it first"
         )
-    scans = content.count(b"\xff\xda")  # perhaps a few more, by chance, in what is no image data
+    scans = content.count(b"\xff\xda")  # may count a few too many: metadata can hold these bytes by chance
     if image.format in ("JPEG", "MPO") and scans * pixels > MAX_SCANNED:
-        raise UnreadableImage(f"{name} would be drawn in {scans} passes, which takes minutes: save it anew")
+        raise UnreadableImage(f"{name} would be drawn in {scans} passes, which takes minutes: save it again")
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -101,7 +105,7 @@ def _orientation(image: Image.Image) -> int | None:
         return image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
-    except Exception:  # damaged notes on sound pixels
+    except Exception:  # damaged metadata does not spoil the pixels
         return None
 
 
@@ -121,22 +125,33 @@ def _rgb(image: Image.Image, channels: int) -> Image.Image:
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip and not scale
         grey = np.asarray(image).astype(np.int64)
-        scaled = ((np.clip(grey, 0, 65535) + 128) // 257).astype(np.uint8)
+        scaled = scale_to_bytes(np.clip(grey, 0, 65535))
         scaled[grey == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(scaled)
     if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.fromarray(lay_on_white(np.asarray(image.convert("RGBA"))))
     return image.convert("L").convert("RGB") if channels == 1 else image.convert("RGB")
+
+
+def scale_to_bytes(values: np.ndarray) -> np.ndarray:
+    """Integers from 0 to 65535 -> uint8 of the same shape, divided by 257 and rounded to the nearest."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def lay_on_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 [..., 4] -> uint8 [..., 3]: colours blended with white by their alpha, rounded to the nearest."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((alpha * rgba[..., :3] + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes one of `size` (height, width). Raises UserError naming a field that makes no sense.
+    """How an image is brought to `size` (height, width).
 
-    kind "none": it has that size already. "shrink": the largest centred part of that aspect ratio, shrunk. "crop", as
-    the paper treats ImageNet: in training the shorter side becomes a random length of `short_side`, a random square of
-    `crop` is cut out and shrunk; in evaluation the shorter side becomes `crop` and the square is the centre's.
+    kind "none": images have that size already. "shrink": the largest centred part of that aspect ratio is resized.
+    "crop" is what the paper does with ImageNet. In training, the shorter side is resized to a random length within
+    `short_side`, and a random square of side `crop` is cut out and resized. In evaluation, the shorter side is resized
+    to `crop`, and the centred square is taken.
     """
 
     size: tuple[int, int]
@@ -145,21 +160,15 @@ class Preprocess:
     crop: int = 224
     filter: str = "bicubic"
 
-    def __post_init__(self):
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise UserError(f"data.image_size is {tuple(self.size)}; give height and width, such as (32, 32)")
-        if self.kind not in ("none", "shrink", "crop"):
-            raise UserError(f"data.preprocess is {self.kind!r}; choose none, shrink or crop")
-        if self.filter not in FILTERS:
-            raise UserError(f"data.filter is {self.filter!r}; choose one of {', '.join(FILTERS)}")
-        if len(self.short_side) != 2 or not 1 <= self.crop <= self.short_side[0] <= self.short_side[1]:
-            raise UserError(
-                f"data.crop is {self.crop} and data.short_side {tuple(self.short_side)}; a crop must fit into the "
-                "shorter side, whose least length comes first"
-            )
+    @classmethod
+    def of(cls, settings: DataConfig) -> "Preprocess":
+        return cls(settings.image_size, settings.preprocess, settings.short_side, settings.crop, settings.filter)
 
     def __call__(self, image: Image.Image, draws: np.ndarray | None, name: str) -> np.ndarray:
-        """uint8 [height, width, 3]. `draws`: three numbers in [0, 1) for a training crop, None for evaluation."""
+        """Returns uint8 [height, width, 3]. `draws`: three numbers in [0, 1) for a training crop, None in evaluation.
+
+        Raises UnreadableImage for an image of another size where the kind is "none".
+        """
         height, width = self.size
         resample = FILTERS[self.filter]
         match self.kind:
@@ -176,7 +185,7 @@ class Preprocess:
         return np.asarray(image)
 
     def _square(self, image: Image.Image, draws) -> Image.Image:
-        """The crop of the image that is resized first; but only what is cut out is computed."""
+        """Resizes the image and cuts out a square. Only the pixels of the square are computed."""
         low, high = self.short_side
         short = self.crop if draws is None else low + int(draws[0] * (high - low + 1))
         scale = short / min(image.size)
@@ -189,7 +198,7 @@ class Preprocess:
 
 
 def _centred(size: tuple[int, int], aspect: float) -> tuple[float, float, float, float]:
-    """The largest centred box (left, top, right, bottom) of an aspect ratio width / height."""
+    """Returns the largest centred box (left, top, right, bottom) with an aspect ratio width / height."""
     width, height = size
     if width > height * aspect:
         margin = (width - height * aspect) / 2
@@ -199,5 +208,5 @@ def _centred(size: tuple[int, int], aspect: float) -> tuple[float, float, float,
 
 
 def read_image(path: str, height: int, width: int, channels: int) -> np.ndarray:
-    """An image file -> uint8 [height, width, 3]: its centre, cut to the aspect ratio and shrunk (bicubic)."""
+    """Reads an image file as uint8 [height, width, 3]: its centred part of that aspect ratio, resized (bicubic)."""
     return Preprocess((height, width), "shrink")(decode(Path(path), path, channels), None, path)

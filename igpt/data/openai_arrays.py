@@ -1,4 +1,4 @@
-"""OpenAI's encoded data sets, as their download.py leaves them: palette tokens and labels in .npy files."""
+"""OpenAI's encoded data sets, as their download.py writes them: palette tokens and labels in .npy files."""
 
 import math
 from pathlib import Path
@@ -12,11 +12,11 @@ from igpt.palette import Palette
 
 
 def open_openai(prefix: str) -> Source:
-    """OpenAI's encoded data sets, as their download.py leaves them; every split is a pair of files.
+    """Opens the splits PREFIX_{tr,va,te}, whose palette is kmeans_centers.npy beside them. Raises UserError.
 
-    PREFIX_{tr,va,te}X.npy: palette tokens [N, T], integers, a square image a row. PREFIX_{tr,va,te}Y.npy, which may be
-    absent: labels, integers [N] or one-hot [N, C]. Beside them kmeans_centers.npy: the palette. Tokens stay in their
-    files; encoding an image that this palette decoded returns its tokens, but where two centres round to equal bytes.
+    PREFIX_trX.npy holds palette tokens, integers [N, T], a square image a row. PREFIX_trY.npy, if there is one, holds
+    labels: integers [N] or one-hot [N, C]. Tokens are mapped, not read. Encoding a decoded image returns its tokens,
+    except where two centres round to equal bytes.
     """
     paths = [f"{prefix}_{split}X.npy" for split in ("tr", "va", "te")]
     arrays = {path: _map_tokens(path) for path in paths}
@@ -31,7 +31,7 @@ def open_openai(prefix: str) -> Source:
     for path, tokens in arrays.items():
         side = math.isqrt(tokens.shape[1])
         images = DecodedTokens(tokens, palette, path, (side, side))
-        images[:1000]  # another data set's palette shows at once; what the rest holds, when it is read
+        images[:1000]  # finds the palette of another data set now; the other tokens are checked when they are read
         splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
     grey = bool((palette.centers == palette.centers[:, :1]).all())
     return Source(f"openai:{prefix}", *splits, channels=1 if grey else 3, palette=palette)
@@ -47,7 +47,7 @@ def _map_tokens(path: str) -> np.ndarray:
 
 
 def _openai_labels(path: str, count: int) -> np.ndarray | None:
-    """int32 [N]; a few rows at a time, as ImageNet's one-hot labels take gigabytes."""
+    """Labels int32 [N]. Read a few rows at a time, because ImageNet's one-hot labels take gigabytes."""
     if not Path(path).exists():
         return None
     labels = map_array(path)

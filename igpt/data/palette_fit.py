@@ -1,11 +1,11 @@
-"""A palette of one's own: the colours that stand best for all others in a sample of a source's pixels.
+"""Fits a palette to a source: the colours that best represent a sample of its pixels.
 
     igpt palette --source=folder:photos --colors=512 --pixels=1000000 --out=palette.npy
     igpt prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
 
-About --pixels pixels, as many from each of some images chosen at random among those for training, are clustered by
-k-means. The quantisation error is that of pixels of images held out for validation. The picture shows the palette, and
-eight images before and after.
+Training images are chosen at random, and equally many pixels of each: at most --pixels in all. k-means clusters them.
+The quantisation error is measured on pixels of images held out for validation. The picture shows the palette, and eight
+images before and after. train.py finds the same palette for the same source, colours, pixels and seed.
 """
 
 import argparse
@@ -15,33 +15,31 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from igpt.command import Parser, at_least
-from igpt.data.reading import add_reading, reading_settings
-from igpt.data.sources import load_source
+from igpt.data.sources import add_source_arguments, load_source, source_settings
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.plots import check_writable, palette_picture, save_png
 
-PIXELS_OF_AN_IMAGE = 64  # at least, where there are that many: more images would be slower to decode than to cluster
-PIXELS_AT_ONCE = 1 << 18  # of images held in memory
-MOST_TO_START_FROM = 1 << 16  # distinct colours among which k-means++ chooses: of all it would take longer than k-means
+PIXELS_OF_AN_IMAGE = 64  # the least: with fewer, decoding all the images would take longer than k-means
+PIXELS_AT_ONCE = 1 << 18  # pixels of images held in memory
+MOST_TO_START_FROM = 1 << 16  # colours among which k-means++ chooses: among all, it would take longer than k-means
 MOST_ITERATIONS = 100
-SMALLEST_GAIN = 1e-3  # of the error over ITERATIONS_AT_ONCE: below it, k-means has settled
 ITERATIONS_AT_ONCE = 5
+SMALLEST_GAIN = 1e-3  # k-means ends when ITERATIONS_AT_ONCE lower the error by a smaller share than this
 
 
 def sample_pixels(images, most: int, seed: int) -> tuple[np.ndarray, int]:
-    """At most `most` pixels uint8 [n, 3], equally many of each image looked at; and the number of those images.
+    """Samples at most `most` pixels uint8 [n, 3] of images uint8 [N, H, W, 3], and returns the number of images used.
 
-    Images are chosen at random by `seed`, and read a few at a time.
+    Images are chosen at random by `seed`, with equally many pixels of each, and read a few at a time.
     """
     count, height, width, _ = images.shape
     rng = np.random.default_rng((seed, 3))
     of_each = min(height * width, max(PIXELS_OF_AN_IMAGE, most // count), most)
-    chosen = np.sort(rng.permutation(count)[: most // of_each])  # in order: neighbours on disk come together
+    chosen = np.sort(rng.permutation(count)[: most // of_each])  # sorted, to read the disk in order
     pixels = np.empty((len(chosen), of_each, 3), np.uint8)
     at_once = max(1, PIXELS_AT_ONCE // (height * width))
     with tqdm(total=len(chosen), unit="image", desc="sample", dynamic_ncols=True, disable=None) as bar:
@@ -55,40 +53,21 @@ def sample_pixels(images, most: int, seed: int) -> tuple[np.ndarray, int]:
 
 
 def fit(images, colors: int, seed: int = 0, max_pixels: int = 1_000_000) -> Palette:
-    """k-means on the colours of uint8 images [N, H, W, 3]; with exactly `colors` distinct colours, those colours.
+    """The palette of at most `max_pixels` sampled pixels of images uint8 [N, H, W, 3]: see `fit_pixels`."""
+    pixels, _ = sample_pixels(images, max_pixels, seed)
+    return fit_pixels(pixels, colors, seed)
 
-    A random sample of `max_pixels` pixels is clustered when there are more; of images that are not in memory, pixels of
-    some images. Raises UserError when the images have fewer colours than were asked for.
+
+def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "palette.colors") -> Palette:
+    """k-means on pixels uint8 [N, 3]. With exactly `colors` different colours, the palette is those colours.
+
+    Raises UserError, which calls the number of colours `flag`, where the pixels have fewer different colours.
     """
-    if not isinstance(images, np.ndarray):
-        images, _ = sample_pixels(images, max_pixels, seed)
-    pixels = images.reshape(-1, 3)
-    distinct = np.unique(pixels, axis=0) if len(pixels) <= max_pixels else None
-    if distinct is None or len(distinct) > colors:
-        if len(pixels) > max_pixels:
-            chosen = np.random.default_rng(seed).choice(len(pixels), max_pixels, replace=False)
-            pixels = pixels[np.sort(chosen)]
-        distinct, counts = np.unique(pixels, axis=0, return_counts=True)
-    if len(distinct) < colors:
-        raise UserError(
-            f"palette.colors is {colors}, but the {len(pixels):,} pixels looked at have only {len(distinct)} different "
-            f"colours; set palette.colors={len(distinct)}"
-        )
-    if len(distinct) == colors:
-        return of_centers(distinct / 127.5 - 1.0)
-    from sklearn.cluster import KMeans  # slow to import, and needed only here
-
-    kmeans = KMeans(colors, n_init=1, max_iter=100, random_state=seed)
-    return of_centers(kmeans.fit(distinct / 127.5 - 1.0, sample_weight=counts).cluster_centers_)
-
-
-def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0) -> Palette:
-    """k-means on pixels uint8 [N, 3], its progress shown; with exactly `colors` distinct colours, those colours."""
     distinct, counts = np.unique(pixels, axis=0, return_counts=True)
     if len(distinct) < colors:
         raise UserError(
-            f"--colors={colors}, but the {len(pixels):,} pixels looked at have only {len(distinct)} different colours; "
-            f"give --colors={len(distinct)}"
+            f"{flag} is {colors}, but the {len(pixels):,} pixels looked at have only {len(distinct)} different "
+            f"colours; set {flag}={len(distinct)}"
         )
     points = distinct / 127.5 - 1.0
     if len(distinct) == colors:
@@ -96,19 +75,16 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0) -> Palette:
     from sklearn.cluster import KMeans, kmeans_plusplus  # slow to import
     from sklearn.exceptions import ConvergenceWarning
 
-    def mean_squared_error(kmeans: KMeans) -> float:
-        return kmeans.inertia_ / counts.sum() / 3 * 127.5**2
-
-    with tqdm(total=MOST_ITERATIONS, unit="iteration", desc="k-means", dynamic_ncols=True) as bar:
-        some = np.random.default_rng((seed, 5)).permutation(len(points))[: max(MOST_TO_START_FROM, 2 * colors)]
-        centers, _ = kmeans_plusplus(points[some], colors, sample_weight=counts[some], random_state=seed)
-        error = math.inf
-        while bar.n < MOST_ITERATIONS:
+    some = np.random.default_rng((seed, 5)).permutation(len(points))[: max(MOST_TO_START_FROM, 2 * colors)]
+    centers, _ = kmeans_plusplus(points[some], colors, sample_weight=counts[some], random_state=seed)
+    error = math.inf
+    with tqdm(total=MOST_ITERATIONS, unit="iteration", desc="k-means", dynamic_ncols=True, disable=None) as bar:
+        for _ in range(0, MOST_ITERATIONS, ITERATIONS_AT_ONCE):
             kmeans = KMeans(colors, init=centers, n_init=1, max_iter=ITERATIONS_AT_ONCE, tol=0, random_state=seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 centers = kmeans.fit(points, sample_weight=counts).cluster_centers_
-            before, error = error, mean_squared_error(kmeans)
+            before, error = error, kmeans.inertia_ / counts.sum() / 3 * 127.5**2
             bar.set_postfix_str(f"mean squared error {error:.3f}", refresh=False)
             bar.update(ITERATIONS_AT_ONCE)
             if before - error <= SMALLEST_GAIN * before < math.inf:
@@ -117,35 +93,35 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0) -> Palette:
 
 
 def of_centers(centers: np.ndarray) -> Palette:
-    """The palette of centres found in any order: sorted dark to light, so that it does not depend on that order."""
+    """The palette of centres [V, 3], sorted from dark to light, so that their order does not matter."""
     centers = np.clip(centers, -1.0, 1.0)
     brightness = centers.sum(axis=1)
     return Palette(centers[np.lexsort((*centers.T[::-1], brightness))].astype(np.float32))
 
 
 def quantisation_error(palette: Palette, pixels: np.ndarray) -> tuple[float, float]:
-    """Mean squared error in bytes^2 over pixels and channels, and the PSNR in dB that it amounts to."""
+    """Mean squared error in bytes^2 over the pixels uint8 [n, 3] and their channels, and the same as PSNR in dB."""
     error = np.square(palette.decode(palette.encode(pixels)) - pixels.astype(np.float64)).mean()
     return float(error), 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def add_arguments(parser: Parser) -> None:
-    add_reading(parser, size="32")
-    parser.add_argument("--colors", type=at_least(1), default=512, help="of the palette (default 512, as in the paper)")
-    parser.add_argument("--pixels", type=at_least(1), default=1_000_000, help="to look at (default 1000000)")
+    add_source_arguments(parser, size="32")
+    parser.add_argument("--colors", type=at_least(1), default=512, help="in the palette (default 512, as in the paper)")
+    parser.add_argument("--pixels", type=at_least(1), default=1_000_000, help="most pixels sampled (default 1000000)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the sample and of k-means (default 0)")
     parser.add_argument("--out", required=True, help="the .npy to write")
     parser.add_argument("--picture", default="", help="a .png to write: the palette, and images before and after")
-    parser.add_argument("--overwrite", action="store_true", help="what is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fits a palette as the command line says, and writes it."""
+    """Fits a palette with the flags of the command line, and writes it."""
     _check_out(args)
-    source = load_source(ConfigDict(reading_settings(args)))
+    source = load_source(source_settings(args))
     pixels, looked_at = sample_pixels(source.train.images, args.pixels, args.seed)
     print(f"{len(pixels):,} pixels of {looked_at:,} of {len(source.train):,} images")
-    palette = fit_pixels(pixels, args.colors, args.seed)
+    palette = fit_pixels(pixels, args.colors, args.seed, flag="--colors")
     palette.save(args.out)
     held_out, others = sample_pixels(source.validation.images, max(1, args.pixels // 10), args.seed)
     error, psnr = quantisation_error(palette, held_out)
@@ -164,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """Raises UserError before minutes of work go into files that cannot or should not be written."""
+    """Raises UserError, before minutes of work, for files that cannot be written or exist already."""
     if not args.out.endswith(".npy"):
         raise UserError(f"--out={args.out}: palettes are .npy files; give a name that ends in .npy")
     folder = Path(args.out).absolute().parent

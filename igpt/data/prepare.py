@@ -1,51 +1,55 @@
-"""Any source once and for all as palette tokens, which training then maps from disk: two bytes a pixel.
+"""Writes any source as palette tokens, once, which training then maps from disk: two bytes a pixel.
 
     igpt prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
     python train.py --config.data.source=tokens:photos-32 ...
 
-A prepared directory holds prepared.json (what was prepared, and how), palette.npy, and for each split shards
-SPLIT-00000.tokens.npy uint16 [n, T] with, where the source has them, SPLIT-00000.labels.npy int32 [n]. Images that were
-passed over are named in SPLIT-00000.unreadable.txt. A command that was interrupted goes on with the shards that are
-missing. Images are seen as evaluation sees them: a random crop of data.preprocess=crop is the centre's here.
+A prepared directory holds prepared.json (what was prepared, and how), palette.npy, and the shards of each split:
+SPLIT-00000.tokens.npy uint16 [n, T] and, where the source has labels, SPLIT-00000.labels.npy int32 [n]. Skipped images
+are named in SPLIT-00000.unreadable.txt. A command that was interrupted writes only the missing shards when it is run
+again. Images are prepared as evaluation sees them: --preprocess=crop takes the centre, never a random crop.
 """
 
+import argparse
 import contextlib
+import dataclasses
+import functools
 import io
 import json
-import multiprocessing.connection
-import multiprocessing.resource_tracker
+import multiprocessing
 import os
 import shlex
 import signal
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from igpt.command import Parser, at_least
-from igpt.data.examples import Source
-from igpt.data.prepared import PLAN, SPLITS, count_shards, fingerprint, map_shard, open_prepared, shard_path
-from igpt.data.reading import add_reading, reading_settings
-from igpt.data.sources import load_source
+from igpt.data.examples import SPLITS, ArrayImages, Source
+from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path
+from igpt.data.settings import DataConfig
+from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
-from igpt.files import read_json, write_text
+from igpt.files import read_json, whole, write_text
 from igpt.palette import Palette, write_array
 
-PIXELS_AT_ONCE = 1 << 18  # of images held in memory by a process: 256 of 32 x 32
+PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
+Shard = tuple[str, int]  # split, number
 
 
 def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 8192, workers: int = 1) -> dict:
-    """Writes the source that `settings` (the fields of config.data) describe to `out`; returns counts of images.
+    """Writes the source with these fields of DataConfig to `out`. Returns counts: each split's and "unreadable" images.
 
-    Raises UserError for a directory that holds something else, so that nothing is mixed or written over.
+    Raises UserError where `out` holds anything else, so that nothing is mixed or overwritten.
     """
     palette, folder = Palette.load(palette_path), Path(out)
-    source = _open_as(settings)
-    sizes = {name: len(getattr(source, name)) for name in SPLITS}
+    source = open_source(settings, is_command=True)
+    sizes = {name: len(split) for name, split in source.splits().items()}
     plan = {
         "format": 1,
         "data": json.loads(json.dumps(settings)),
@@ -61,40 +65,27 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
         raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
 
     images_of = {
-        (name, i): min(shard_images, sizes[name] - i * shard_images)
-        for name in SPLITS
-        for i in range(count_shards(sizes[name], shard_images))
+        (name, number): min(shard_images, size - number * shard_images)
+        for name, size in sizes.items()
+        for number in range(count_shards(size, shard_images))
     }
     missing = [shard for shard in images_of if not _is_finished(folder, *shard, plan)]
     total, left = sum(images_of.values()), sum(images_of[shard] for shard in missing)
-    # An array in memory is quickly done with; each process more would hold it once more.
-    in_memory = isinstance(source.train.images, np.ndarray)
+    # One process encodes an array in memory quickly, and each further process would hold a copy of it.
+    workers = 1 if isinstance(source.train.images, ArrayImages) else min(workers, len(missing))
     with tqdm(total=total, initial=total - left, unit="image", smoothing=0.1, dynamic_ncols=True) as bar:
-        if workers == 1 or in_memory or len(missing) < 2:
+        if workers > 1:
+            job = DataConfig.of(settings), folder, shard_images
+            _write_in_processes(missing, workers, bar.update, job)
+        else:
             writer = ShardWriter(source, palette, folder, shard_images)
             for shard in missing:
                 writer.write(*shard, bar.update)
-        else:
-            arguments = settings, palette.centers, folder, shard_images
-            _write_in_processes(missing, min(workers, len(missing)), arguments, bar.update)
-    prepared = open_prepared(out)
-    return sizes | {"unreadable": total - sum(len(getattr(prepared, name)) for name in SPLITS)}
-
-
-def _open_as(settings: dict) -> Source:
-    source = load_source(ConfigDict(settings))
-    if source.image_size != tuple(settings["image_size"]) or source.channels != settings["channels"]:
-        height, width = source.image_size
-        raise UserError(
-            f"{settings['source']} has images of {height} x {width} with {source.channels} channel(s), not "
-            f"{' x '.join(map(str, settings['image_size']))} with {settings['channels']}; give --size={height}x{width} "
-            f"--channels={source.channels}, or --preprocess=shrink for another size"
-        )
-    return source
+    return sizes | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
 
 
 def _begin(folder: Path, plan: dict, palette: Palette) -> None:
-    """Writes the plan into a new directory, or sees that the one that is there has the same."""
+    """Writes the plan into a new directory. Raises UserError where an existing directory has another plan, or none."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file; name a new directory")
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {f"{PLAN}.partial"}:
@@ -117,104 +108,88 @@ def _flat(plan: dict) -> dict:
     }
 
 
+def _is_finished(folder: Path, name: str, number: int, plan: dict) -> bool:
+    with contextlib.suppress(UserError):  # a damaged shard is written again
+        if shard_path(folder, name, number, "tokens").is_file():
+            map_shard(folder, name, number, plan)
+            return True
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
 class ShardWriter:
-    """Writes shards of a source, each whole or not at all. A shard's tokens are the most that it holds in memory."""
+    """Writes shards of a source, each wholly or not at all. Memory holds the tokens of one shard, but few images."""
 
-    def __init__(self, source: Source, palette: Palette, folder: Path, shard_images: int):
-        self.source, self.palette, self.folder, self.shard_images = source, palette, folder, shard_images
+    source: Source
+    palette: Palette
+    folder: Path
+    shard_images: int
 
-    def write(self, name: str, number: int, tell: Callable[[int], None]) -> None:
-        """`tell` hears how many images are done since it last heard."""
-        split, size = getattr(self.source, name), self.shard_images
+    def write(self, name: str, number: int, advance: Callable[[int], None]) -> None:
+        """Writes one shard. Calls `advance` with the number of images done since its last call."""
+        split, size = self.source.splits()[name], self.shard_images
         asked = np.arange(number * size, min((number + 1) * size, len(split)))
         height, width = self.source.image_size
         at_once = max(1, PIXELS_AT_ONCE // (height * width))
-        tokens, kept, count = np.empty((len(asked), height * width), np.uint16), [], 0
+        tokens, readable = np.empty((len(asked), height * width), np.uint16), np.empty(len(asked), bool)
         for start in range(0, len(asked), at_once):
-            wanted = asked[start : start + at_once]
-            if split.holds_tokens_of(self.palette):
-                grids, readable = split.images.grids(wanted), np.full(len(wanted), True)
-            else:
-                images, used = split.read(wanted)
-                readable = used == wanted
-                grids = self.palette.encode(images[readable], np.uint16)
-            kept.append(wanted[readable])
-            tokens[count : count + len(grids)] = grids.reshape(len(grids), height * width)
-            count += len(grids)
-            tell(len(wanted))
-        kept = np.concatenate(kept)
+            some = slice(start, start + at_once)
+            grids, used = split.encode(self.palette, asked[some])
+            tokens[some], readable[some] = grids.reshape(len(grids), -1), used == asked[some]
+            advance(len(grids))
+        kept = asked[readable]
         if len(kept) < len(asked):
-            said = [split.images.unreadable[i] for i in asked if i in split.images.unreadable]
-            path = shard_path(self.folder, name, number, "unreadable").with_suffix(".txt")
-            _save(path, lambda file: file.write("".join(f"{text}\n" for text in said).encode()))
+            unreadable = split.images.unreadable
+            reasons = [f"{unreadable[i]}\n" for i in asked if i in unreadable]
+            with _shard_file(shard_path(self.folder, name, number, "unreadable").with_suffix(".txt")) as file:
+                file.write("".join(reasons).encode())
         if split.labels is not None:
             labels = np.asarray(split.labels[kept], np.int32)
-            _save(shard_path(self.folder, name, number, "labels"), lambda file: write_array(file, labels))
-        # Last: where tokens are, a shard is finished.
-        _save(shard_path(self.folder, name, number, "tokens"), lambda file: write_array(file, tokens[:count]))
+            with _shard_file(shard_path(self.folder, name, number, "labels")) as file:
+                write_array(file, labels)
+        # Last, because a shard that has its tokens is finished.
+        with _shard_file(shard_path(self.folder, name, number, "tokens")) as file:
+            write_array(file, tokens[readable])
 
 
-def _save(path: Path, write: Callable) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+@contextlib.contextmanager
+def _shard_file(path: Path) -> Iterator[BinaryIO]:
     try:
-        with partial.open("wb") as file:
-            write(file)
-        os.replace(partial, path)
+        with whole(path) as file:
+            yield file
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. What is finished stays: make room, and run the same "
             "command again"
         ) from None
 
 
-def _write_in_processes(shards: Sequence[tuple], workers: int, arguments: tuple, tell: Callable[[int], None]) -> None:
-    """Has `workers` processes write the shards in turns. They end with this one, however that ends."""
-    spawn = multiprocessing.get_context("spawn")  # a forked process may inherit locks of threads it has not got
-    alive, ours = spawn.Pipe(duplex=False)  # closes at our end when this process is gone
-    written, told = spawn.RawArray("q", workers), 0  # no lock, with which a process could die
-    running = []
-    multiprocessing.resource_tracker.ensure_running()  # its own start would let interrupts through again
-    try:
-        with _interrupts_held():
-            for which in range(workers):
-                heard, said = spawn.Pipe(duplex=False)
-                given = shards[which::workers], which, alive, written, said, arguments
-                process = spawn.Process(target=_write_in_turn, args=given, daemon=True)
-                process.start()
-                said.close()  # so that nothing to hear is an end, and not a wait
-                running.append((process, heard))
-        while running:
-            multiprocessing.connection.wait([process.sentinel for process, _ in running], 0.2)
-            codes = [process.exitcode for process, _ in running]  # once: what dies meanwhile is seen the next time
-            done = sum(written)
-            tell(done - told)
-            told = done
-            for code, (_, heard) in zip(codes, running, strict=True):
-                if code:
-                    raise UserError(_last_words(heard))
-            running = [pair for code, pair in zip(codes, running, strict=True) if code is None]
-    finally:
-        for process, _ in running:
-            process.kill()
-            process.join()
-        ours.close()
-
-
-def _last_words(heard) -> str:
-    try:
-        return heard.recv()
-    except EOFError:
-        return (
-            "a process that was preparing images was ended from outside, most likely for want of memory. What is "
-            "finished stays: run the same command again, perhaps with fewer --workers"
-        )
+def _write_in_processes(shards: list[Shard], workers: int, advance: Callable[[int], None], job: tuple) -> None:
+    """Writes the shards in several processes, which end when this function or this process ends, in whatever way."""
+    spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locks that other threads hold
+    written, shown = spawn.RawArray("q", len(shards)), 0  # images done of each shard
+    theirs, ours = spawn.Pipe(duplex=False)
+    # The workers exit when `ours` is closed, or this process is killed. The pool then waits for them.
+    with futures.ProcessPoolExecutor(workers, spawn, _start_worker, (theirs, written)) as pool, ours:
+        try:
+            with _interrupts_blocked():
+                pending = {pool.submit(_write_shard, job, *shard) for shard in enumerate(shards)}
+            while pending:
+                done, pending = futures.wait(pending, 0.2, futures.FIRST_EXCEPTION)
+                shown, before = sum(written), shown
+                advance(shown - before)
+                for future in done:
+                    future.result()
+        except (BrokenProcessPool, MemoryError):
+            raise UserError(
+                "a process that was preparing images was ended from outside, most likely for want of memory. What is "
+                "finished stays: run the same command again, perhaps with fewer --workers"
+            ) from None
 
 
 @contextlib.contextmanager
-def _interrupts_held():
-    """Ctrl-C waits meanwhile, and never reaches processes started here: whoever started them ends them."""
+def _interrupts_blocked():
+    """Blocks SIGINT. Processes that start meanwhile inherit this, so that Ctrl-C interrupts only the command itself."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -225,70 +200,57 @@ def _interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _write_in_turn(shards: Sequence[tuple], which: int, alive, written, said, arguments: tuple) -> None:
-    """What one of the processes does."""
-
-    def leave_with_the_command() -> None:
-        with contextlib.suppress(OSError, EOFError):
-            alive.recv()
-        os._exit(1)
-
-    def tell(count: int) -> None:
-        written[which] += count
-
-    threading.Thread(target=leave_with_the_command, daemon=True).start()
-    settings, centers, folder, shard_images = arguments
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what sources remark on has been said once
-            source = load_source(ConfigDict(settings))
-        writer = ShardWriter(source, Palette(centers), folder, shard_images)
-        for shard in shards:
-            writer.write(*shard, tell)
-    except UserError as error:
-        said.send(str(error))
-        sys.exit(1)
+def _start_worker(theirs, written) -> None:
+    """Starts a thread in a worker process that waits for the end of the command, and then exits."""
+    global _written
+    _written = written
+    threading.Thread(target=lambda: theirs.poll(None) and os._exit(1), daemon=True).start()
 
 
-def _is_finished(folder: Path, name: str, number: int, plan: dict) -> bool:
-    if not shard_path(folder, name, number, "tokens").is_file():
-        return False
-    try:
-        map_shard(folder, name, number, plan)
-    except UserError:
-        return False  # cut short: it is written anew
-    return True
+def _write_shard(job: tuple, place: int, shard: Shard) -> None:
+    """Writes one shard in a worker process, and counts its images at its place in the shared array."""
+
+    def advance(count: int) -> None:
+        _written[place] += count
+
+    _worker_writer(*job).write(*shard, advance)
+
+
+@functools.cache
+def _worker_writer(settings: DataConfig, folder: Path, shard_images: int) -> ShardWriter:
+    with contextlib.redirect_stdout(io.StringIO()):  # the command itself prints the same
+        return ShardWriter(load_source(settings), Palette.load(folder / "palette.npy"), folder, shard_images)
 
 
 def add_arguments(parser: Parser) -> None:
-    add_reading(parser, size=None)
+    add_source_arguments(parser, size=None)
     parser.add_argument("--palette", required=True, help="a .npy of colours, such as igpt palette makes")
-    parser.add_argument("--out", required=True, help="the directory to make, or to go on with")
-    parser.add_argument("--shard_images", type=at_least(1), default=8192, help="images a file (default 8192)")
+    parser.add_argument("--out", required=True, help="the directory to write, or to complete")
+    parser.add_argument("--shard_images", type=at_least(1), default=8192, help="images in a file (default 8192)")
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), help="processes (default: one a core)")
 
 
-def run(args) -> None:
-    """Prepares a source as the command line says."""
-    settings = reading_settings(args)
+def run(args: argparse.Namespace) -> None:
+    """Prepares a source with the flags of the command line."""
+    settings = source_settings(args)
     counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers)
-    print(describe(counts, settings, args.out))
+    print(describe(counts, DataConfig.of(settings), args.out))
 
 
-def describe(counts: dict, settings: dict, out: str) -> str:
-    """What was written, and what one would want to run next."""
+def describe(counts: dict, settings: DataConfig, out: str) -> str:
+    """What was written, and the command to run next."""
     lines = [f"wrote {out}: " + ", ".join(f"{counts[name]} images for {name}" for name in SPLITS)]
     if counts["unreadable"]:
-        said = sorted(Path(out).glob("*.unreadable.txt"))
-        lines.append(
-            f"passed over {counts['unreadable']} that cannot be read, named in {', '.join(map(str, said[:3]))}"
-        )
-    height, width = settings["image_size"]
+        lists = sorted(Path(out).glob("*.unreadable.txt"))
+        named = ", ".join(map(str, lists[:3]))
+        lines.append(f"passed over {counts['unreadable']} that cannot be read, named in {named}")
+    height, width = settings.image_size
     flags = {
         "config": "configs/digits.py",
         "workdir": f"runs/{Path(out).absolute().name}",
         "config.data.source": f"tokens:{out}",
         "config.data.image_size": f"({height},{width})",
-        "config.data.channels": settings["channels"],
+        "config.data.channels": settings.channels,
         "config.palette.colors": Palette.load(Path(out) / "palette.npy").vocab_size,
     }
     command = " ".join(shlex.quote(f"--{name}={value}") for name, value in flags.items())

@@ -1,4 +1,4 @@
-"""The source `tokens:DIR`: what `igpt.prepare` wrote, mapped from disk and never held in memory."""
+"""The source `tokens:DIR`: tokens that `igpt prepare` wrote, mapped from disk and never held in memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from igpt.data.arrays import map_array
-from igpt.data.examples import DecodedTokens, Source, Split
+from igpt.data.examples import SPLITS, DecodedTokens, Source, Split
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.palette import Palette
 
 PLAN = "prepared.json"
-SPLITS = ("train", "validation", "test")
 
 
 class Shards:
-    """The rows of several arrays of the same width, one array after the other; read where they lie."""
+    """The rows of several arrays of the same width, one array after the other, copied only when they are indexed."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
-        self.parts = [part.view(np.ndarray) for part in parts]  # np.memmap's own indexing costs more than the reading
+        self.parts = [part.view(np.ndarray) for part in parts]  # indexing an np.memmap costs more than reading
         self.starts = np.cumsum([0, *map(len, parts)])
         self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
 
@@ -46,7 +45,7 @@ class Shards:
 
 
 def open_prepared(folder: str) -> Source:
-    """The source `tokens:DIR`: its splits, tokens mapped and not read. UserError when it is unfinished or damaged."""
+    """Opens the source `tokens:DIR` without reading its tokens. Raises UserError where it is unfinished or damaged."""
     directory = Path(folder)
     if not (directory / PLAN).is_file():
         raise UserError(f"{folder} is no prepared directory: it has no {PLAN}; make one with igpt prepare")
@@ -54,7 +53,7 @@ def open_prepared(folder: str) -> Source:
     _check_plan(plan, directory / PLAN)
     palette = Palette.load(directory / "palette.npy")
     if plan["palette_sha256"] != fingerprint(palette):
-        raise UserError(f"{folder}: palette.npy is not the palette that the tokens were made with; prepare it anew")
+        raise UserError(f"{folder}: palette.npy is not the palette that the tokens were made with; prepare it again")
     splits = []
     for name in SPLITS:
         numbers = range(count_shards(plan["images"][name], plan["shard_images"]))
@@ -72,7 +71,7 @@ def open_prepared(folder: str) -> Source:
 
 
 def _check_plan(plan: dict, path: Path) -> None:
-    """Raises UserError for a prepared.json that cannot be one of ours."""
+    """Raises UserError for a prepared.json that `igpt prepare` cannot have written."""
     data, images = plan.get("data"), plan.get("images")
     size = data.get("image_size") if isinstance(data, dict) else None
     counts = [plan.get("shard_images")]
@@ -80,17 +79,17 @@ def _check_plan(plan: dict, path: Path) -> None:
     counts += [images.get(name) for name in SPLITS] if isinstance(images, dict) else [None]
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
     if plan.get("format") != 1 or not whole or data.get("channels") not in (1, 3):
-        raise UserError(f"{path} is damaged or not ours; prepare it anew")
+        raise UserError(f"{path} is damaged or not ours; prepare it again")
     if not isinstance(plan.get("labels"), bool) or not isinstance(plan.get("palette_sha256"), str):
-        raise UserError(f"{path} is damaged or not ours; prepare it anew")
+        raise UserError(f"{path} is damaged or not ours; prepare it again")
 
 
 def map_shard(folder: Path, name: str, number: int, plan: dict) -> tuple[np.ndarray, np.ndarray | None]:
-    """A shard's tokens and labels, in their files; UserError unless they are what the plan says."""
+    """Maps a shard's tokens uint16 [n, T] and labels int32 [n]. Raises UserError unless they match the plan."""
     height, width = plan["data"]["image_size"]
     most = min(plan["shard_images"], plan["images"][name] - number * plan["shard_images"])
     least = 0 if plan["data"].get("on_unreadable") == "skip" else most
-    again = "run the command that prepared it again, and it is made anew"
+    again = "run the command that prepared it again, which rewrites the shard"
 
     def mapped(kind: str) -> np.ndarray:
         try:

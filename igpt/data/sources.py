@@ -1,66 +1,93 @@
-"""Where examples come from: each kind of `data.source`, opened as a train, a validation and a test split."""
+"""Where examples come from: opens every kind of `data.source` as a train, a validation and a test split."""
 
-from ml_collections import ConfigDict
+import argparse
+import dataclasses
 
 from igpt.data import arrays
 from igpt.data.examples import Source
 from igpt.data.folder import open_folder
-from igpt.data.images import Preprocess
 from igpt.data.openai_arrays import open_openai
 from igpt.data.prepared import open_prepared
+from igpt.data.settings import CHOICES, DataConfig
 from igpt.errors import UserError
 
 KINDS = "digits, npz:PATH, folder:PATH, tfds:NAME, tokens:PATH or openai:PREFIX"
+FLAGS = {
+    "crop": "side of the square that --preprocess=crop cuts out",
+    "filter": "for resizing",
+    "validation_fraction": "share of the images held out for validation",
+    "test_fraction": "share of the images held out for test",
+    "split_file": "for a folder: a file with lines 'path,train|validation|test'",
+    "split_seed": "seed of the random split",
+    "data_dir": "where tensorflow_datasets keeps its data",
+    "on_unreadable": "at an image that cannot be read",
+}  # of commands, for fields of DataConfig with the same default
 
 
-def open_source(settings: ConfigDict) -> Source:
-    """The source of a run's `data` settings; UserError when its images are not of the configured kind."""
+def open_source(settings, is_command: bool = False) -> Source:
+    """Opens the source of a DataConfig, or of a mapping of its fields.
+
+    Raises UserError where its images have another size or other channels than `settings`. The message names flags of
+    `igpt prepare` with `is_command`, else of train.py.
+    """
+    settings = DataConfig.of(settings)
     source = load_source(settings)
-    if source.image_size != tuple(settings.image_size) or source.channels != settings.channels:
+    if source.image_size != settings.image_size or source.channels != settings.channels:
         height, width = source.image_size
+        prefix = "--" if is_command else "--config.data."
+        size = f"size={height}x{width}" if is_command else f"image_size='({height},{width})'"
         raise UserError(
-            f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), the config says "
+            f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), not "
             f"{' x '.join(map(str, settings.image_size))} with {settings.channels}; set "
-            f"--config.data.image_size='({height},{width})' --config.data.channels={source.channels}"
-            + ("" if source.palette else ", or --config.data.preprocess=shrink for another size")
+            f"{prefix}{size} {prefix}channels={source.channels}"
+            + ("" if source.palette else f", or {prefix}preprocess=shrink for another size")
         )
     return source
 
 
-def load_source(settings: ConfigDict) -> Source:
-    """The source of a run's `data` settings, whatever its images are like."""
-    size = tuple(settings.image_size)
-    preprocess = Preprocess(size, settings.preprocess, tuple(settings.short_side), settings.crop, settings.filter)
-    if settings.on_unreadable not in ("stop", "skip"):
-        raise UserError(f"data.on_unreadable is {settings.on_unreadable!r}; choose stop or skip")
-    if settings.channels not in (1, 3):
-        raise UserError(f"data.channels is {settings.channels}; choose 1 for grey images or 3 for colour")
-    fractions = settings.validation_fraction, settings.test_fraction
-    if not (min(fractions) >= 0.0 and sum(fractions) < 1.0):
-        raise UserError(
-            f"data.validation_fraction is {fractions[0]} and data.test_fraction {fractions[1]}; neither is "
-            "negative, and something must remain for training"
-        )
-    skip = settings.on_unreadable == "skip"
+def load_source(settings) -> Source:
+    """Opens the source as `open_source` does, whatever size and channels its images have."""
+    settings = DataConfig.of(settings)
     kind, _, argument = settings.source.partition(":")
-    if settings.split_file and kind != "folder":
-        raise UserError(f"data.split_file is {settings.split_file}, but only folder:PATH is split by a file; empty it")
     match kind:
         case "digits" if not argument:
-            return arrays.of_arrays(settings.source, *arrays.digits(), fractions, settings.split_seed, preprocess)
+            return arrays.of_arrays(*arrays.read_digits(), settings)
         case "npz" if argument:
-            return arrays.of_arrays(settings.source, *arrays.npz(argument), fractions, settings.split_seed, preprocess)
+            return arrays.of_arrays(*arrays.read_npz(argument), settings)
         case "openai" if argument:
             return open_openai(argument)
         case "tokens" if argument:
             return open_prepared(argument)
         case "folder" if argument:
-            chosen = settings.split_file or fractions
-            return open_folder(argument, chosen, settings.split_seed, preprocess, settings.channels, skip)
+            return open_folder(argument, settings)
         case "tfds" if argument:
             from igpt.data.tfds import open_tfds  # tensorflow_datasets is slow to import
 
-            return open_tfds(
-                argument, settings.data_dir, fractions, settings.split_seed, preprocess, settings.channels, skip
-            )
+            return open_tfds(argument, settings)
     raise UserError(f"data.source is {settings.source!r}; choose {KINDS}")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, size: str | None) -> None:
+    """The flags of `igpt prepare` and `igpt palette` for a source. `size` is the default of --size; None: required."""
+    parser.add_argument("--source", required=True, help=KINDS)
+    default = f" (default {size})" if size else ""
+    parser.add_argument("--size", required=not size, default=size, help=f"side, or HEIGHTxWIDTH, of images{default}")
+    parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="1: grey (default 3)")
+    resizing = "how images are resized to --size; none: they have it already (default shrink)"
+    parser.add_argument("--preprocess", default="shrink", choices=CHOICES["preprocess"], help=resizing)
+    for name, text in FLAGS.items():
+        default = getattr(DataConfig, name)
+        text += f" (default {default})" if default != "" else ""
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=CHOICES.get(name), help=text)
+
+
+def source_settings(args: argparse.Namespace) -> dict:
+    """The fields of DataConfig that these flags set."""
+    sides = args.size.lower().split("x")
+    if not all(side.isdecimal() and int(side) > 0 for side in sides) or len(sides) > 2:
+        raise UserError(f"--size={args.size}; give a number such as 32, or HEIGHTxWIDTH such as 28x28")
+    fields = [field.name for field in dataclasses.fields(DataConfig)]
+    return {name: value for name, value in vars(args).items() if name in fields} | {
+        "image_size": (int(sides[0]), int(sides[-1])),
+        "short_side": (max(256, args.crop), max(384, args.crop)),
+    }

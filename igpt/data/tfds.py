@@ -1,6 +1,6 @@
-"""A data set of tensorflow_datasets as a data source: records are read one by one where they lie, without TensorFlow.
+"""A data set of tensorflow_datasets as a data source: single records are read at random, without TensorFlow.
 
-That takes ArrayRecord files. A data set that is not there yet is downloaded and prepared as such, which does take
+This needs ArrayRecord files. A data set that is absent is downloaded and prepared in this format, which does need
 TensorFlow (pip install "igpt[tfds]").
 """
 
@@ -9,18 +9,23 @@ import difflib
 import numpy as np
 import tensorflow_datasets as tfds
 
+from igpt.data.arrays import split_indices
 from igpt.data.examples import EncodedImages, Source, Split
 from igpt.data.images import Preprocess, UnreadableImage
-from igpt.errors import UserError
+from igpt.data.settings import DataConfig
+from igpt.errors import UserError, first_line
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
-STILL_ENCODED = {"image": tfds.decode.SkipDecoding()}  # igpt.images decodes them, within bounds
-LOOKED_AT = 100  # records, for labels other than those that the data set declares
-UNREAD = np.iinfo(np.int32).min  # a label that was not looked at yet; -1 is how data sets say that they have none
+STILL_ENCODED = {"image": tfds.decode.SkipDecoding()}  # igpt.data.images decodes them, within bounds
+LOOKED_AT = 100  # records that are searched for labels which the data set does not declare
+UNREAD = np.iinfo(np.int32).min  # stands for a label that was not read yet; -1 is the data sets' own sign for no label
 
 
 class Records:
-    """The records of one split. Labels are kept once their record was read, so that images bring them along."""
+    """The records of one split by number: encoded images with a name for messages, as EncodedImages takes them.
+
+    Reading an image also keeps its label in `known`, so that it is not read again.
+    """
 
     def __init__(self, data_source, features: tfds.features.FeaturesDict, name: str):
         self.data_source, self.features, self.name = data_source, features, name
@@ -29,42 +34,25 @@ class Records:
     def __len__(self) -> int:
         return len(self.data_source)
 
-    def image(self, number: int) -> tuple[bytes, str]:
-        """The encoded image, and a name for messages."""
+    def __getitem__(self, number: int) -> tuple[bytes, str]:
         name = f"{self.name} record {number}"
         try:
             record = self.features.deserialize_example_np(self.data_source[number], decoders=STILL_ENCODED)
         except Exception as error:  # the reader raises anything on damaged files
-            raise UnreadableImage(f"{name} cannot be read: {_first_line(error)}; prepare the data set again") from None
+            raise UnreadableImage(f"{name} cannot be read: {first_line(error)}; prepare the data set again") from None
         if self.known is not None:
             self.known[number] = record["label"]
         return record["image"], name
 
     def labels(self, numbers: np.ndarray) -> np.ndarray:
-        """int32, in the shape of `numbers`. Reads the records whose labels are not known."""
+        """Returns labels int32 in the shape of `numbers`. Reads only records whose labels are not known yet."""
         for number in np.unique(numbers[self.known[numbers] == UNREAD]):
-            self.image(int(number))
+            self[int(number)]
         return self.known[numbers]
 
 
-class Files:
-    """Some of the records' images, in the form in which EncodedImages reads them."""
-
-    def __init__(self, records: Records, numbers: np.ndarray):
-        self.records, self.numbers = records, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[bytes, str]:
-        return self.records.image(int(self.numbers[index]))
-
-
 class Labels:
-    """Labels int32 [N] of some of the records: an array that reads what is asked of it, all of it only at np.asarray.
-
-    An index is a number, a slice or an array.
-    """
+    """Labels int32 [N] of some records, read when they are indexed by a number, a slice or an array."""
 
     dtype = np.dtype(np.int32)
     ndim = 1
@@ -82,9 +70,9 @@ class Labels:
         return labels if np.ndim(numbers) else labels[0]
 
     def classes(self) -> np.ndarray:
-        """Those that the data set declares and those of the first records; of all where it declares none.
+        """The classes that the data set declares and those of its first records. Reads all if none are declared.
 
-        To look for them in every record of ImageNet would be to read its 140 GB.
+        Searching every record of ImageNet would read its 140 GB.
         """
         declared = self.records.features["label"]
         if not isinstance(declared, tfds.features.ClassLabel) or declared.num_classes is None:
@@ -95,29 +83,21 @@ class Labels:
         return np.asarray(self[:], dtype)
 
 
-def open_tfds(
-    name: str,
-    data_dir: str,
-    fractions: tuple[float, float],
-    split_seed: int,
-    preprocess: Preprocess,
-    channels: int,
-    skip: bool,
-) -> Source:
-    """Opens a data set by the name that tfds.builder takes, in `data_dir` or, where that is empty, its own default.
+def open_tfds(name: str, settings: DataConfig) -> Source:
+    """Opens a data set by the name that tfds.builder takes.
 
-    Of its split "train" the first of `fractions` is held out for validation. The test split is its own: "test", or
-    "validation" where there is no test or one without labels, as with ImageNet; where there is neither, the second of
-    `fractions`. Splits of other names are left alone.
+    A part of its split "train" is held out for validation. Its "test" is the test split, or its "validation" where
+    "test" is absent or has no labels, as with ImageNet. Without both, another part of "train" is held out for test.
+    Splits of other names are ignored.
     """
-    source_name = f"tfds:{name}"
-    builder = prepared_builder(name, data_dir)
+    source_name = settings.source
+    builder = prepared_builder(name, settings.data_dir)
     labelled = _check_features(source_name, builder)
     if "train" not in builder.info.splits:
         found = ", ".join(builder.info.splits) or "none"
         raise UserError(f"{source_name} has no split 'train' to learn from; it has {found}: choose another data set")
 
-    # No other features are looked at. PartialDecoding, made for that, imports TensorFlow.
+    # Only these features are decoded. tfds.decode.PartialDecoding would do the same, but imports TensorFlow.
     features = tfds.features.FeaturesDict(
         {key: builder.info.features[key] for key in (("image", "label") if labelled else ("image",))}
     )
@@ -128,7 +108,7 @@ def open_tfds(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format=ARRAY_RECORD
             )
         except Exception as error:
-            raise UserError(f"{source_name}, split {split!r}, cannot be opened: {_first_line(error)}") from None
+            raise UserError(f"{source_name}, split {split!r}, cannot be opened: {first_line(error)}") from None
         return Records(data_source, features, f"{source_name} {split}")
 
     train = read("train")
@@ -139,21 +119,20 @@ def open_tfds(
                 break
     else:
         test = None
-    train_part, validation_part, test_part = _split(source_name, len(train), fractions, split_seed, test is not None)
-    if test is None:
-        test = train
-    else:
-        test_part = np.arange(len(test))
-
-    def part(records: Records, numbers: np.ndarray) -> Split:
-        images = EncodedImages(Files(records, numbers), preprocess, channels, skip)
-        return Split(images, Labels(records, numbers) if labelled else None)
-
-    return Source(source_name, part(train, train_part), part(train, validation_part), part(test, test_part), channels)
+    what = f"training records of {source_name}"
+    parts = [(train, numbers) for numbers in split_indices(len(train), settings, test is not None, what)]
+    if test is not None:
+        parts[2] = test, np.arange(len(test))
+    preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
+    splits = []
+    for records, numbers in parts:
+        images = EncodedImages(records, preprocess, settings.channels, skip, numbers)
+        splits.append(Split(images, Labels(records, numbers) if labelled else None))
+    return Source(source_name, *splits, settings.channels)
 
 
 def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set that lies ready as ArrayRecord; downloads and prepares it first where it must."""
+    """The builder of a data set in ArrayRecord files. Downloads and prepares an absent one. Raises UserError."""
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
@@ -163,11 +142,11 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"tensorflow_datasets knows no data set {name!r}, and data.data_dir={data_dir or '(default)'} holds none; "
             + (f"close to it: {', '.join(close)}" if close else "all are listed on tensorflow.org/datasets/catalog")
         ) from None
-    except Exception as error:  # builders are anybody's code
-        raise UserError(f"tfds:{name} cannot be opened: {_first_line(error)}") from None
+    except Exception as error:  # builders are code of third parties, which raises anything
+        raise UserError(f"tfds:{name} cannot be opened: {first_line(error)}") from None
     if not builder.is_prepared():
         _prepare(name, builder)
-        builder = tfds.builder(name, data_dir=data_dir or None)  # which knows what is there now, whoever prepared it
+        builder = tfds.builder(name, data_dir=data_dir or None)  # a new builder reads which files there are now
     found = {file_format.value for file_format in builder.info.available_file_formats()}
     if ARRAY_RECORD.value not in found:
         raise UserError(
@@ -179,7 +158,7 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
     try:
-        import tensorflow  # noqa: F401 - tells whether it is there before a long download
+        import tensorflow  # noqa: F401 - fails before a long download, not after it
     except ImportError:
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow (reading does not): "
@@ -187,10 +166,10 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
             f"{ARRAY_RECORD.value}"
         ) from None
     try:
-        # What Google's bucket holds ready is in another format.
+        # The prepared files in Google's bucket have another format.
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(file_format=ARRAY_RECORD, download_config=config)
-    except Exception as error:  # no network, no disk, files to be fetched by hand, anybody's code
+    except Exception as error:  # no network, a full disk, files to fetch by hand, ...
         if builder.is_prepared():
             return  # another process was faster
         raise UserError(
@@ -201,7 +180,7 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether there are labels. Raises UserError for what is no data set of images in one class each, or in none."""
+    """Whether there are labels. Raises UserError unless examples are an image, with one integer label or without."""
     features = dict(builder.info.features)
     image, label = features.get("image"), features.get("label")
     found = ", ".join(features)
@@ -214,21 +193,3 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> bool:
     if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
         raise UserError(f"{name} has a feature 'label' that is no single integer but {label}: choose another data set")
     return True
-
-
-def _split(name: str, count: int, fractions, seed: int, has_test: bool) -> list[np.ndarray]:
-    """The records of "train" for training, validation and test, the last one empty where the data set has its own."""
-    validation, test = round(fractions[0] * count), 0 if has_test else round(fractions[1] * count)
-    train = count - validation - test
-    if min(train, validation) < 1 or (test < 1 and not has_test):
-        raise UserError(
-            f"the {count} training records of {name} split into {train} for training, {validation} for validation"
-            + ("" if has_test else f" and {test} for test")
-            + "; each needs at least one: change data.validation_fraction"
-            + ("" if has_test else " and data.test_fraction")
-        )
-    return np.split(np.random.default_rng(seed).permutation(count), [train, train + validation])
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from igpt.data.images import lay_on_white, scale_to_bytes
 from igpt.errors import UserError
 
 LAYOUTS = ("channels_first", "channels_last", "none")
@@ -105,7 +106,7 @@ def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
     if kind == "b":
         return pixels.astype(np.uint8) * np.uint8(255)
     if kind == "u" and pixels.dtype.itemsize == 2:
-        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
+        return scale_to_bytes(pixels)
     if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 255):
         allowed = "[0, 1], or whole numbers in 0..255" if kind == "f" else "0..255"
         raise UserError(
@@ -149,7 +150,4 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     """[N, H, W, 1 | 3 | 4] -> [N, H, W, 3]: grey is repeated, transparency is laid on white."""
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
-    if pixels.shape[-1] == 4:
-        alpha = pixels[..., 3:] / 255
-        return np.round(alpha * pixels[..., :3] + (1 - alpha) * 255).astype(np.uint8)
-    return pixels
+    return lay_on_white(pixels) if pixels.shape[-1] == 4 else pixels

@@ -15,13 +15,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from igpt.data.batches import Drops
-from igpt.data.examples import Source, Split, few_labels
+from igpt.data.examples import SPLITS, Source, Split, few_labels
 from igpt.interop.load import Pretrained
 from igpt.loss import vote, wilson_interval
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
 from igpt.probe.logistic import fit_lbfgs, fit_sgd
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import train
 from configs import probe_digits
 from igpt import errors, palette
 from igpt.data.batches import Augmentation, Drops, TrainBatches, eval_batches
-from igpt.data.examples import EncodedImages, Split
+from igpt.data.examples import ArrayImages, EncodedImages, Split
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.probe.features import raw_pixels
@@ -18,10 +18,10 @@ from tests.helpers import assert_trees_equal, load_source
 
 
 def numbered_split(count=23, size=5):
-    """Images that tell their own index, and labels that do too."""
+    """Images and labels that are equal to their index."""
     images = np.zeros((count, size, size, 3), np.uint8)
     images[:] = np.arange(count)[:, None, None, None]
-    return Split(images, np.arange(count, dtype=np.int32))
+    return Split(ArrayImages(images), np.arange(count, dtype=np.int32))
 
 
 def batches_of(split, rows=slice(None), batch_size=7, seed=3, **augmentation):
@@ -56,25 +56,21 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_processes_read_disjoint_rows_of_the_same_augmented_batch():
     images = np.random.default_rng(0).integers(0, 256, (23, 5, 5, 1), np.uint8).repeat(3, axis=-1)
-    split = Split(images, np.arange(23, dtype=np.int32))
+    split = Split(ArrayImages(images), np.arange(23, dtype=np.int32))
     whole = batches_of(split, pad=1, flip=True, probability=0.5)[4]
     parts = [batches_of(split, rows, pad=1, flip=True, probability=0.5)[4] for rows in (slice(0, 3), slice(3, 7))]
     assert_trees_equal(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
 
 
 def test_a_process_touches_only_its_own_images():
-    class Recorder:
-        shape = (23, 5, 5, 3)
+    class Recorder(ArrayImages):
         touched = []
 
-        def __len__(self):
-            return 23
-
-        def __getitem__(self, indices):
+        def read(self, indices, draws=None):
             self.touched.extend(indices)
-            return numbered_split().images[indices]
+            return super().read(indices, draws)
 
-    batches_of(Split(Recorder(), None), rows=slice(2, 5))[0]
+    batches_of(Split(Recorder(numbered_split().images.array), None), rows=slice(2, 5))[0]
     assert len(Recorder.touched) == 3
 
 
@@ -117,7 +113,7 @@ def test_every_position_is_dropped_as_often_as_the_rate_says(rate):
         assert abs(np.corrcoef(kept, rowvar=False) - np.eye(25)).max() < 0.07  # independently of each other
 
 
-def test_training_masks_follow_seed_and_step_whatever_the_split_over_processes():
+def test_training_masks_depend_on_seed_and_step_but_not_on_processes():
     drops = Drops(0.3, seed=1)
     whole = drops.of_step(6, 8, slice(None), 25)
     assert whole.shape == (8, 1, 25)
@@ -135,7 +131,7 @@ def test_batches_carry_the_masks_of_their_step_and_rows():
         batch = TrainBatches(numbered_split(), greys, 7, 3, Augmentation(), rows, drops)[4]
         np.testing.assert_array_equal(batch["keep"], drops.of_step(4, 7, rows, 25))
         without = batches_of(numbered_split(), rows)[4]
-        assert_trees_equal(without, {name: batch[name] for name in without})  # and nothing else is drawn otherwise
+        assert_trees_equal(without, {name: batch[name] for name in without})  # and masks change nothing else
 
 
 def test_evaluation_masks_belong_to_the_image_not_to_the_batch_and_differ():
@@ -160,7 +156,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def write_photos(folder, bad=(), count=29):
-    """Noise of several sizes in two classes, some of it damaged; returns what is in it, uint8 [N, 8, 8, 3]."""
+    """Writes noise in two classes, some of it damaged; returns all of it undamaged, uint8 [N, 8, 8, 3]."""
     rng = np.random.default_rng(6)
     pictures = rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
     for i, picture in enumerate(pictures):
@@ -178,7 +174,7 @@ CROPS = dict(preprocess="crop", short_side=(9, 13), crop=7, image_size=(5, 5))
 
 @pytest.mark.parametrize("bad", [(), (3, 4, 17)])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_together_read_the_batch_of_one_with_crops_and_skipped_images(tmp_path, bad, processes):
+def test_processes_together_read_one_batch_with_crops_and_skipped_images(tmp_path, bad, processes):
     write_photos(tmp_path / "photos", bad)
 
     def opened(rows):
@@ -259,7 +255,7 @@ def test_a_folder_and_an_npz_of_its_pictures_give_the_same_tokens(tmp_path, writ
 def test_an_image_that_takes_the_place_of_another_brings_its_own_label():
     files = [(b"damaged" if i in (3, 4, 17) else np.full((5, 5, 3), i, np.uint8), f"photo {i}") for i in range(23)]
     split = Split(EncodedImages(files, Preprocess((5, 5)), skip=True), np.arange(23, dtype=np.int32))
-    batch = batches_of(split, batch_size=23)[0]  # tokens and labels both tell the place
+    batch = batches_of(split, batch_size=23)[0]  # tokens and labels are both the index
     np.testing.assert_array_equal(batch["tokens"], np.repeat(batch["label"][:, None], 25, axis=1))
     assert sorted(split.images.unreadable) == [3, 4, 17] and not set(batch["label"]) & {3, 4, 17}
 
@@ -267,7 +263,8 @@ def test_an_image_that_takes_the_place_of_another_brings_its_own_label():
 def test_evaluation_masks_what_it_cannot_read(tmp_path):
     write_photos(tmp_path / "photos", bad=range(0, 29, 3))
     source = load_source(f"folder:{tmp_path}/photos", on_unreadable="skip", validation_fraction=0.4)
-    names = [int(path[-6:-4]) for path in source.validation.images.files.paths]
+    images = source.validation.images
+    names = [int(images.files.paths[i][-6:-4]) for i in images.indices]
     batches = list(eval_batches(source.validation, COLORS, 5))
     mask = np.concatenate([batch["mask"] for batch in batches])[: len(names)]
     labels = np.concatenate([batch["label"] for batch in batches])[: len(names)]
@@ -279,7 +276,7 @@ def test_evaluation_masks_what_it_cannot_read(tmp_path):
 def test_an_unreadable_image_stops_the_threads_that_read_ahead(tmp_path):
     write_photos(tmp_path / "photos", bad=[5])
     source = load_source(f"folder:{tmp_path}/photos", validation_fraction=0.04, test_fraction=0.04)
-    assert any("05.png" in path for path in source.train.images.files.paths)
+    assert any("05.png" in source.train.images.files.paths[i] for i in source.train.images.indices)
     for threads in (1, 3):
         batches = TrainBatches(source.train, COLORS, 7, 5, Augmentation(), slice(None)).iterate(0, 100, threads)
         with pytest.raises(UserError, match=r"a?b?/05\.png cannot be read as an image.*data\.on_unreadable=skip"):
@@ -304,7 +301,7 @@ def test_training_stops_at_an_unreadable_image_with_its_name_and_code_two(tiny_c
     assert ".png cannot be read as an image" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_training_that_skips_counts_and_tells_and_the_probe_does_too(tiny_config, tmp_path, capsys):
+def test_training_and_the_probe_count_and_report_skipped_images(tiny_config, tmp_path, capsys):
     assert np.isfinite(train.run(photo_config(tiny_config, tmp_path, "skip"), tmp_path / "run")["eval/loss"])
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["data/unreadable"] for record in records if "data/unreadable" in record][-1] >= 1

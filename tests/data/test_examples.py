@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.data.examples import DecodedTokens, EncodedImages, Source, Split, check_labels, few_labels
+from igpt.data.examples import ArrayImages, DecodedTokens, EncodedImages, Source, Split, check_labels, few_labels
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.palette import Palette
@@ -20,7 +20,7 @@ def picture(level, size=(9, 7)) -> bytes:
 
 
 def encoded_images(bad=BAD, count=23, skip=False, kind="shrink"):
-    """Pictures whose red is their place; those that are `bad` are damaged."""
+    """Pictures whose red is their index; those in `bad` are damaged."""
     files = [(b"damaged" if i in bad else picture(i), f"photo {i}") for i in range(count)]
     return EncodedImages(files, Preprocess((4, 5), kind), skip=skip)
 
@@ -29,9 +29,10 @@ def places(images) -> list[int]:
     return images[:, 0, 0, 0].tolist()
 
 
-def test_encoded_images_are_indexed_like_an_array():
-    images = encoded_images(bad=())
-    whole = np.asarray(images)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_images_are_indexed_like_an_array(in_memory):
+    whole = np.asarray(encoded_images(bad=()))
+    images = ArrayImages(whole) if in_memory else encoded_images(bad=())
     assert images.shape == whole.shape == (23, 4, 5, 3) and images.dtype == whole.dtype == np.uint8
     for index in (4, -1, np.int64(2), slice(3, 20, 4), slice(None), np.array([7, 0, 7]), [5], np.array([], int)):
         np.testing.assert_array_equal(images[index], whole[index])
@@ -85,21 +86,21 @@ def test_an_image_is_decoded_again_and_again_but_a_bad_one_only_once():
 
 
 @pytest.mark.parametrize("kind", ["shrink", "none"])
-def test_where_nothing_can_be_read_the_first_reason_is_told(kind):
-    bad = range(23) if kind == "shrink" else ()  # none of the others has the size that it should
+def test_where_nothing_can_be_read_the_first_reason_is_given(kind):
+    bad = range(23) if kind == "shrink" else ()  # no image has the configured size
     reason = "photo 0 cannot be read" if kind == "shrink" else "photo 0 has 7 x 9 pixels.*set data.preprocess"
     with pytest.raises(UserError, match=f"none of 23 images can be read; the first: {reason}"):
         encoded_images(bad, skip=True, kind=kind).read(np.array([7]))
 
 
-def test_random_crops_are_a_matter_of_their_draws():
+def test_random_crops_depend_on_their_draws_alone():
     noise = np.random.default_rng(0).integers(0, 256, (31, 37, 3), np.uint8)
     images = EncodedImages([(noise, "noise")] * 2, Preprocess((8, 8), "crop", (20, 30), 16))
     draws = np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]])
     one, same, other = images.read(np.array([0, 1, 0]), draws)[0]
     np.testing.assert_array_equal(one, same)
     assert (one != other).mean() > 0.5
-    np.testing.assert_array_equal(images[0], images[1])  # the centre's
+    np.testing.assert_array_equal(images[0], images[1])  # the centre
 
 
 def test_threads_count_each_bad_image_once_while_others_look():
@@ -125,17 +126,7 @@ def test_threads_count_each_bad_image_once_while_others_look():
     assert source.unreadable[:200] == [images.unreadable[i] for i in range(0, 400, 2)]
 
 
-def test_the_readable_part_of_a_split_keeps_every_image_with_its_label():
-    split = Split(encoded_images(skip=True), np.arange(23, dtype=np.int32))
-    readable = split.readable()
-    assert places(readable.images) == readable.labels.tolist() == [i for i in range(23) if i not in BAD]
-    assert isinstance(readable.images, np.ndarray) and readable.readable() is readable
-    assert Split(encoded_images(skip=True), None).readable().labels is None
-    with pytest.raises(UserError, match="photo 3"):
-        Split(encoded_images(), None).readable()
-
-
-def test_few_labels_are_as_many_of_each_class_as_asked_for_and_those_of_fewer_are_among_them():
+def test_few_labels_are_equally_many_of_each_class_and_part_of_larger_sets():
     labels = np.random.default_rng(0).choice([-3, 0, 7], 500, p=[0.2, 0.5, 0.3])
     larger = few_labels(labels, 25, seed=1)
     for per_class in (1, 4, 25):
@@ -149,12 +140,12 @@ def test_few_labels_are_as_many_of_each_class_as_asked_for_and_those_of_fewer_ar
         few_labels(labels, scarce + 1, seed=1)
 
 
-def test_taken_examples_are_those_of_the_indices_in_their_order_wherever_they_lie():
+def test_examples_are_taken_in_order_wherever_they_are_stored():
     indices, labels = np.array([7, 0, 22, 3]), np.arange(23, dtype=np.int32)
     encoded = encoded_images(bad=(), skip=True)
     greys = Palette(np.repeat(np.arange(256)[:, None] / 127.5 - 1, 3, axis=1))
     tokens = DecodedTokens(np.arange(23)[:, None].repeat(20, axis=1), greys, "tokens.npy", (4, 5))
-    for images in (np.asarray(encoded), encoded, tokens):
+    for images in (ArrayImages(np.asarray(encoded)), encoded, tokens):
         taken = Split(images, labels).take(indices)
         assert type(taken.images) is type(images) and len(taken) == 4
         np.testing.assert_array_equal(taken.labels, indices)
@@ -171,16 +162,20 @@ def test_what_is_taken_of_encoded_images_is_read_as_they_are():
         Split(encoded_images(), None).take(np.array([2, 3, 5])).images.read(np.arange(3))
 
 
+def blank(count):
+    return ArrayImages(np.zeros((count, 4, 5, 3), np.uint8))
+
+
 def labelled_split(*labels):
-    return Split(np.zeros((len(labels), 4, 5, 3), np.uint8), np.array(labels, np.int32))
+    return Split(blank(len(labels)), np.array(labels, np.int32))
 
 
 def test_labels_that_do_not_serve_are_refused():
     check_labels(labelled_split(0, 1), labelled_split(1), num_classes=2)
     check_labels(labelled_split(-5, 70))
     for splits, classes, message in (
-        ((Split(np.zeros((2, 4, 5, 3), np.uint8), None),), 0, "labels are needed, and this source has none; add"),
-        ((labelled_split(0, 1), Split(np.zeros((2, 4, 5, 3), np.uint8), None)), 2, "labels are needed"),
+        ((Split(blank(2), None),), 0, "labels are needed, and this source has none; add"),
+        ((labelled_split(0, 1), Split(blank(2), None)), 2, "labels are needed"),
         ((labelled_split(4, 4), labelled_split(1)), 0, "all training images have the label 4; two classes or more"),
         ((labelled_split(0, 1), labelled_split(2)), 2, "from 0 to 2, but model.num_classes is 2.*num_classes=3"),
         ((labelled_split(1, 2),), 2, "from 1 to 2, .* allows 0 to 1; set model.num_classes=3"),

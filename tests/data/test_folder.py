@@ -17,7 +17,7 @@ def save(path, level=0):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Classes of 7, 9 and 5 pictures, whose red tells their place among all."""
+    """Classes of 7, 9 and 5 pictures, whose red is their index among all."""
     level = 0
     for name, count in (("ant", 7), ("bee", 9), ("cat", 5)):
         for i in range(count):
@@ -81,7 +81,7 @@ def test_endings_count_in_any_case_and_hidden_files_not_at_all(photos, capsys):
     assert len(paths) == 23 and not any("/." in path for path in paths) and not capsys.readouterr().out
 
 
-def test_files_passed_over_are_counted_once_for_all(photos, capsys, tmp_path):
+def test_files_passed_over_are_counted_in_one_message(photos, capsys, tmp_path):
     (photos / "readme.txt").write_text("")
     (photos / "ant" / "labels.csv").write_text("")
     save(tmp_path / "elsewhere" / "a.png")
@@ -121,7 +121,7 @@ def test_folders_that_hold_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no pictures: files ending in \.png, .* are read"):
         load_source(f"folder:{tmp_path}")
     save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="1 images split into 1 for training, 0 for validation"):
+    with pytest.raises(UserError, match="1 images split into 1 for train, 0 for validation"):
         load_source(f"folder:{tmp_path}")
 
 
@@ -173,7 +173,8 @@ def test_a_split_file_decides(photos, newline):
     source = load_source(f"folder:{photos}", split_file=splits)
     assert [len(split) for split in splits_of(source)] == [12, 5, 5]
     paths = sorted(path for path in photos.rglob("*.png"))
-    assert source.validation.images.files.paths == [str(path) for path in paths[2::4]]
+    images = source.validation.images
+    assert [images.files.paths[i] for i in images.indices] == [str(path) for path in paths[2::4]]
     classes = [["ant", "bee", "cat"].index(path.parent.name) for path in paths[2::4]]
     np.testing.assert_array_equal(source.validation.labels, classes)
 
@@ -190,7 +191,7 @@ def test_a_split_file_decides(photos, newline):
         (lambda lines: [], "has no line for 21 pictures"),
     ],
 )
-def test_mistakes_of_a_split_file_are_told_with_their_line(photos, change, message):
+def test_mistakes_of_a_split_file_are_reported_with_their_line(photos, change, message):
     with pytest.raises(UserError, match=rf"splits\.csv.*{message}"):
         load_source(f"folder:{photos}", split_file=write_splits(photos, change))
 
@@ -217,5 +218,7 @@ def test_other_kinds_of_entries_with_a_pictures_name_are_unreadable_images(photo
         with pytest.raises(UserError, match=r"(pipe|dangling)\.png.*data\.on_unreadable=skip passes over"):
             [split.images[:] for split in splits_of(source)]
     else:
-        assert sum(len(split.readable()) for split in splits_of(source)) == 21
+        everything = [np.arange(len(split)) for split in splits_of(source)]
+        used = [split.read(indices)[1] for split, indices in zip(splits_of(source), everything, strict=True)]
+        assert sum((one == other).sum() for one, other in zip(used, everything, strict=True)) == 21
         assert len(source.unreadable) == 2 and "dangling" in "".join(source.unreadable)

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import resource
 import shlex
@@ -5,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ AUGMENTATIONS = [
 ]
 
 
-def test_batches_from_an_array_a_folder_and_their_prepared_forms_are_the_same(pictures, palette, tmp_path):
+def test_batches_of_an_array_a_folder_and_prepared_tokens_are_equal(pictures, palette, tmp_path):
     names = dict(pictures)
     for kind, name in pictures.items():
         prepare.prepare(prepare_settings(name), str(palette), str(tmp_path / f"{kind}-out"), shard_images=11)
@@ -80,7 +80,7 @@ def children_of(pid):
     return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
-def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_redoing_shards(palette, tmp_path):
+def test_interrupted_or_killed_it_ends_its_processes_and_keeps_shards(palette, tmp_path):
     (tmp_path / "photos").mkdir()
     photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (30, 40, 3), np.uint8)).resize((800, 600))
     for i in range(300):
@@ -90,7 +90,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
     def finished():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tokens.npy")}
 
-    for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    for end, code in ((signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
         before = finished()
         command = [sys.executable, "-m", "igpt", "prepare", *common, f"--out={tmp_path}/out", "--workers=2"]
         run = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
         if end == signal.SIGINT:
             os.killpg(run.pid, end)  # as a terminal does
         else:
-            run.kill()
+            run.send_signal(end)
         _, errors = run.communicate(timeout=20)
         assert run.returncode == code and "Traceback" not in errors, errors
         assert len(workers) >= 2 and len(before) < len(finished()) < 44, errors
@@ -130,16 +130,13 @@ def test_interrupted_and_then_killed_it_ends_its_processes_and_goes_on_without_r
 def test_a_worker_process_that_dies_ends_the_command_with_a_message(
     pictures, palette, prepared_folder, tmp_path, monkeypatch
 ):
-    exit_code = BaseProcess.exitcode.fget
+    wait = prepare.futures.wait
 
-    def dies_just_after_the_look(process):
-        code = exit_code(process)
-        if code is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-        return code
+    def wait_after_a_death(*args):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return wait(*args)
 
-    monkeypatch.setattr(BaseProcess, "exitcode", property(dies_just_after_the_look))
+    monkeypatch.setattr(prepare.futures, "wait", wait_after_a_death)
     arguments = prepare_settings(pictures["folder"]), str(palette), str(tmp_path / "out"), 11
     with pytest.raises(UserError, match=r"ended from outside.*want of memory.*fewer --workers"):
         prepare.prepare(*arguments, workers=2)
@@ -147,13 +144,13 @@ def test_a_worker_process_that_dies_ends_the_command_with_a_message(
     assert file_contents(tmp_path / "out") == file_contents(prepared_folder)
 
 
-def test_what_workers_find_wrong_is_told_as_one_message(pictures, palette, tmp_path):
+def test_a_users_mistake_in_a_worker_is_reported_as_it_is(pictures, palette, tmp_path):
     (tmp_path / "folder" / "class1" / "030.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"class1/030\.png cannot be read"):
         prepare.prepare(prepare_settings(pictures["folder"]), str(palette), str(tmp_path / "out"), 11, workers=2)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(pictures, palette, prepared_folder, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_nothing_half_written(pictures, palette, prepared_folder, tmp_path):
     arguments = prepare_settings(pictures["npz"]), str(palette), str(tmp_path / "out"), 41
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
@@ -181,9 +178,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(pictures, palette, 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_setting_palette_or_source_in_the_same_directory_is_refused(
-    pictures, palette, prepared_folder, change, message
-):
+def test_a_directory_prepared_otherwise_is_refused(pictures, palette, prepared_folder, change, message):
     change = dict(change)
     source = pictures[change.pop("source", "folder")]
     if change.pop("palette", None):
@@ -214,8 +209,10 @@ def test_directories_of_other_things_and_files_are_left_alone(pictures, palette,
 
 def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, palette, tmp_path, capsys):
     source = open_prepare_source(pictures["folder"])
-    train_files = [path for path, _ in source.train.images.files]
-    broken = train_files[11:22] + train_files[23:24] + [source.test.images.files[3][0]]  # one shard wholly
+    train_files, test_files = (
+        [images.files[i][0] for i in images.indices] for images in (source.train.images, source.test.images)
+    )
+    broken = [*train_files[11:22], train_files[23], test_files[3]]  # a whole shard among them
     for path in broken:
         path.write_bytes(path.read_bytes()[:50])
     command = ["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", "--shard_images=11"]
@@ -236,7 +233,7 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
     np.testing.assert_array_equal(opened.train.images.grids(slice(None)), expected)
 
 
-def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_command(palette, tmp_path, capsys):
+def test_other_images_are_refused_with_the_flags_of_the_command(palette, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_igpt(
             [
@@ -248,7 +245,7 @@ def test_images_of_another_kind_than_asked_for_are_refused_in_the_words_of_the_c
                 f"--out={tmp_path}/o",
             ]
         )
-    assert "give --size=8x8 --channels=1" in capsys.readouterr().err
+    assert "set --size=8x8 --channels=1, or --preprocess=shrink" in capsys.readouterr().err
     for wrong, message in (("--size=x", "--size=x; give a number"), ("--workers=0", "--workers is 0; it must")):
         with pytest.raises(SystemExit):
             run_igpt(["prepare", "--source=digits", "--size=8", f"--palette={palette}", f"--out={tmp_path}/o", wrong])

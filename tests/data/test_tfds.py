@@ -21,6 +21,7 @@ from igpt.data.arrays import of_arrays
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
 from igpt.data.examples import check_labels
 from igpt.data.images import Preprocess
+from igpt.data.settings import DataConfig
 from igpt.data.tfds import UNREAD, Labels, _prepare, open_tfds
 from igpt.errors import UserError
 from igpt.palette import Palette
@@ -88,8 +89,13 @@ def prepare(folder: str) -> dict[str, str]:
 
 
 def opened(name: str, folder: str, skip: bool = False):
-    kind = "none" if name == "tiles" else "shrink"
-    return open_tfds(name, folder, (0.2, 0.1), 4, Preprocess((7, 5), kind), 3, skip)
+    return open_tfds(name, settings_of(f"tfds:{name}", folder, name != "tiles", 0.2, 0.1, skip))
+
+
+def settings_of(source: str, folder: str, shrink: bool, validation: float, test: float, skip: bool) -> DataConfig:
+    fields = dict(validation_fraction=validation, test_fraction=test, split_seed=4, data_dir=folder)
+    fields |= dict(preprocess="shrink" if shrink else "none", on_unreadable="skip" if skip else "stop")
+    return DataConfig(source, (7, 5), 3, **fields)
 
 
 @pytest.fixture(scope="session")
@@ -101,10 +107,10 @@ def prepared(tmp_path_factory):
 
 
 def records_of(split) -> np.ndarray:
-    return split.images.files.numbers
+    return split.images.indices
 
 
-def test_images_of_any_size_and_format_and_their_labels_are_those_that_were_put_in(prepared):
+def test_images_and_labels_are_read_as_they_were_written(prepared):
     source = opened("photos", prepared[0])
     for split in (source.train, source.validation, source.test):
         images, used = split.read(np.arange(len(split)))
@@ -125,13 +131,13 @@ def test_validation_is_held_out_of_train_by_the_split_seed(prepared):
     assert np.array_equal(records_of(first.validation), order[25:])
 
 
-def test_a_test_split_without_labels_gives_way_to_the_official_validation_split(prepared):
+def test_without_test_labels_the_official_validation_split_is_the_test(prepared):
     source = opened("tiles", prepared[0])
     assert sorted(source.test.labels) == [40, 41, 42]
     assert len(source.train) + len(source.validation) == TRAIN
 
 
-def test_without_official_splits_the_fractions_decide_and_without_labels_there_are_none(prepared):
+def test_without_official_splits_the_fractions_decide(prepared):
     source = opened("bare", prepared[0])
     assert source.train.labels is None
     parts = [records_of(part) for part in (source.train, source.validation, source.test)]
@@ -145,7 +151,7 @@ def test_batches_equal_those_of_the_same_images_in_an_array(prepared):
     order = np.random.default_rng(4).permutation(TRAIN)
     images, labels = np.empty((TRAIN, 7, 5, 3), np.uint8), np.empty(TRAIN, np.int32)
     images[order], labels[order] = [tile(number) for number in numbers], numbers
-    arrays = of_arrays("arrays", images, labels, (5 / 31, 1 / 31), 4, Preprocess((7, 5)))
+    arrays = of_arrays(images, labels, settings_of("arrays", "", False, 5 / 31, 1 / 31, False))
     made = [
         TrainBatches(train, PALETTE, 5, 0, Augmentation(pad=1, flip=True), slice(None)).iterate(0, 9, threads=3)
         for train in (source.train, arrays.train)
@@ -167,7 +173,7 @@ def test_labels_are_read_when_they_are_asked_for_and_not_before(prepared):
     assert np.array_equal(np.asarray(labels) == labels, np.ones(25, bool))
 
 
-def test_labels_are_checked_against_the_classes_that_are_declared_without_reading_them_all(prepared, monkeypatch):
+def test_labels_are_checked_against_declared_classes_without_reading_all(prepared, monkeypatch):
     monkeypatch.setattr("igpt.data.tfds.LOOKED_AT", 4)
     source = opened("photos", prepared[0])
     check_labels(source.train, num_classes=100)
@@ -250,8 +256,8 @@ def test_of_several_processes_that_prepare_a_data_set_the_slower_go_on(monkeypat
 
     monkeypatch.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
     builder = SimpleNamespace(data_dir=tmp_path, download_and_prepare=fail, is_prepared=lambda: prepared_meanwhile)
-    told = contextlib.nullcontext() if prepared_meanwhile else pytest.raises(UserError, match="Directory not empty")
-    with told:
+    expected = contextlib.nullcontext() if prepared_meanwhile else pytest.raises(UserError, match="Directory not empty")
+    with expected:
         _prepare("mnist", builder)
 
 

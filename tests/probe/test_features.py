@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from igpt.data.batches import Drops
-from igpt.data.examples import EncodedImages, Split
+from igpt.data.examples import ArrayImages, EncodedImages, Split
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.palette import Palette
@@ -22,7 +22,7 @@ features_of = jax.jit(lambda model, tokens, keep=None: model.features(tokens, ke
 def random_split(count=23, height=1, width=13):
     palette = Palette(np.linspace(-1, 1, 11)[:, None].repeat(3, axis=1))
     tokens = np.random.default_rng(0).integers(0, 11, (count, height, width))
-    return palette, Split(palette.decode(tokens), np.arange(count, dtype=np.int32) % 3)
+    return palette, Split(ArrayImages(palette.decode(tokens)), np.arange(count, dtype=np.int32) % 3)
 
 
 def streamed(model, split, palette, batch_size=10, mesh=ONE, **kwargs):
