@@ -147,12 +147,12 @@ def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette
 
 def training_batches(config: Config, source: Source, palette: Palette, mesh) -> TrainBatches:
     """This process's rows of every training batch."""
-    data, batch_size = config.data, config.train.batch_size
+    batch_size = config.train.batch_size
     check_batch_size("train.batch_size", batch_size, config.train.accumulate, mesh)
     check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
-    augmentation = Augmentation(data.pad, data.pad_mode, data.flip, data.augment_probability)
     drops = None if config.model.causal else Drops(config.objective.drop_rate, 1, config.seed)
     rows = process_rows(batch_size, mesh)
+    augmentation = Augmentation.of(config.data)
     return TrainBatches(source.train, palette, batch_size, config.seed, augmentation, rows, drops)
 
 

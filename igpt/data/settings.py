@@ -1,11 +1,11 @@
 """The fields of `config.data`, checked: which images are read, how they are resized, augmented and batched."""
 
 import dataclasses
-import difflib
 
 from PIL import Image
 
 from igpt.errors import UserError
+from igpt.fields import make_section
 
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 CHOICES = {
@@ -89,10 +89,4 @@ class DataConfig:
     @classmethod
     def of(cls, settings) -> "DataConfig":
         """The fields of a mapping, such as a ConfigDict, as a DataConfig. A DataConfig is returned unchanged."""
-        if isinstance(settings, cls):
-            return settings
-        fields = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in settings if name not in fields]:
-            close = difflib.get_close_matches(unknown[0], fields, n=1) or fields
-            raise UserError(f"data.{unknown[0]} is no field; did you mean data.{', data.'.join(close)}?")
-        return cls(**settings)
+        return make_section(cls, "data.", settings)
