@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from igpt.errors import StorageError, UserError
 
@@ -37,6 +38,19 @@ def told_of_storage(workdir: Path):
             f"{where}: {error.strerror or error}. Finished checkpoints are as they were; make "
             "room, or mend the place, and run the same command again."
         ) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write to. It appears as `path` when it is complete; after an exception nothing is left of it."""
+    partial = Path(f"{path}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -99,6 +99,12 @@ def of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPT
     return configuration.of_network(weights.model, size, channels=1 if grey else 3)
 
 
+def data_settings(config: ConfigDict, **changes) -> ConfigDict:
+    """A copy of `config.data` with the fields of `changes`; a change that is None or "" keeps the model's setting."""
+    given = {name: value for name, value in changes.items() if value not in (None, "")}
+    return ConfigDict(config.data.to_dict() | given)
+
+
 def processor_of(directory: Path) -> ImageGPTImageProcessor:
     """The image processor of a Hugging Face directory, with clusters."""
     if not (directory / "preprocessor_config.json").is_file():

@@ -320,3 +320,8 @@ def everywhere(true: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.asarray(multihost_utils.process_allgather(np.asarray(true))).all())
+
+
+def is_first_process() -> bool:
+    """Whether this is process 0, the one that prints and writes files."""
+    return jax.process_index() == 0

@@ -1,5 +1,8 @@
+import errno
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,8 +20,10 @@ from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
-from igpt.probe.features import stream_features
-from igpt.probe.fit import Solver, fit_probe, neighbours
+from igpt.probe import fit, selection
+from igpt.probe.config import ProbeConfig
+from igpt.probe.features import Features, stream_features
+from igpt.probe.fit import fit_probe, neighbours
 from igpt.run import checkpoint
 from igpt.sharding import make_mesh
 from igpt.state import create_state
@@ -29,7 +34,7 @@ GREYS = Palette(np.linspace(-1, 1, 17)[:, None].repeat(3, axis=1))
 
 
 def pictures(count=COUNT):
-    """Grey images of three classes, of which one is darker than the next, though no probe finds all."""
+    """Grey images of three classes, which differ in brightness, but so little that no probe separates them all."""
     labels = np.arange(count, dtype=np.int32) % CLASSES
     levels = 70 + 50 * labels[:, None, None]
     noisy = np.random.default_rng(0).normal(levels, 110, (count, HEIGHT, WIDTH))
@@ -37,7 +42,7 @@ def pictures(count=COUNT):
 
 
 def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
-    """A run directory as train.py leaves it, without the training: a checkpoint of other random weights a step."""
+    """A run directory like one of train.py, without training: each checkpoint has other random weights."""
     config = base.get_config()
     config.data.update(source=source, image_size=(HEIGHT, WIDTH), on_unreadable=on_unreadable)
     config.palette.colors = 17
@@ -50,7 +55,7 @@ def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
     with checkpoint.Checkpoints(path, max_to_keep=9) as checkpoints:
         for step in steps:
             checkpoints.save(create_state(network, optimizer, mesh, seed=step), step)
-    lines = ['{"step": 1, "train/loss": 3.0}', '{"step": 2, "eval/loss": 2.5}', '{"step": 3, "tr']  # cut short
+    lines = ['{"step": 1, "train/loss": 3.0}', '{"step": 2, "eval/loss": 2.5}', '{"step": 3, "tr']  # incomplete
     (path / "metrics.jsonl").write_text("\n".join(lines))
     return path
 
@@ -69,7 +74,7 @@ def trained(tmp_path_factory, source):
 
 
 def probing(**changes):
-    """A probe of seconds: SGD's steps compile once for any number of images."""
+    """A fast probe: the steps of SGD compile once for any number of images."""
     config = probe_digits.get_config()
     config.update(dict(batch_size=40, solver="sgd", inverse_penalties=(0.01, 0.1)))
     config.sgd.update(learning_rates=(0.1, 0.03), steps=64, batch_size=32, weight_decay=0.1)
@@ -84,14 +89,14 @@ def arrays_of(path):
 
 @pytest.fixture(scope="module")
 def everything(trained, tmp_path_factory):
-    """The results of a probe with all options, and what it wrote."""
+    """The results of a probe with all options, and the folder of its files."""
     folder = tmp_path_factory.mktemp("everything")
     options = dict(steps="all", concatenate=3, labels_per_class=(2, 9), subsets=2)
     config = probing(**options, features_out=str(folder / "probe" / "features.npz"))
     return eval_probe.run(config, trained, folder / "probe"), folder / "probe"
 
 
-def test_the_features_that_are_written_are_the_models(everything, trained):
+def test_the_features_in_the_file_are_the_models(everything, trained):
     results, folder = everything
     arrays, pretrained = arrays_of(folder / "features.npz"), igpt.load(trained, step=4)
     source = open_source(pretrained.config.data)
@@ -107,19 +112,17 @@ def test_the_features_that_are_written_are_the_models(everything, trained):
 
 
 def fit_again(arrays, layers, chosen=None):
-    """What the features that were written say of some layers, from scratch."""
-    features = [
-        np.concatenate([arrays[f"{name}_layer_{layer:02d}"] for layer in layers], axis=-1)[:, None]
+    """A new fit of some layers, from the features that were written."""
+    parts = [
+        Features({n: arrays[f"{name}_layer_{n:02d}"][:, None] for n in layers}, arrays[f"{name}_labels"])
         for name in ("train", "validation", "test")
     ]
-    labels = [arrays[f"{name}_labels"] for name in ("train", "validation", "test")]
     if chosen is not None:
-        features[0], labels[0] = features[0][chosen], labels[0][chosen]
-    solver = Solver("sgd", **probing().sgd.to_dict(), seed=probing().seed)
-    return fit_probe(features, labels, solver, make_mesh())
+        parts[0] = parts[0].take(chosen)
+    return fit_probe(parts, layers, ProbeConfig.of(probing()), make_mesh())
 
 
-def test_every_number_follows_from_the_features(everything):
+def test_every_result_follows_from_the_features(everything):
     results, folder = everything
     arrays, fitted = arrays_of(folder / "features.npz"), results["pretrained"]
     assert [entry["layer"] for entry in fitted["layers"]] == [0, 1, 2, 3]
@@ -144,7 +147,7 @@ def test_every_number_follows_from_the_features(everything):
     assert all(len(entry["accuracies"]) == 2 for entry in few["raw_pixels"]) and len(few["raw_pixels"]) == 2
 
 
-def test_results_are_written_whole_and_nothing_is_left_beside(everything):
+def test_results_are_written_and_no_other_file_is_left(everything):
     results, folder = everything
     assert {path.name for path in folder.iterdir()} == {"probe.json", "probe.png", "features.npz"}
     assert json.loads((folder / "probe.json").read_text()) == json.loads(json.dumps(results))
@@ -178,8 +181,8 @@ def test_the_checkpoints_are_probed_one_by_one(everything, trained, tmp_path):
     assert newest["random_init"]["layers"] == [results["random_init"]["layers"][layer] for layer in (0, 2)]
 
 
-def test_features_that_cannot_be_removed_yet_are_in_nobodys_way(everything, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as where NFS holds what is mapped
+def test_old_features_that_cannot_be_removed_do_no_harm(everything, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as NFS keeps mapped files
     both = eval_probe.run(probing(steps="2,4", layers=(1,), baselines=False), trained, tmp_path / "probe")
     assert [entry["layers"] for entry in both["checkpoints"]] == [
         [e["layers"][1]] for e in everything[0]["checkpoints"]
@@ -216,7 +219,7 @@ def test_lbfgs_probes_too(everything, trained, tmp_path):
     assert results["solver"]["kind"] == "lbfgs" and results["solver"]["inverse_penalties"] == [0.01, 0.1]
 
 
-def test_fewer_training_images_are_drawn_once_and_for_all(trained, tmp_path):
+def test_the_same_training_images_are_drawn_for_every_seed(trained, tmp_path):
     features = []
     for seed in (1, 2):
         out = tmp_path / f"{seed}.npz"
@@ -227,7 +230,7 @@ def test_fewer_training_images_are_drawn_once_and_for_all(trained, tmp_path):
 
 
 @pytest.mark.parametrize("eval_masks", [2, 0])
-def test_bert_is_probed_under_masks_in_training_one(source, tmp_path, eval_masks):
+def test_bert_is_probed_under_masks_and_trains_on_one(source, tmp_path, eval_masks):
     run = write_run(tmp_path / "run", source, steps=(1,), causal=False, depth=1)
     config = probing(eval_masks=eval_masks, layers=(1,), features_out=str(tmp_path / "features.npz"))
     eval_probe.run(config, run, tmp_path / "probe")
@@ -242,7 +245,7 @@ def test_bert_is_probed_under_masks_in_training_one(source, tmp_path, eval_masks
     assert arrays["train_layer_01"].ndim == 2 and arrays["validation_layer_01"].ndim == expected.ndim
 
 
-def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys):
+def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
     images, labels = pictures(90)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = tmp_path / "photos" / f"class{label}" / f"{i:03d}.png"
@@ -262,15 +265,47 @@ def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys)
     assert results["few_labels"]["features"][0]["accuracies"][1] == accuracy
 
 
-def test_images_are_those_of_the_models_run_unless_the_probe_says_otherwise(trained, tmp_path, monkeypatch):
+def test_the_images_are_the_runs_own_unless_the_probe_names_others(trained, tmp_path, monkeypatch):
     def opened(settings):
         seen.append(settings.to_dict())
         raise UserError("seen")
 
     seen, others = [], dict(source="folder:x", preprocess="shrink", validation_fraction=0.0, data_dir="y")
-    monkeypatch.setattr(eval_probe, "open_source", opened)
+    monkeypatch.setattr(selection, "open_source", opened)
     for given in ({}, others):
         with pytest.raises(UserError, match="seen"):
             eval_probe.run(probing(**given), trained, tmp_path / "probe")
     assert seen[0] == json.loads((trained / "config.json").read_text())["data"]
     assert seen[1] == seen[0] | others
+
+
+@pytest.mark.parametrize("name", ["keep_features", "fit_probe", "load"])
+def test_a_failure_during_the_probe_leaves_no_files(monkeypatch, trained, tmp_path, name):
+    def fail(*args, **kwargs):
+        raise RuntimeError("halfway")
+
+    monkeypatch.setattr(eval_probe if name == "load" else fit, name, fail)
+    with pytest.raises(RuntimeError, match="halfway"):
+        eval_probe.run(probing(layers=(1,)), trained, tmp_path / "probe")
+    assert not list((tmp_path / "probe").iterdir())
+
+
+def test_the_results_are_written_before_features_fill_the_disk(monkeypatch, trained, tmp_path):
+    def full(file, **arrays):
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    config = probing(layers=(1,), features_out=str(tmp_path / "features.npz"))
+    with pytest.raises(UserError, match="features_out=.* cannot be written: No space left"):
+        eval_probe.run(config, trained, tmp_path / "probe")
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"probe.json", "probe.png"}
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
+
+
+def test_on_the_command_line_a_mistake_is_one_message(trained, tmp_path):
+    command = [sys.executable, "eval_probe.py", "--config=configs/probe_digits.py", f"--model={trained}"]
+    command += [f"--workdir={tmp_path}/probe", "--config.layers=(9,)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: layers is (9,)") and not list(tmp_path.iterdir())
