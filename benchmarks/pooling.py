@@ -21,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from report import write
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for eval_probe.py and configs/
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
-import eval_probe
 from configs import probe_digits
 from igpt import model as network
 from igpt.data.sources import open_source
 from igpt.interop.load import load, outline
-from igpt.probe.features import Features
+from igpt.probe.config import ProbeConfig
+from igpt.probe.features import Features, untrained
 from igpt.probe.fit import Probe
+from igpt.probe.selection import few_images
 from igpt.sharding import make_mesh
 
 GRIDS = (1, 2)
@@ -76,12 +77,12 @@ def main() -> None:
     shapes = outline(directory)
     settings = shapes.config.data
     side = settings.image_size[0]
-    source = eval_probe.few_images(open_source(settings), args.train_images)
+    source = few_images(open_source(settings), args.train_images)
     fine = max(GRIDS)
     network.pool = by_cells(side, fine)
     results = {"model": args.model, "layer": args.layer, "train_images": args.train_images, "test_accuracy": {}}
     with tempfile.TemporaryDirectory() as folder:
-        probe = Probe(config, source, [args.layer], mesh, Path(folder))
+        probe = Probe(ProbeConfig.of(config), source, [args.layer], mesh, Path(folder))
 
         def fitted(name: str, parts: list[Features], layer: int) -> None:
             found = probe.fit(parts, [layer])
@@ -98,7 +99,7 @@ def main() -> None:
             fitted(f"colours, {grid} x {grid}", coarser(histograms, 0, fine, grid), 0)
         for name, of in (
             ("trained", lambda: load(directory, None, mesh)),
-            ("untrained", lambda: eval_probe.untrained(shapes, 100, mesh)),
+            ("untrained", lambda: untrained(shapes, 100, mesh)),
         ):
             parts = probe.features(of())
             for grid in GRIDS:

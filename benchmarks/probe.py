@@ -30,6 +30,7 @@ from igpt.data.examples import EncodedImages, Split
 from igpt.data.images import Preprocess
 from igpt.model import ImageGPT, ModelConfig
 from igpt.palette import Palette
+from igpt.probe.config import SGD
 from igpt.probe.features import keep_features, stream_features
 from igpt.probe.logistic import TOLERANCE, fit_lbfgs, fit_sgd
 from igpt.sharding import make_mesh
@@ -135,7 +136,7 @@ def solvers() -> dict:
     by_penalty = zip(PENALTIES, fitted["peers"], (fitted["ours"].predict(tested) == answers).mean(axis=1), strict=True)
     rows = []
     for C, peer, lbfgs in by_penalty:
-        sgd = fit_sgd(features, labels, 10, RATES, STEPS, 256, 1 / (C * len(features)), 0, mesh)
+        sgd = fit_sgd(features, labels, 10, SGD(RATES, STEPS, 256, 1 / (C * len(features))), 0, mesh)
         best = int(np.argmax((sgd.predict(held_out) == truth).mean(axis=1)))
         accuracy = {
             "scikit_learn": peer.score(scaler.transform(tested), answers),

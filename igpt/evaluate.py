@@ -1,10 +1,10 @@
-"""What a model loses on a data set, in nats a token, and how often its classifier is right.
+"""The mean loss of a model on a data set, in nats per token, and the accuracy of its classifier.
 
     igpt evaluate --model=runs/digits
     igpt evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
 
-The second compares with the losses in OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. All devices take part;
-where several processes share them, all run this command.
+The result of the second can be compared with OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. The command
+uses all devices. With several processes, start it in each of them.
 """
 
 import json
@@ -22,22 +22,22 @@ from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import write_text
 from igpt.interop.hub import resolve
-from igpt.interop.load import Pretrained, check_same_palette, load, outline
+from igpt.interop.load import Pretrained, check_same_palette, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
-from igpt.run import cluster as launch
-from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate, to_devices
+from igpt.run import cluster
+from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate
+from igpt.state import run_batches
 
 
 def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:
-    """Means over the images of a split: loss (nats a token, with its standard error), accuracy (with its interval).
+    """Means over the images of a split: loss (nats per token, with its standard error), accuracy (with its interval).
 
-    A network with BERT's objective is asked for the positions that each of `masks` masks drops; they vote on the class.
-    `mesh` is the one that the model was loaded onto.
+    A network with BERT's objective predicts the dropped positions of each of `masks` masks, which vote on the class.
+    `mesh` is the mesh onto which the model was loaded.
     """
     mesh = mesh or one_device()
     batch_size += -batch_size % batch_shards(mesh)
-    rows = process_rows(batch_size, mesh)
-    model, objective = pretrained.model.config, pretrained.config.objective
+    model, objective, data = pretrained.model.config, pretrained.config.objective, pretrained.config.data
     graph, params = nnx.split(pretrained.model)
     classifies = bool(model.num_classes) and split.labels is not None
     if not (model.pixel_head or classifies):
@@ -45,28 +45,22 @@ def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int =
     loss = make_loss(graph, float(model.pixel_head), float(classifies))
 
     @jax.jit
-    def of_every_image(params, batch):
+    def losses_of_images(params, batch):
         return jax.tree.map(replicate, loss(params, batch) | {"mask": batch["mask"]})
 
     drops = None if model.causal else Drops(objective.drop_rate, masks)
-    each = {"generative_loss": [], "classification_loss": [], "accuracy": []}
+    batches = eval_batches(split, pretrained.palette, batch_size, process_rows(batch_size, mesh), drops)
     with jax.set_mesh(mesh):
-        for batch in eval_batches(split, pretrained.palette, batch_size, rows, drops):
-            values = jax.device_get(of_every_image(params, to_devices(batch, batch_size, mesh)))
-            if not classifies:
-                values["generative_loss"] = values["loss"]
-            for name in each.keys() & values.keys():
-                each[name].append(values[name][values["mask"] > 0])
-    each = {name: np.concatenate(parts) for name, parts in each.items() if parts}
-    results = {"images": len(next(iter(each.values())))}
+        parts = list(run_batches(losses_of_images, params, batches, batch_size, mesh))
+    real = np.concatenate([part["mask"] for part in parts]) > 0
+    each = {name: np.concatenate([part[name] for part in parts])[real] for name in parts[0]}
+    results = {"images": int(real.sum())}
     if model.pixel_head:
-        losses = each["generative_loss"].astype(np.float64)
+        losses = each["generative_loss" if classifies else "loss"].astype(np.float64)
         results["loss"] = float(losses.mean())
         results["standard_error"] = float(losses.std() / np.sqrt(len(losses)))
         if model.causal:
-            height, width = pretrained.config.data.image_size
-            channels = pretrained.config.data.channels
-            results["bits_per_dim"] = bits_per_dim(results["loss"], model.seq_len, height, width, channels)
+            results["bits_per_dim"] = bits_per_dim(results["loss"], model.seq_len, *data.image_size, data.channels)
     if classifies:
         correct = int(each["accuracy"].sum())
         results["classification_loss"] = float(each["classification_loss"].mean())
@@ -76,25 +70,23 @@ def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int =
 
 def add_arguments(parser: Parser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--source", help="of the images, as data.source (default: what the model was trained on)")
+    parser.add_argument("--source", help="images, written as data.source (default: the model's training data)")
     parser.add_argument("--preprocess", help="none, shrink or crop (default: as in training)")
     parser.add_argument("--data_dir", help="where tensorflow_datasets keeps its data")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default test)")
-    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images at a time (default 64)")
-    parser.add_argument("--masks", type=at_least(1), default=5, help="of each image, for BERT (default 5)")
-    parser.add_argument("--json", help="a file for the figures")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images per batch (default 64)")
+    parser.add_argument("--masks", type=at_least(1), default=5, help="masks per image, for BERT (default 5)")
+    parser.add_argument("--json", help="a file to write the results to")
     add_mesh_arguments(parser)
-    launch.add_arguments(parser)
+    cluster.add_arguments(parser)
 
 
 def run(args) -> None:
-    """Evaluates a model as the command line says; prints the figures and writes them to --json."""
-    launch.join_from(args)
+    """Evaluates a model with the options of the command line; prints the results and writes them to --json."""
+    cluster.join_from(args)
     directory = resolve(args.model)
     shapes = outline(directory)
-    settings = shapes.config.data
-    for name in ("source", "preprocess", "data_dir"):
-        settings[name] = getattr(args, name) or settings[name]
+    settings = data_settings(shapes.config, source=args.source, preprocess=args.preprocess, data_dir=args.data_dir)
     if not settings.source:
         raise UserError(f"{args.model} was not trained here, so that its images are not known; give --source")
     source = open_source(settings)
@@ -106,11 +98,12 @@ def run(args) -> None:
     pretrained = load(directory, args.step, mesh)
     results = {"model": args.model, "step": pretrained.step, "source": source.name, "split": args.split}
     results |= evaluate(pretrained, split, args.batch_size, args.masks, mesh)
-    if args.json and jax.process_index() == 0:
+    if not cluster.is_first_process():
+        return
+    if args.json:
         try:
             write_text(Path(args.json), json.dumps(results, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
-    if jax.process_index() == 0:
-        for name, value in results.items():
-            print(f"{name:<20}{value}")
+    for name, value in results.items():
+        print(f"{name:<20}{value}")

@@ -11,16 +11,18 @@ from igpt.errors import UserError
 Section = TypeVar("Section")
 
 
-def make_section(kind: type[Section], name: str, values: Mapping | Section) -> Section:
+def make_section(
+    kind: type[Section], name: str, values: Mapping | Section, example: str = "configs/base.py"
+) -> Section:
     """The dataclass `kind` from the fields of a ConfigDict or dict; an instance of `kind` is returned as it is.
 
-    `name` is the section's prefix in messages, such as "data." or "". Lists become tuples. Raises UserError for an
+    `name` is the section's prefix in messages, such as "data." or "", `example` a file with all fields. Lists become tuples. Raises UserError for an
     unknown field, suggesting the nearest, for a missing one, and for a value of another type.
     """
     if isinstance(values, kind):
         return values
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise UserError(f"{name.rstrip('.')} is {values!r}; a section of fields is needed, as in configs/base.py")
+        raise UserError(f"{name.rstrip('.')} is {values!r}; a section of fields is needed, as in {example}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for given in values:
         if given not in fields:
@@ -29,7 +31,7 @@ def make_section(kind: type[Section], name: str, values: Mapping | Section) -> S
             raise UserError(f"{name}{given} is no field of a configuration; {hint}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [f"{name}{field}" for field in required if field not in values]:
-        raise UserError(f"the configuration has no {', '.join(missing)}; start from configs/base.py")
+        raise UserError(f"the configuration has no {', '.join(missing)}; start from {example}")
     plain = {given: tuple(value) if isinstance(value, list) else value for given, value in values.items()}
     for given, value in plain.items():
         if not _fits(value, fields[given].type):

@@ -10,13 +10,13 @@ import jax
 import pytest
 from flax import nnx
 
-import eval_probe
 from configs import base, probe_digits
 from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.interop.load import parameter_fields
 from igpt.model import PRESETS, ImageGPT
 from igpt.optim import make_optimizer
+from igpt.probe.config import ProbeConfig
 from igpt.sharding import check_batch_size, make_mesh
 from igpt.state import abstract_state
 from tests.helpers import ROOT
@@ -51,7 +51,7 @@ def test_a_shipped_config_builds_its_whole_state_abstractly(name, arguments):
 
 @pytest.mark.parametrize(("name", "arguments"), PROBES)
 def test_a_shipped_probe_config_is_one(name, arguments):
-    eval_probe.check(get_config(name, *arguments))
+    ProbeConfig.of(get_config(name, *arguments))
 
 
 @pytest.mark.parametrize("size", [*PRESETS, *BERT])

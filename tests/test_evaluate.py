@@ -32,7 +32,7 @@ def nats(logits, tokens):
     return -np.take_along_axis(log_probability, tokens[..., None], -1)[..., 0]
 
 
-def test_the_loss_is_the_mean_over_images_with_its_standard_error_whatever_the_batch_size():
+def test_the_loss_is_a_mean_over_images_for_any_batch_size():
     pretrained, split, tokens = pretrained_and_split()
     each = nats(pretrained.model(tokens), tokens).mean(1)
     for batch_size in (5, 64):
@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_over_images_with_its_standard_error_whatever_the_b
         np.testing.assert_allclose(results["bits_per_dim"], each.mean() / np.log(2), rtol=1e-5)
 
 
-def test_a_classifier_is_tested_too_where_there_are_labels():
+def test_a_classifier_is_tested_if_there_are_labels():
     pretrained, split, tokens = pretrained_and_split(num_classes=3)
     results = evaluate(pretrained, split, 10)
     correct = np.argmax(pretrained.model.classify(tokens), -1) == split.labels
@@ -52,7 +52,7 @@ def test_a_classifier_is_tested_too_where_there_are_labels():
     assert "accuracy" not in unlabelled and unlabelled["loss"] == pytest.approx(results["loss"])
 
 
-def test_bert_is_asked_for_what_its_masks_drop_and_has_no_bits_per_dim():
+def test_bert_predicts_what_its_masks_drop_without_bits_per_dim():
     pretrained, split, tokens = pretrained_and_split(causal=False)
     pretrained.config.objective = ConfigDict(dict(pretrained.config.objective) | {"drop_rate": 0.4})
     results = evaluate(pretrained, split, 10, masks=2)
@@ -66,7 +66,7 @@ def test_bert_is_asked_for_what_its_masks_drop_and_has_no_bits_per_dim():
     assert "bits_per_dim" not in results
 
 
-def test_a_network_of_features_only_has_nothing_to_test():
+def test_a_network_without_heads_cannot_be_evaluated():
     pretrained, split, _ = pretrained_and_split(pixel_head=False)
     with pytest.raises(UserError, match="probe them"):
         evaluate(pretrained, split, 10)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from igpt.config import Config
+from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.interop import hf_weights
@@ -75,6 +76,12 @@ def config_of(directory: Path) -> Config:
 def is_huggingface(directory: Path) -> bool:
     """Whether a directory's config.json is of Hugging Face's kind, which has a model_type. A run's has none."""
     return (directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
+
+
+def data_settings(config: Config, **changes) -> DataConfig:
+    """`config.data` with the fields of `changes`; a change that is None or "" keeps the model's own setting."""
+    given = {name: value for name, value in changes.items() if value not in (None, "")}
+    return dataclasses.replace(config.data, **given)
 
 
 def processor_of(directory: Path) -> ImageGPTImageProcessor:

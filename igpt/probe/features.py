@@ -1,9 +1,9 @@
-"""Features of every layer: streamed from a frozen network, and kept on disk (Chen et al. 2020, section 2.4)."""
+"""Features of every layer: computed by a frozen network, and kept on disk (Chen et al. 2020, section 2.4)."""
 
 import contextlib
 import dataclasses
 import functools
-import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,91 +17,101 @@ from jaxtyping import Array, Float, Int
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Split
 from igpt.errors import UserError
+from igpt.files import whole
+from igpt.interop.load import Pretrained
 from igpt.loss import masks_of
 from igpt.model import ImageGPT
-from igpt.sharding import process_rows, replicate, to_devices
+from igpt.sharding import process_rows, replicate, shardings
+from igpt.state import run_batches
+
+FeatureBatches = Iterator[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]  # with the labels of the images
 
 
 def stream_features(
-    model: ImageGPT,
-    split: Split,
-    tokenizer,
-    batch_size: int,
-    mesh: Mesh,
-    layers: Sequence[int] | None = None,
-    drops: Drops | None = None,
-) -> Iterator[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]:
-    """Batches of f^l, one forward pass for all `layers` (default: all), with the labels of their images.
+    model: ImageGPT, split: Split, tokenizer, batch_size: int, mesh: Mesh, layers=None, drops: Drops | None = None
+) -> FeatureBatches:
+    """Yields the features f^l of `layers` (default: all) and the labels of a batch of images, after one forward pass.
 
-    With `drops`, BERT's, an image is seen under each of M masks; else M is 1. Unreadable images are left out.
-    Of several processes each reads its rows of a batch, and each is given the features of all.
+    With `drops`, for BERT, each image is seen under M masks; without, M is 1. Unreadable images are left out. Every
+    process reads its own rows of a batch, and yields the features of all rows.
     """
     graph, params = nnx.split(model)
-    rows = process_rows(batch_size, mesh)
     layers = tuple(range(model.config.depth + 1) if layers is None else layers)
+    batches = eval_batches(split, tokenizer, batch_size, process_rows(batch_size, mesh), drops)
+    step = functools.partial(_features, graph, layers=layers)
     with jax.set_mesh(mesh):
-        for batch in eval_batches(split, tokenizer, batch_size, rows, drops):
-            everywhere = _features(graph, params, to_devices(batch, batch_size, mesh), layers)
-            features, labels, mask = jax.device_get(everywhere)
+        for features, labels, mask in run_batches(step, params, batches, batch_size, mesh):
             yield features[mask > 0], labels[mask > 0]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "layers"))  # compiled once for all splits and checkpoints
 def _features(graph, params, batch, layers) -> tuple[Float[Array, "B l M D"], Int[Array, "B"], Float[Array, "B"]]:
-    """Features, labels and mask of a whole batch, for every process."""
+    """Features, labels and mask of a whole batch, replicated."""
     model = nnx.merge(graph, params)
     under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks_of(batch)]
     features = jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
     return replicate(features), replicate(batch["label"]), replicate(batch["mask"])
 
 
+def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
+    """The same network with random parameters, sharded over the mesh in the same way."""
+    graph, params = nnx.split(pretrained.model)
+    config, placement = pretrained.model.config, shardings(nnx.to_pure_dict(params), mesh)
+    create = jax.jit(lambda: nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), out_shardings=placement)
+    return pretrained._replace(model=nnx.merge(graph, create()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Of a split, by layer: float32 [N, M, D] each, in memory or in a file, and labels int32 [N]."""
+    """The features of a split by layer, float32 [N, M, D] in memory or in a file, and its labels, int32 [N]."""
 
     layers: dict[int, Float[np.ndarray, "N M D"]]
     labels: Int[np.ndarray, "N"]
 
     def take(self, indices: Int[np.ndarray, "n"]) -> "Features":
-        """Those of some images, in memory."""
+        """The features of some images, in memory."""
         return Features({layer: rows[indices] for layer, rows in self.layers.items()}, self.labels[indices])
 
     def joined(self, layers: Sequence[int]) -> Float[np.ndarray, "N M lD"]:
-        """Features of several layers side by side; of a single one as they are, so that a file remains one."""
+        """The features of several layers side by side, in memory. A single layer stays where it is."""
         if len(layers) == 1:
             return self.layers[layers[0]]
         return np.concatenate([self.layers[layer] for layer in layers], axis=-1)
 
 
-def keep_features(stream, layers: Sequence[int], folder: Path) -> Features:
-    """Writes a stream of batches ([b, l, M, D], labels [b]) to a new folder, a file a layer.
+def scratch_folder(workdir: Path) -> tempfile.TemporaryDirectory:
+    """A temporary folder in the workdir, which is made if it does not exist. Raises UserError if that fails."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # NFS keeps a removed file until no process maps it, so that the folder may not be empty at the end.
+        return tempfile.TemporaryDirectory(prefix="features.", dir=workdir, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
 
-    Memory does not grow with the number of images. Raises UserError where the disk is full or may not be written.
+
+def keep_features(stream: FeatureBatches, layers: Sequence[int], folder: Path) -> Features:
+    """Writes batches of the features of `layers` to a new folder, one file for each layer.
+
+    Memory does not grow with the number of images. Raises UserError if the disk is full or not writable.
     """
-    labels, shape = [], None
-    paths = {layer: folder / f"layer_{layer:02d}.f32" for layer in layers}
+    labels, paths = [], [folder / f"layer_{layer:02d}.f32" for layer in layers]
     try:
         folder.mkdir()
         with contextlib.ExitStack() as opened:
-            files = [opened.enter_context(path.open("wb")) for path in paths.values()]
-            for rows, of_rows in stream:
+            files = [opened.enter_context(path.open("wb")) for path in paths]
+            for rows, row_labels in stream:
                 for index, file in enumerate(files):
                     file.write(np.ascontiguousarray(rows[:, index], np.float32).data)
-                labels.append(of_rows)
-                shape = rows.shape[2:]
+                labels.append(row_labels)
     except OSError as error:
-        raise UserError(
-            f"the features cannot be written to {folder}: {error.strerror}; name another --workdir"
-        ) from None
-    labels = np.concatenate(labels)
-    kept = {layer: np.memmap(path, np.float32, "r", shape=(len(labels), *shape)) for layer, path in paths.items()}
-    return Features(kept, labels)
+        raise UserError(f"cannot write features to {folder}: {error.strerror}; name another --workdir") from None
+    shape = (sum(map(len, labels)), *rows.shape[2:])
+    maps = {layer: np.memmap(path, np.float32, "r", shape=shape) for layer, path in zip(layers, paths, strict=True)}
+    return Features(maps, np.concatenate(labels))
 
 
-def raw_pixels(
-    split: Split, channels: int, batch_size: int = 1024
-) -> Iterator[tuple[Float[np.ndarray, "b 1 1 HWc"], Int[np.ndarray, "b"]]]:
-    """The baseline that needs no model: a stream of the pixels themselves, in [-1, 1], as one layer of features."""
+def raw_pixels(split: Split, channels: int, batch_size: int = 1024) -> FeatureBatches:
+    """The baseline without a model: yields the pixels, in [-1, 1], as one layer of features [b, 1, 1, H W channels]."""
     for start in range(0, len(split), batch_size):
         indices = np.arange(start, min(start + batch_size, len(split)))
         images, used = split.read(indices)
@@ -116,11 +126,8 @@ def write_features(parts: dict[str, Features], path: Path) -> None:
         arrays[f"{name}_labels"] = part.labels
         for layer, rows in part.layers.items():
             arrays[f"{name}_layer_{layer:02d}"] = rows[:, 0] if rows.shape[1] == 1 else rows
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with whole(path) as file:
             np.savez(file, **arrays)
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"features_out={path} cannot be written: {error.strerror}; name another file") from None

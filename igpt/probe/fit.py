@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear classifier reads classes off frozen features (Chen et al. 2020, section 2.4)."""
+"""Linear probes: how well a linear classifier predicts classes from frozen features (Chen et al. 2020, section 2.4)."""
 
 import dataclasses
 import shutil
@@ -6,145 +6,122 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
-from ml_collections import ConfigDict
+from jaxtyping import Bool
 from tqdm import tqdm
 
 from igpt.data.batches import Drops
 from igpt.data.examples import SPLITS, Source, Split, few_labels
 from igpt.interop.load import Pretrained
 from igpt.loss import vote, wilson_interval
+from igpt.probe.config import ProbeConfig
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
 from igpt.probe.logistic import fit_lbfgs, fit_sgd
+from igpt.run.cluster import is_first_process
 
 
-@dataclasses.dataclass(frozen=True)
-class Solver:
-    """How a probe is fitted: "lbfgs", for all values of C at once, or "sgd", for all learning rates at once."""
+def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeConfig, mesh: Mesh) -> dict:
+    """Fits classifiers on the first of SPLITS, chooses one on the second, and tests it on the third.
 
-    kind: str
-    inverse_penalties: tuple[float, ...] = (1.0,)
-    max_iter: int = 1000
-    learning_rates: tuple[float, ...] = (1.0,)
-    steps: int = 1000
-    batch_size: int = 256
-    weight_decay: float = 0.0
-    seed: int = 0
-
-    def fit(self, features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], num_classes: int, mesh: Mesh):
-        """(name of what differs between the classifiers, its values in order of strength, Classifiers)."""
-        if self.kind == "lbfgs":
-            values = sorted(self.inverse_penalties)
-            return "C", values, fit_lbfgs(features, labels, num_classes, values, self.max_iter, mesh)
-        values = sorted(self.learning_rates)
-        settings = values, self.steps, self.batch_size, self.weight_decay, self.seed, mesh
-        return "learning_rate", values, fit_sgd(features, labels, num_classes, *settings)
-
-
-def fit_probe(
-    features: Sequence[Float[np.ndarray, "N M D"]], labels: Sequence[Int[np.ndarray, "N"]], solver: Solver, mesh: Mesh
-) -> dict:
-    """Fits on the first of three splits, chooses among the solver's classifiers on the second, tests on the third.
-
-    The first has one mask; of the others the masks of an image vote. Of equal ones the smallest C or rate is kept.
-    Returns it, accuracies, and the 95 % interval of the test accuracy. A class that training lacks is never found, nor
-    is a classifier ever right that diverged.
+    Uses the features of `layers` side by side. Fits one classifier for each C (L-BFGS) or learning rate (SGD). If
+    several are equally accurate, the smallest C or rate is chosen. Training has one mask; in the other splits the masks
+    of an image vote on its class. An example counts as wrong if its class does not occur in training, or if the
+    classifier diverged. Returns the chosen C or rate, the accuracies, and the 95 % interval of the test accuracy.
     """
-    classes, targets = np.unique(labels[0], return_inverse=True)
-    name, values, classifiers = solver.fit(features[0][:, 0], targets.astype(np.int32), len(classes), mesh)
+    train, validation, test = ((part.joined(layers), part.labels) for part in parts)
+    classes, targets = np.unique(train[1], return_inverse=True)
+    examples = train[0][:, 0], targets.astype(np.int32), len(classes)
+    if config.solver == "lbfgs":
+        name, values = "C", sorted(config.inverse_penalties)
+        classifiers = fit_lbfgs(*examples, values, config.max_iter, mesh)
+    else:
+        name, values = "learning_rate", sorted(config.sgd.learning_rates)
+        classifiers = fit_sgd(*examples, dataclasses.replace(config.sgd, learning_rates=values), config.seed, mesh)
 
-    def predictions(part: np.ndarray) -> np.ndarray:
-        under_masks = np.stack([classifiers.predict(part[:, m]) for m in range(part.shape[1])], axis=1)  # [R, M, N]
+    def correct(features, labels) -> Bool[np.ndarray, "R N"]:
+        masks = range(features.shape[1])
+        under_masks = np.stack([classifiers.predict(features[:, m]) for m in masks], axis=1)  # [R, M, N]
         winners = under_masks[:, 0]
-        if part.shape[1] > 1:
-            winners = np.stack([np.asarray(vote(jnp.asarray(masks), len(classes))) for masks in under_masks])
-        return np.where((under_masks < 0).any(axis=1), np.iinfo(np.int32).min, classes[winners])
+        if len(masks) > 1:
+            winners = np.stack([np.asarray(vote(jnp.asarray(votes), len(classes))) for votes in under_masks])
+        return (classes[winners] == labels) & (under_masks >= 0).all(axis=1)
 
-    accuracies = (predictions(features[1]) == labels[1]).mean(axis=1)
+    accuracies = correct(*validation).mean(axis=1)
     best = int(np.argmax(accuracies))
-    correct = int(np.sum(predictions(features[2])[best] == labels[2]))
-    return {
-        name: values[best],
-        "converged": bool(classifiers.converged[best]),
-        "validation_accuracy": float(accuracies[best]),
-        "test_accuracy": correct / len(labels[2]),
-        "interval": wilson_interval(correct, len(labels[2])),
-    }
+    hits, count = int(np.sum(correct(*test)[best])), len(test[1])
+    chosen = {name: values[best], "converged": bool(classifiers.converged[best])}
+    chosen |= {"validation_accuracy": float(accuracies[best]), "test_accuracy": hits / count}
+    return chosen | {"interval": wilson_interval(hits, count)}
+
+
+def solver_settings(config: ProbeConfig) -> dict:
+    """The settings of `fit_probe`, as they are written to probe.json."""
+    settings = dict(kind=config.solver, inverse_penalties=config.inverse_penalties, max_iter=config.max_iter)
+    settings |= vars(config.sgd) | {"seed": config.seed}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 class Probe:
-    """The probes of one call of eval_probe.py: they share its settings, its images and a folder for features."""
+    """Computes features and fits classifiers, always with the same settings, images, layers, mesh and folder."""
 
-    def __init__(self, config: ConfigDict, source: Source, layers: list[int], mesh: Mesh, folder: Path):
+    def __init__(self, config: ProbeConfig, source: Source, layers: list[int], mesh: Mesh, folder: Path):
         self.config, self.source, self.layers, self.mesh, self.folder = config, source, layers, mesh, folder
-        self._folders = {}
-        shared = dict(inverse_penalties=tuple(config.inverse_penalties), max_iter=config.max_iter, seed=config.seed)
-        self.solver = Solver(config.solver, **shared, **config.sgd.to_dict())
 
     def splits(self) -> list[Split]:
         return [getattr(self.source, name) for name in SPLITS]
 
     def pixels(self) -> list[Features]:
-        """The pixels of each split, as if they were a network's layer 0."""
+        """The pixels of each split, as features of layer 0."""
         return self._kept("pixels", [raw_pixels(split, self.source.channels) for split in self.splits()], [0])
 
     def features(self, pretrained: Pretrained) -> list[Features]:
-        """The features of each split; of a network with BERT's objective under masks, as it is used to.
+        """The features of each split; a network with BERT's objective sees masked images, as in its training.
 
-        They take the place of those of the network before, so that many checkpoints need no more disk than one.
+        They replace the files of the previous network, so that the disk does not fill with many checkpoints.
         """
-        model, objective = pretrained.model, pretrained.config.objective
+        model, config = pretrained.model, self.config
         drops = [None] * 3
-        if not model.config.causal and self.config.eval_masks:
-            drops = [Drops(objective.drop_rate, n, self.config.seed) for n in (1, *[self.config.eval_masks] * 2)]
+        if not model.config.causal and config.eval_masks:
+            rate = pretrained.config.objective.drop_rate
+            drops = [Drops(rate, masks, config.seed) for masks in (1, config.eval_masks, config.eval_masks)]
         streams = [
-            stream_features(model, split, pretrained.palette, self.config.batch_size, self.mesh, self.layers, masks)
+            stream_features(model, split, pretrained.palette, config.batch_size, self.mesh, self.layers, masks)
             for split, masks in zip(self.splits(), drops, strict=True)
         ]
         return self._kept("features", streams, self.layers)
 
-    def _kept(self, kind: str, streams, layers: list[int]) -> list[Features]:
-        if kind in self._folders:
-            shutil.rmtree(self._folders[kind], ignore_errors=True)  # NFS keeps what is mapped: hence a new name
-        self._folders[kind] = Path(tempfile.mkdtemp(prefix=f"{kind}.", dir=self.folder))
-        return [
-            keep_features(stream, layers, self._folders[kind] / name)
-            for name, stream in zip(SPLITS, streams, strict=True)
-        ]
+    def _kept(self, kind: str, streams: list, layers: list[int]) -> list[Features]:
+        for old in self.folder.glob(f"{kind}.*"):  # NFS does not remove mapped files, so the new folder has a new name
+            shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{kind}.", dir=self.folder))
+        return [keep_features(stream, layers, folder / name) for name, stream in zip(SPLITS, streams, strict=True)]
 
     def fit(self, parts: list[Features], layers: list[int]) -> dict:
-        return fit_probe(
-            [part.joined(layers) for part in parts], [part.labels for part in parts], self.solver, self.mesh
-        )
+        """See `fit_probe`."""
+        return fit_probe(parts, layers, self.config, self.mesh)
 
     def fit_layers(self, parts: list[Features], title: str) -> dict:
-        layers = [
-            {"layer": layer} | self.fit(parts, [layer])
-            for layer in tqdm(self.layers, desc=title, unit="layer", leave=False, disable=jax.process_index() != 0)
-        ]
-        best = max(layers, key=lambda layer: layer["validation_accuracy"])
-        return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": layers}
+        """One fit for each layer; the best layer is the one with the highest validation accuracy."""
+        progress = tqdm(self.layers, desc=title, unit="layer", leave=False, disable=not is_first_process())
+        fits = [{"layer": layer} | self.fit(parts, [layer]) for layer in progress]
+        best = max(fits, key=lambda fit: fit["validation_accuracy"])
+        return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": fits}
 
     def fit_few(self, parts: list[Features], layer: int) -> list[dict]:
-        """Of each number of labels a class: the test accuracy of each subset, their mean and standard deviation."""
-        train, *others = parts
-        found = []
+        """For each number of labels per class: the test accuracy of every subset, their mean and standard deviation."""
+        (train, *others), found = parts, []
         for count in self.config.labels_per_class:
-            accuracies = []
-            for seed in range(self.config.subsets):
-                subset = train.take(few_labels(train.labels, count, seed))  # of the images that could be read
-                accuracies.append(self.fit([subset, *others], [layer])["test_accuracy"])
+            subsets = (train.take(few_labels(train.labels, count, seed)) for seed in range(self.config.subsets))
+            accuracies = [self.fit([subset, *others], [layer])["test_accuracy"] for subset in subsets]
             mean, std = float(np.mean(accuracies)), float(np.std(accuracies))
             found.append({"labels_per_class": count, "accuracies": accuracies, "mean": mean, "std": std})
         return found
 
 
 def neighbours(best: int, count: int, layers: list[int]) -> list[int]:
-    """`count` layers round the best one, as far in the middle as the network allows (section 4.4)."""
+    """`count` layers around the best one, which lies as near to their middle as possible (section 4.4)."""
     at = layers.index(best)
     first = min(max(at - count // 2, 0), max(len(layers) - count, 0))
     return layers[first : first + count]

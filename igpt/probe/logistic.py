@@ -1,7 +1,7 @@
-"""Multinomial logistic regression on a mesh of devices: L-BFGS over whole data sets, SGD for such as ImageNet.
+"""Multinomial logistic regression on a mesh of devices: L-BFGS for data sets that fit the devices, SGD for larger ones.
 
-Both fit several classifiers at once, one for each penalty or learning rate of a list: R of them, which share every pass
-over the features. Dims: N examples, D features, C classes.
+Both fit R classifiers at once, one for each penalty or learning rate, and share every pass over the features among
+them. Dims: N examples, D features, C classes.
 """
 
 import functools
@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from igpt.data.batches import EpochOrder
 from igpt.loss import cross_entropy
+from igpt.probe.config import SGD
 from igpt.sharding import batch_shards, check_batch_size, process_rows, replicate, to_devices
 
-CHUNK = 1 << 12  # rows read and predicted at a time
-STEPS_AT_ONCE = 64  # of SGD, between two visits to the host
+ROWS_AT_ONCE = 1 << 12  # read from a file, or predicted
+STEPS_AT_ONCE = 64  # of SGD, in one call to the devices
 TOLERANCE = 1e-5  # of the gradient's largest entry; scikit-learn's default is 1e-4
 
 
@@ -32,11 +33,11 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> "Scale":
-        """In one pass over rows that may lie in a file. A feature that never changes is left as it is."""
+        """Reads the features, which may be in a file, once. A constant feature gets the standard deviation 1."""
         total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
-        shift = np.asarray(features[0], np.float64)  # keeps the difference of squares exact enough
-        for start in range(0, len(features), CHUNK):
-            rows = features[start : start + CHUNK].astype(np.float64) - shift
+        shift = np.asarray(features[0], np.float64)  # keeps the difference of squares accurate
+        for start in range(0, len(features), ROWS_AT_ONCE):
+            rows = features[start : start + ROWS_AT_ONCE].astype(np.float64) - shift
             total += rows.sum(axis=0)
             squares += np.square(rows).sum(axis=0)
         mean = total / len(features)
@@ -45,7 +46,7 @@ class Scale(NamedTuple):
         return cls((mean + shift).astype(np.float32), np.where(constant, 1.0, std).astype(np.float32))
 
     def __call__(self, rows: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-        return np.asarray((rows - self.mean) / self.std)  # of a mapped file's rows: now in memory
+        return np.asarray((rows - self.mean) / self.std)  # asarray turns rows of a memory map into a plain array
 
 
 class Classifiers(NamedTuple):
@@ -57,11 +58,10 @@ class Classifiers(NamedTuple):
     converged: Bool[np.ndarray, "R"]
 
     def predict(self, features: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "R N"]:
-        """Classes; -1 for all examples where a classifier is no longer finite."""
-        found = []
-        for start in range(0, len(features), CHUNK):
-            found.append(_predict(self.kernel, self.bias, self.scale(features[start : start + CHUNK])))
-        return np.concatenate(jax.device_get(found), axis=1)
+        """The class of each example; -1 for all examples of a classifier with parameters that are not finite."""
+        chunks = (features[start : start + ROWS_AT_ONCE] for start in range(0, len(features), ROWS_AT_ONCE))
+        classes = [_predict(self.kernel, self.bias, self.scale(rows)) for rows in chunks]
+        return np.concatenate(jax.device_get(classes), axis=1)
 
 
 @jax.jit
@@ -72,22 +72,17 @@ def _predict(kernel, bias, rows):
 
 
 def _logits(kernel: Float[Array, "R D C"], bias: Float[Array, "R C"], rows: Float[Array, "n D"]):
-    # On TPUs a float32 product is made of bfloat16 ones unless more is asked for.
+    # By default, a TPU rounds the factors of a float32 product to bfloat16.
     return jnp.einsum("nd,rdc->rnc", rows, kernel, precision="highest") + bias[:, None]
 
 
 def fit_lbfgs(
-    features: Float[np.ndarray, "N D"],
-    labels: Int[np.ndarray, "N"],
-    num_classes: int,
-    inverse_penalties,
-    max_iter: int,
-    mesh: Mesh,
+    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], num_classes: int, Cs, max_iter: int, mesh: Mesh
 ) -> Classifiers:
-    """scikit-learn's LogisticRegression(C) for each C of `inverse_penalties`, on standardised features.
+    """scikit-learn's LogisticRegression(C) for each C of `Cs`, on standardised features.
 
-    The rows are spread over the mesh. Minimises the mean cross-entropy + |kernel|^2 / (2 C N), biases left free. Of
-    just two classes scikit-learn keeps one vector, the difference of ours: there its C means twice ours.
+    The rows are sharded over the mesh. Minimises mean cross-entropy + |kernel|^2 / (2 C N); biases have no penalty. For
+    two classes scikit-learn fits the difference of our two vectors only, and its C corresponds to C / 2 here.
     """
     scale, count = Scale.of(features), len(features)
     padded = count + -count % batch_shards(mesh)
@@ -95,7 +90,7 @@ def fit_lbfgs(
     real = np.minimum(numbers, count - 1)
     weights = np.where(numbers < count, np.float32(1 / count), np.float32(0))
     batch = dict(rows=scale(features[real]), targets=labels[real], weights=weights)
-    penalties = np.array([1 / (C * count) for C in inverse_penalties], np.float32)
+    penalties = np.array([1 / (C * count) for C in Cs], np.float32)
     with jax.set_mesh(mesh):
         rows, targets, weights = to_devices(batch, padded, mesh).values()
         (kernel, bias), converged = _minimise(rows, targets, weights, penalties, num_classes, max_iter)
@@ -105,7 +100,6 @@ def fit_lbfgs(
 @functools.partial(jax.jit, static_argnames=("num_classes", "max_iter"))
 def _minimise(rows, targets, weights, penalties, num_classes, max_iter):
     optimizer = optax.lbfgs(memory_size=10)
-    D = rows.shape[1]
 
     def fit(penalty):
         def objective(params):
@@ -115,11 +109,10 @@ def _minimise(rows, targets, weights, penalties, num_classes, max_iter):
 
         value_and_grad = optax.value_and_grad_from_state(objective)
 
-        def going_on(carry):
-            _, state = carry
-            gradient = optax.tree.max(jax.tree.map(jnp.abs, optax.tree.get(state, "grad")))
-            step = optax.tree.get(state, "count")
-            return (step == 0) | ((step < max_iter) & (gradient > TOLERANCE))
+        def unfinished(carry):
+            step, gradient = (optax.tree.get(carry[1], name) for name in ("count", "grad"))
+            largest = optax.tree.max(jax.tree.map(jnp.abs, gradient))
+            return (step == 0) | ((step < max_iter) & (largest > TOLERANCE))
 
         def update(carry):
             params, state = carry
@@ -127,57 +120,47 @@ def _minimise(rows, targets, weights, penalties, num_classes, max_iter):
             updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=objective)
             return optax.apply_updates(params, updates), state
 
-        start = (jnp.zeros((D, num_classes)), jnp.zeros(num_classes))
-        params, _ = jax.lax.while_loop(going_on, update, (start, optimizer.init(start)))
-        gradient = optax.tree.max(jax.tree.map(jnp.abs, jax.grad(objective)(params)))
-        return params, gradient
+        start = (jnp.zeros((rows.shape[1], num_classes)), jnp.zeros(num_classes))
+        params, _ = jax.lax.while_loop(unfinished, update, (start, optimizer.init(start)))
+        return params, optax.tree.max(jax.tree.map(jnp.abs, jax.grad(objective)(params)))
 
-    params, gradient = jax.vmap(fit)(penalties)
-    return jax.tree.map(replicate, (params, gradient <= 10 * TOLERANCE))
+    params, largest = jax.vmap(fit)(penalties)
+    return jax.tree.map(replicate, (params, largest <= 10 * TOLERANCE))
 
 
 def fit_sgd(
-    features: Float[np.ndarray, "N D"],
-    labels: Int[np.ndarray, "N"],
-    num_classes: int,
-    learning_rates,
-    steps: int,
-    batch_size: int,
-    weight_decay: float,
-    seed: int,
-    mesh: Mesh,
+    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], num_classes: int, sgd: SGD, seed: int, mesh: Mesh
 ) -> Classifiers:
-    """SGD with momentum 0.9 and a cosine to zero (Chen et al. 2020, section 3.4), for each rate of `learning_rates`.
+    """SGD with momentum 0.9 and a cosine to zero (Chen et al. 2020, section 3.4), for each of `sgd.learning_rates`.
 
-    Features are standardised, and may lie in a file: a batch at a time is read. Batches are spread over the mesh, and
-    each process reads its own rows of them.
+    Features are standardised. They may be in a file: STEPS_AT_ONCE batches are in memory at a time. Batches are sharded
+    over the mesh, and each process reads its own rows of them.
     """
-    check_batch_size("sgd.batch_size", batch_size, 1, mesh)
+    check_batch_size("sgd.batch_size", sgd.batch_size, 1, mesh)
     scale, order = Scale.of(features), EpochOrder(len(features), seed)
-    rates, D = np.asarray(learning_rates, np.float32), features.shape[1]
-    mine = process_rows(batch_size, mesh)
-
-    def zeros():
-        return jnp.zeros((len(rates), D, num_classes)), jnp.zeros((len(rates), num_classes))
-
-    # Parameters and momentum; made on the devices, since a process may put nothing onto another's.
-    carry = jax.jit(lambda: (zeros(), zeros()), out_shardings=NamedSharding(mesh, P()))()
+    rates, mine = np.asarray(sgd.learning_rates, np.float32), process_rows(sgd.batch_size, mesh)
+    shapes = (len(rates), features.shape[1], num_classes), (len(rates), num_classes)
+    # Parameters and momentum. A jitted function makes them, since a process cannot copy to devices of another process.
+    zeros = jax.jit(lambda: tuple(map(jnp.zeros, shapes)), out_shardings=NamedSharding(mesh, P()))
+    carry = zeros(), zeros()
     with jax.set_mesh(mesh):
-        for start in range(0, steps, STEPS_AT_ONCE):
-            number = np.arange(start, min(start + STEPS_AT_ONCE, steps))
-            indices = order[np.arange(number[0] * batch_size, (number[-1] + 1) * batch_size)]
-            indices = indices.reshape(len(number), batch_size)[:, mine]
-            wanted, back = np.unique(indices, return_inverse=True)  # a file is read faster in its own order
+        for start in range(0, sgd.steps, STEPS_AT_ONCE):
+            numbers = np.arange(start, min(start + STEPS_AT_ONCE, sgd.steps))
+            indices = order[np.arange(numbers[0] * sgd.batch_size, (numbers[-1] + 1) * sgd.batch_size)]
+            indices = indices.reshape(len(numbers), sgd.batch_size)[:, mine]
+            wanted, back = np.unique(indices, return_inverse=True)  # reads a file in its own order, which is faster
             rows = scale(features[wanted])[back.reshape(indices.shape)]
-            share = np.asarray(0.5 * (1 + np.cos(np.pi * number / steps)), np.float32)
-            batches = to_devices({"rows": rows, "labels": labels[indices]}, batch_size, mesh, axis=1)
-            carry = _descend(carry, *batches.values(), share, rates, np.float32(weight_decay))
+            decay = np.asarray(0.5 * (1 + np.cos(np.pi * numbers / sgd.steps)), np.float32)
+            batches = to_devices({"rows": rows, "labels": labels[indices]}, sgd.batch_size, mesh, axis=1)
+            carry = _descend(carry, *batches.values(), decay, rates, np.float32(sgd.weight_decay))
     (kernel, bias), _ = carry
     return Classifiers(kernel, bias, scale, np.isfinite(np.asarray(bias)).all(axis=1))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _descend(carry, rows, targets, share, rates, weight_decay):
+def _descend(carry, rows, targets, decay, rates, weight_decay):
+    """The steps of SGD on batches of `rows` [steps, n, D]; `decay` [steps] multiplies the learning rates."""
+
     def objective(params, rows, targets):
         kernel, bias = params
         losses = cross_entropy(_logits(kernel, bias, rows), targets)
@@ -185,13 +168,11 @@ def _descend(carry, rows, targets, share, rates, weight_decay):
 
     def step(carry, batch):
         params, momentum = carry
-        rows, targets, share = batch
+        rows, targets, decay = batch
         grads = jax.grad(objective)(params, rows, targets)
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
+        rate = decay * rates  # [R]
+        params = jax.tree.map(lambda x, m: x - rate.reshape(-1, *[1] * (x.ndim - 1)) * m, params, momentum)
+        return (params, momentum), None
 
-        def moved(x, m):
-            return x - (share * rates).reshape(-1, *[1] * (x.ndim - 1)) * m
-
-        return (jax.tree.map(moved, params, momentum), momentum), None
-
-    return jax.tree.map(replicate, jax.lax.scan(step, carry, (rows, targets, share))[0])
+    return jax.tree.map(replicate, jax.lax.scan(step, carry, (rows, targets, decay))[0])

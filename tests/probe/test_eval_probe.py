@@ -1,5 +1,8 @@
+import errno
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,10 +15,12 @@ from igpt.data.batches import Drops
 from igpt.data.examples import few_labels
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.probe.features import stream_features
-from igpt.probe.fit import Solver, fit_probe, neighbours
+from igpt.probe import fit, selection
+from igpt.probe.config import ProbeConfig
+from igpt.probe.features import Features, stream_features
+from igpt.probe.fit import fit_probe, neighbours
 from igpt.sharding import make_mesh
-from tests.helpers import GREY_PALETTE, PROBE_HEIGHT, PROBE_WIDTH, grey_pictures, probe_config, write_run
+from tests.helpers import GREY_PALETTE, PROBE_HEIGHT, PROBE_WIDTH, ROOT, grey_pictures, probe_config, write_run
 
 
 def arrays_of(path):
@@ -25,14 +30,14 @@ def arrays_of(path):
 
 @pytest.fixture(scope="module")
 def everything(trained, tmp_path_factory):
-    """The results of a probe with all options, and what it wrote."""
+    """The results of a probe with all options, and the folder of its files."""
     folder = tmp_path_factory.mktemp("everything")
     options = dict(steps="all", concatenate=3, labels_per_class=(2, 9), subsets=2)
     config = probe_config(**options, features_out=str(folder / "probe" / "features.npz"))
     return eval_probe.run(config, trained, folder / "probe"), folder / "probe"
 
 
-def test_the_features_that_are_written_are_the_models(everything, trained):
+def test_the_features_in_the_file_are_the_models(everything, trained):
     results, folder = everything
     arrays, pretrained = arrays_of(folder / "features.npz"), igpt.load(trained, step=4)
     source = open_source(pretrained.config.data)
@@ -48,19 +53,17 @@ def test_the_features_that_are_written_are_the_models(everything, trained):
 
 
 def fit_again(arrays, layers, chosen=None):
-    """What the features that were written say of some layers, from scratch."""
-    features = [
-        np.concatenate([arrays[f"{name}_layer_{layer:02d}"] for layer in layers], axis=-1)[:, None]
+    """A new fit of some layers, from the features that were written."""
+    parts = [
+        Features({n: arrays[f"{name}_layer_{n:02d}"][:, None] for n in layers}, arrays[f"{name}_labels"])
         for name in ("train", "validation", "test")
     ]
-    labels = [arrays[f"{name}_labels"] for name in ("train", "validation", "test")]
     if chosen is not None:
-        features[0], labels[0] = features[0][chosen], labels[0][chosen]
-    solver = Solver("sgd", **probe_config().sgd.to_dict(), seed=probe_config().seed)
-    return fit_probe(features, labels, solver, make_mesh())
+        parts[0] = parts[0].take(chosen)
+    return fit_probe(parts, layers, ProbeConfig.of(probe_config()), make_mesh())
 
 
-def test_every_number_follows_from_the_features(everything):
+def test_every_result_follows_from_the_features(everything):
     results, folder = everything
     arrays, fitted = arrays_of(folder / "features.npz"), results["pretrained"]
     assert [entry["layer"] for entry in fitted["layers"]] == [0, 1, 2, 3]
@@ -85,7 +88,7 @@ def test_every_number_follows_from_the_features(everything):
     assert all(len(entry["accuracies"]) == 2 for entry in few["raw_pixels"]) and len(few["raw_pixels"]) == 2
 
 
-def test_results_are_written_whole_and_nothing_is_left_beside(everything):
+def test_results_are_written_and_no_other_file_is_left(everything):
     results, folder = everything
     assert {path.name for path in folder.iterdir()} == {"probe.json", "probe.png", "features.npz"}
     assert json.loads((folder / "probe.json").read_text()) == json.loads(json.dumps(results))
@@ -119,8 +122,8 @@ def test_the_checkpoints_are_probed_one_by_one(everything, trained, tmp_path):
     assert newest["random_init"]["layers"] == [results["random_init"]["layers"][layer] for layer in (0, 2)]
 
 
-def test_features_that_cannot_be_removed_yet_are_in_nobodys_way(everything, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as where NFS holds what is mapped
+def test_old_features_that_cannot_be_removed_do_no_harm(everything, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as NFS keeps mapped files
     both = eval_probe.run(probe_config(steps="2,4", layers=(1,), baselines=False), trained, tmp_path / "probe")
     assert [entry["layers"] for entry in both["checkpoints"]] == [
         [e["layers"][1]] for e in everything[0]["checkpoints"]
@@ -159,7 +162,7 @@ def test_lbfgs_probes_too(everything, trained, tmp_path):
     assert results["solver"]["kind"] == "lbfgs" and results["solver"]["inverse_penalties"] == [0.01, 0.1]
 
 
-def test_fewer_training_images_are_drawn_once_and_for_all(trained, tmp_path):
+def test_the_same_training_images_are_drawn_for_every_seed(trained, tmp_path):
     features = []
     for seed in (1, 2):
         out = tmp_path / f"{seed}.npz"
@@ -170,7 +173,7 @@ def test_fewer_training_images_are_drawn_once_and_for_all(trained, tmp_path):
 
 
 @pytest.mark.parametrize("eval_masks", [2, 0])
-def test_bert_is_probed_under_masks_in_training_one(source, tmp_path, eval_masks):
+def test_bert_is_probed_under_masks_and_trains_on_one(source, tmp_path, eval_masks):
     run = write_run(tmp_path / "run", source, steps=(1,), causal=False, depth=1)
     config = probe_config(eval_masks=eval_masks, layers=(1,), features_out=str(tmp_path / "features.npz"))
     eval_probe.run(config, run, tmp_path / "probe")
@@ -187,7 +190,7 @@ def test_bert_is_probed_under_masks_in_training_one(source, tmp_path, eval_masks
     assert arrays["train_layer_01"].ndim == 2 and arrays["validation_layer_01"].ndim == expected.ndim
 
 
-def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys):
+def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
     images, labels = grey_pictures(90)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = tmp_path / "photos" / f"class{label}" / f"{i:03d}.png"
@@ -207,15 +210,47 @@ def test_images_that_cannot_be_read_are_left_out_of_everything(tmp_path, capsys)
     assert results["few_labels"]["features"][0]["accuracies"][1] == accuracy
 
 
-def test_images_are_those_of_the_models_run_unless_the_probe_says_otherwise(trained, tmp_path, monkeypatch):
+def test_the_images_are_the_runs_own_unless_the_probe_names_others(trained, tmp_path, monkeypatch):
     def opened(settings):
         seen.append(settings.to_dict())
         raise UserError("seen")
 
     seen, others = [], dict(source="folder:x", preprocess="shrink", validation_fraction=0.0, data_dir="y")
-    monkeypatch.setattr(eval_probe, "open_source", opened)
+    monkeypatch.setattr(selection, "open_source", opened)
     for given in ({}, others):
         with pytest.raises(UserError, match="seen"):
             eval_probe.run(probe_config(**given), trained, tmp_path / "probe")
     assert seen[0] == json.loads((trained / "config.json").read_text())["data"]
     assert seen[1] == seen[0] | others
+
+
+@pytest.mark.parametrize("name", ["keep_features", "fit_probe", "load"])
+def test_a_failure_during_the_probe_leaves_no_files(monkeypatch, trained, tmp_path, name):
+    def fail(*args, **kwargs):
+        raise RuntimeError("halfway")
+
+    monkeypatch.setattr(eval_probe if name == "load" else fit, name, fail)
+    with pytest.raises(RuntimeError, match="halfway"):
+        eval_probe.run(probe_config(layers=(1,)), trained, tmp_path / "probe")
+    assert not list((tmp_path / "probe").iterdir())
+
+
+def test_the_results_are_written_before_features_fill_the_disk(monkeypatch, trained, tmp_path):
+    def full(file, **arrays):
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    config = probe_config(layers=(1,), features_out=str(tmp_path / "features.npz"))
+    with pytest.raises(UserError, match="features_out=.* cannot be written: No space left"):
+        eval_probe.run(config, trained, tmp_path / "probe")
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"probe.json", "probe.png"}
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
+
+
+def test_on_the_command_line_a_mistake_is_one_message(trained, tmp_path):
+    command = [sys.executable, "eval_probe.py", "--config=configs/probe_digits.py", f"--model={trained}"]
+    command += [f"--workdir={tmp_path}/probe", "--config.layers=(9,)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: layers is (9,)") and not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from igpt.data.examples import ArrayImages, EncodedImages, Split
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.palette import Palette
-from igpt.probe.features import keep_features, raw_pixels, stream_features
+from igpt.probe.features import Features, keep_features, raw_pixels, stream_features, write_features
 from igpt.sharding import make_mesh
 from tests.helpers import TINY_MODEL, random_model, with_config
 
@@ -26,7 +26,7 @@ def random_split(count=23, height=1, width=13):
 
 
 def streamed(model, split, palette, batch_size=10, mesh=ONE, **kwargs):
-    """All of a stream at once: features [N, l, M, D] and labels [N]."""
+    """A whole stream: features [N, l, M, D] and labels [N]."""
     batches = list(stream_features(model, split, palette, batch_size, mesh, **kwargs))
     assert len(batches) == -(-len(split) // batch_size)
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
@@ -38,7 +38,7 @@ def at_once(model, split, palette, keep=None):
 
 
 @pytest.mark.parametrize("layers", [None, (0,), (2,), (3, 1)])
-def test_streamed_features_are_those_of_all_images_at_once(layers):
+def test_streamed_features_equal_those_of_one_large_batch(layers):
     model, (palette, split) = random_model(), random_split()
     features, labels = streamed(model, split, palette, layers=layers)
     wanted = list(range(TINY_MODEL.depth + 1)) if layers is None else list(layers)
@@ -47,14 +47,14 @@ def test_streamed_features_are_those_of_all_images_at_once(layers):
     np.testing.assert_array_equal(labels, split.labels)
 
 
-def test_eight_devices_stream_what_one_does():
+def test_eight_devices_stream_the_same_as_one():
     model, (palette, split) = random_model(), random_split()
     features, labels = streamed(model, split, palette, batch_size=8, mesh=make_mesh(2, 2, 2))
     np.testing.assert_allclose(features[:, :, 0], at_once(model, split, palette), atol=1e-5)
     np.testing.assert_array_equal(labels, split.labels)
 
 
-def test_bert_is_seen_under_the_same_masks_every_time():
+def test_bert_sees_an_image_under_the_same_masks_every_time():
     model, (palette, split) = with_config(random_model(), causal=False), random_split()
     drops = Drops(rate=0.4, masks=3, seed=5)
     features, _ = streamed(model, split, palette, drops=drops)
@@ -66,7 +66,7 @@ def test_bert_is_seen_under_the_same_masks_every_time():
     assert not np.allclose(features[:, :, 0], features[:, :, 1], atol=1e-2)
 
 
-@pytest.mark.parametrize("bad", [{3, 4, 17}, {0, 22}, set(range(10, 20))])  # the last: a batch whole
+@pytest.mark.parametrize("bad", [{3, 4, 17}, {0, 22}, set(range(10, 20))])  # the last one is a whole batch
 def test_unreadable_images_are_left_out_with_their_labels(bad):
     model, (palette, split) = random_model(), random_split()
     files = [(b"no image" if i in bad else split.images[i], f"photo {i}") for i in range(23)]
@@ -83,7 +83,7 @@ def test_unreadable_images_are_left_out_with_their_labels(bad):
     )
 
 
-def test_features_kept_in_files_are_those_of_the_stream(tmp_path):
+def test_features_in_files_equal_those_of_the_stream(tmp_path):
     model, (palette, split) = with_config(random_model(), causal=False), random_split()
     settings = dict(layers=(3, 1), drops=Drops(masks=2))
     rows, labels = streamed(model, split, palette, **settings)
@@ -93,13 +93,13 @@ def test_features_kept_in_files_are_those_of_the_stream(tmp_path):
         np.testing.assert_array_equal(kept.layers[layer], rows[:, index])
     np.testing.assert_array_equal(kept.labels, labels)
     np.testing.assert_array_equal(kept.joined([1, 3]), np.concatenate([rows[:, 1], rows[:, 0]], axis=-1))
-    assert isinstance(kept.joined([3]), np.memmap)  # a layer too large for memory stays where it is
+    assert isinstance(kept.joined([3]), np.memmap)  # a single layer stays in its file: it may be too large for memory
     few = kept.take(np.array([20, 2]))
     np.testing.assert_array_equal(few.layers[1], rows[[20, 2], 1])
     np.testing.assert_array_equal(few.labels, labels[[20, 2]])
 
 
-def test_a_full_disk_ends_in_a_sentence(tmp_path):
+def test_a_full_disk_raises_a_user_error(tmp_path):
     def stream():
         yield np.zeros((2, 1, 1, 3)), np.zeros(2, np.int32)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -111,13 +111,13 @@ def test_a_full_disk_ends_in_a_sentence(tmp_path):
         keep_features(stream(), [0], tmp_path / "file" / "new")
 
 
-def test_features_below_a_block_ask_nothing_of_it():
+def test_features_below_a_block_do_not_depend_on_it():
     model, (palette, split) = random_model(), random_split()
 
     def poison(path, leaf):
         if path[0] != "blocks":
             return leaf if path[0].endswith("table") else leaf * jnp.nan
-        first = 3 if path[1] == "attention_norm" else 2  # block 2's own norm makes feature 2
+        first = 3 if path[1] == "attention_norm" else 2  # block 2's first norm belongs to feature 2
         return leaf.at[first:].set(jnp.nan)
 
     graph, params = nnx.split(model)
@@ -140,7 +140,7 @@ def test_features_below_a_block_do_not_compute_it(layer):
     scanned = str(jax.make_jaxpr(features(random_model(), (layer,)))(nnx.state(random_model())))
     assert f"length={layer}" in scanned and "length=3" not in scanned
 
-    unrolled = with_config(random_model(), scan_layers=False)  # of a loop, the compiler counts one turn only
+    unrolled = with_config(random_model(), scan_layers=False)  # the compiler counts one iteration of a loop only
     flops = [
         features(unrolled, layers).lower(nnx.state(unrolled)).compile().cost_analysis()["flops"]
         for layers in ((layer,), (TINY_MODEL.depth,))
@@ -148,10 +148,20 @@ def test_features_below_a_block_do_not_compute_it(layer):
     assert flops[0] < flops[1] * (layer + 0.2) / TINY_MODEL.depth
 
 
-def test_raw_pixels_are_the_channels_that_differ():
+def test_raw_pixels_of_grey_images_have_one_channel():
     _, split = random_split()
     (grey, labels), (colour, _) = (next(raw_pixels(split, channels)) for channels in (1, 3))
     assert grey.shape == (23, 1, 1, 13) and colour.shape == (23, 1, 1, 39)
     np.testing.assert_allclose(grey, colour[..., ::3])
     assert grey.min() == -1.0 and grey.max() == 1.0
     np.testing.assert_array_equal(labels, split.labels)
+
+
+def test_features_are_written_whole_or_not_at_all(tmp_path):
+    part = Features({3: np.ones((2, 1, 4), np.float32)}, np.zeros(2, np.int32))
+    write_features({"train": part}, tmp_path / "features.npz")
+    with np.load(tmp_path / "features.npz") as arrays:
+        assert arrays["train_layer_03"].shape == (2, 4) and arrays["train_labels"].shape == (2,)
+    with pytest.raises(UserError, match="features_out=.* cannot be written: No such file"):
+        write_features({"train": part}, tmp_path / "absent" / "features.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["features.npz"]

@@ -4,8 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from configs import probe_digits
+from igpt.probe.config import SGD, ProbeConfig
 from igpt.probe.features import Features, keep_features
-from igpt.probe.fit import Solver, fit_probe, neighbours
+from igpt.probe.fit import fit_probe, neighbours
+from igpt.probe.logistic import fit_lbfgs
 from igpt.sharding import make_mesh
 
 ONE = make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -18,72 +21,80 @@ def blobs(count, seed, noise=0.3):
     return features[:, None].astype(np.float32), labels
 
 
-def fit(parts, solver, mesh=ONE):
-    return fit_probe([features for features, _ in parts], [labels for _, labels in parts], solver, mesh)
+def fit(parts, config, mesh=ONE):
+    return fit_probe([Features({0: features}, labels) for features, labels in parts], [0], config, mesh)
 
 
-SOLVERS = [Solver("lbfgs", (1.0,)), Solver("sgd", learning_rates=(0.3,), steps=200, batch_size=32)]
+def lbfgs(*penalties):
+    config = ProbeConfig.of(probe_digits.get_config())
+    return dataclasses.replace(config, solver="lbfgs", inverse_penalties=penalties)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.kind)
-def test_a_probe_separates_what_is_separable_whatever_its_scale(solver):
-    result = fit([blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))], solver)
+def sgd(*rates, steps, weight_decay=0.0):
+    return dataclasses.replace(lbfgs(1.0), solver="sgd", sgd=SGD(rates, steps, 32, weight_decay), seed=0)
+
+
+SOLVERS = [lbfgs(1.0), sgd(0.3, steps=200)]
+
+
+@pytest.mark.parametrize("config", SOLVERS, ids=lambda config: config.solver)
+def test_a_probe_separates_separable_classes_at_any_scale(config):
+    result = fit([blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))], config)
     assert result["test_accuracy"] == result["validation_accuracy"] == 1.0
     assert result["converged"] and result["interval"][0] > 0.9
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.kind)
-def test_a_probe_of_noise_is_at_chance(solver):
+@pytest.mark.parametrize("config", SOLVERS, ids=lambda config: config.solver)
+def test_a_probe_of_noise_is_at_chance(config):
     rng = np.random.default_rng(0)
     parts = [(rng.normal(size=(n, 1, 4)).astype(np.float32), rng.integers(0, 3, n)) for n in (300, 100, 600)]
-    low, high = fit(parts, solver)["interval"]
+    low, high = fit(parts, config)["interval"]
     assert low < 1 / 3 < high
 
 
-def test_the_penalty_is_chosen_on_validation_never_on_test():
+def test_the_penalty_is_chosen_on_validation_and_never_on_test():
     rng = np.random.default_rng(0)
     parts = []
     for count in (40, 200, 200):  # few examples, many useless features: a strong penalty generalises better
         x, y = blobs(count, count, noise=0.8)
         parts.append((np.concatenate([x, 1000 * rng.normal(size=(count, 1, 60))], axis=-1).astype(np.float32), y))
     penalties = (1e3, 1e-1, 1e-3)
-    alone = {C: fit(parts, Solver("lbfgs", (C,)))["validation_accuracy"] for C in penalties}
-    chosen = fit(parts, Solver("lbfgs", penalties))
+    alone = {C: fit(parts, lbfgs(C))["validation_accuracy"] for C in penalties}
+    chosen = fit(parts, lbfgs(*penalties))
     assert len(set(alone.values())) > 1
     assert chosen["validation_accuracy"] == max(alone.values()) == alone[chosen["C"]]
-    # A test set on which each of the others is better: what another penalty finds there is called the truth.
+    # A test set on which another penalty is better: its predictions become the labels.
     for C in penalties:
         if chosen["C"] != C:
-            assert fit([*parts[:2], relabelled(parts, C)], Solver("lbfgs", penalties))["C"] == chosen["C"]
+            assert fit([*parts[:2], relabelled(parts, C)], lbfgs(*penalties))["C"] == chosen["C"]
 
 
 def relabelled(parts, C):
     (features, labels), _, (tested, _) = parts
-    _, _, classifiers = Solver("lbfgs", (C,)).fit(features[:, 0], labels, 3, ONE)
-    return tested, classifiers.predict(tested[:, 0])[0]
+    return tested, fit_lbfgs(features[:, 0], labels, 3, (C,), 1000, ONE).predict(tested[:, 0])[0]
 
 
-def test_of_penalties_that_do_equally_well_the_strongest_is_chosen():
+def test_among_equally_good_penalties_the_strongest_is_chosen():
     parts = [blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))]
-    assert fit(parts, Solver("lbfgs", (100.0, 1.0, 10.0)))["C"] == 1.0
+    assert fit(parts, lbfgs(100.0, 1.0, 10.0))["C"] == 1.0
 
 
 def test_a_learning_rate_that_diverged_is_never_chosen():
     train, (features, labels), test = [blobs(count, seed, noise=0.8) for seed, count in enumerate((90, 60, 60))]
-    zeros = labels == 0  # the class that an argmax over nothing but NaN would find
-    solver = Solver("sgd", learning_rates=(1e30, 0.1), steps=40, batch_size=32, weight_decay=0.01)
-    result = fit([train, (features[zeros], labels[zeros]), test], solver)
+    zeros = labels == 0  # the class that an argmax over NaN alone returns
+    config = sgd(1e30, 0.1, steps=40, weight_decay=0.01)
+    result = fit([train, (features[zeros], labels[zeros]), test], config)
     assert result["learning_rate"] == 0.1 and result["converged"] and result["validation_accuracy"] < 1.0
-    alone = fit([train, (features[zeros], labels[zeros]), test], dataclasses.replace(solver, learning_rates=(1e30,)))
+    alone = fit([train, (features[zeros], labels[zeros]), test], sgd(1e30, steps=40, weight_decay=0.01))
     assert alone["test_accuracy"] == alone["validation_accuracy"] == 0.0 and not alone["converged"]
 
 
-def test_classes_are_whatever_numbers_they_are_and_those_unseen_in_training_are_never_found():
+def test_labels_are_any_integers_and_an_unseen_class_counts_as_wrong():
     train, validation, (features, labels) = [blobs(count, seed, noise=0.05) for seed, count in enumerate((90, 30, 60))]
     names = np.array([-5, 7, 1000], np.int32)
     result = fit([(x, names[y]) for x, y in (train, validation, (features, labels))], SOLVERS[0])
     assert result["test_accuracy"] == result["validation_accuracy"] == 1.0
-    unseen = np.array([-5, 8, 1000], np.int32)  # 8 is called 7 in training
+    unseen = np.array([-5, 8, 1000], np.int32)  # 8 instead of 7, so that training does not have it
     result = fit([(x, names[y]) for x, y in (train, validation)] + [(features, unseen[labels])], SOLVERS[0])
     assert result["validation_accuracy"] == 1.0 and result["test_accuracy"] == np.mean(labels != 1)
 
@@ -99,12 +110,12 @@ def test_the_masks_of_an_image_vote():
     assert wrong["test_accuracy"] == wrong["validation_accuracy"] == 0.0
 
 
-def test_a_probe_of_features_in_files_is_one_of_features_in_memory(tmp_path):
+def test_a_probe_of_features_in_files_equals_one_in_memory(tmp_path):
     parts = [blobs(count, seed, noise=0.8) for seed, count in enumerate((90, 30, 60))]
     kept = [keep_features([(x[:, None], y)], [4], tmp_path / str(i)) for i, (x, y) in enumerate(parts)]
     assert all(isinstance(part, Features) for part in kept)
-    for solver in SOLVERS:
-        assert fit([(part.joined([4]), part.labels) for part in kept], solver) == fit(parts, solver)
+    for config in SOLVERS:
+        assert fit_probe(kept, [4], config, ONE) == fit(parts, config)
 
 
 @pytest.mark.parametrize(
@@ -124,5 +135,5 @@ def test_neighbours_stay_within_the_network(best, count, expected):
     assert neighbours(best, count, list(range(9))) == expected
 
 
-def test_neighbours_are_among_the_layers_that_were_asked_for():
+def test_neighbours_are_among_the_chosen_layers():
     assert neighbours(6, 3, [0, 2, 6, 8]) == [2, 6, 8]

@@ -1,4 +1,4 @@
-"""Probing, sampling and evaluation by two real processes that share a mesh, against one process alone."""
+"""Two real processes that share a mesh probe, sample and evaluate with the same results as one process."""
 
 import json
 import os
@@ -41,7 +41,7 @@ OPTIONS = [
 ]
 
 
-def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch, tmp_path):
+def test_two_processes_agree_with_one_and_only_the_first_writes(monkeypatch, tmp_path):
     images, labels = grey_pictures()
     np.savez(tmp_path / "images.npz", images=images, labels=labels)
     run = write_run(tmp_path / "run", f"npz:{tmp_path}/images.npz", steps=(2,), depth=1)
@@ -62,7 +62,7 @@ def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch
         for i in range(2)
     ]
 
-    # Meanwhile the same on four devices of this process, and samples on one.
+    # Meanwhile, this process probes on four devices of its own, and samples on one.
     monkeypatch.setattr(eval_probe, "make_mesh", lambda *sizes: make_mesh(*sizes, jax.devices()[:4]))
     config = probe_config(**SETTINGS, features_out=str(alone / "features.npz"))
     config.mesh.update(fsdp=2, tensor=2)
@@ -71,12 +71,13 @@ def test_two_processes_find_what_one_finds_and_only_the_first_writes(monkeypatch
     run_igpt(["sample", f"--model={run}", "--num=3", f"--out={alone}/samples.png"])
     run_igpt(["evaluate", f"--model={run}", f"--json={alone}/figures.json"])
 
-    said = [process.communicate(timeout=400)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    for told in ("labels a class", "samples.png", "bits_per_dim"):
-        assert told in said[0] and told not in said[1]
-    # Half of each batch, the last filled up: of 105, 15 and 30 images by 40, then, evaluated, of 30 by 14.
-    assert all(f"{5 * 20 + 3 * 7} images read" in text for text in said)
+    printed = [process.communicate(timeout=400)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    for text in ("labels a class", "samples.png", "bits_per_dim"):
+        assert text in printed[0] and text not in printed[1]
+    # Each process reads half of every batch, padding included. The probe has 105, 15 and 30 images in batches of 40,
+    # the evaluation has 30 in batches of 14.
+    assert all(f"{5 * 20 + 3 * 7} images read" in text for text in printed)
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
     results, expected = (json.loads((folder / "probe.json").read_text()) for folder in (together, alone))
     assert results == expected

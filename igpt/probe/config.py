@@ -1,0 +1,77 @@
+"""The settings of a probe, checked once. configs/probe_digits.py has the defaults and explains every field."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from igpt.errors import UserError
+from igpt.fields import check_at_least, make_section
+from igpt.sharding import MeshConfig
+
+EXAMPLE = "configs/probe_digits.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """The settings of SGD, for solver="sgd"."""
+
+    learning_rates: tuple[float, ...]
+    steps: int
+    batch_size: int
+    weight_decay: float
+
+    def __post_init__(self):
+        check_at_least(self, "sgd.", steps=1, batch_size=1, weight_decay=0.0)
+        check_positive("sgd.learning_rates", self.learning_rates)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """All settings of a probe. Raises UserError for values that no probe could use."""
+
+    seed: int
+    steps: str
+    source: str
+    preprocess: str
+    validation_fraction: float
+    data_dir: str
+    train_images: int
+    layers: tuple[int, ...]
+    batch_size: int
+    baselines: bool
+    concatenate: int
+    labels_per_class: tuple[int, ...]
+    subsets: int
+    eval_masks: int
+    features_out: str
+    solver: str
+    inverse_penalties: tuple[float, ...]
+    max_iter: int
+    sgd: SGD
+    mesh: MeshConfig
+
+    def __post_init__(self):
+        check_at_least(self, "", seed=0, train_images=0, concatenate=0, eval_masks=0)
+        check_at_least(self, "", batch_size=1, subsets=1, max_iter=1)
+        if self.solver not in ("lbfgs", "sgd"):
+            raise UserError(f"solver is {self.solver!r}; choose lbfgs, or sgd for data sets of ImageNet's size")
+        check_positive("inverse_penalties", self.inverse_penalties)
+        if self.labels_per_class and min(self.labels_per_class) < 1:
+            raise UserError(f"labels_per_class is {self.labels_per_class}; give numbers of 1 or more, such as '(4,25)'")
+
+    @classmethod
+    def of(cls, config: "Mapping | ProbeConfig") -> "ProbeConfig":
+        """The settings of a config file. Raises UserError for a field that is missing, unknown or out of range."""
+        if isinstance(config, cls):
+            return config
+        if missing := [name for name in ("sgd", "mesh", "solver") if name not in config]:
+            raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see {EXAMPLE}")
+        fields = dict(config.items())
+        for name, kind in (("sgd", SGD), ("mesh", MeshConfig)):
+            fields[name] = make_section(kind, f"{name}.", fields[name], EXAMPLE)
+        return make_section(cls, "", fields, EXAMPLE)
+
+
+def check_positive(name: str, values: tuple[float, ...]) -> None:
+    """Raises UserError unless there are values, all of them above 0."""
+    if not values or not min(values) > 0:
+        raise UserError(f"{name} is {values}; give one or more positive values, such as '(0.1,1.0)'")

@@ -1,0 +1,71 @@
+"""What a probe prints and writes: a table for the terminal, probe.json and probe.png."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from igpt.errors import UserError
+from igpt.files import write_text
+from igpt.plots import probe_curve
+
+
+def check_features_out(name: str, workdir: Path) -> None:
+    """Raises UserError unless a file `name` can be written. The workdir itself may not exist yet."""
+    path = Path(name).absolute()
+    writable = path.parent == workdir.absolute() or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
+    if name and (path.is_dir() or not writable):
+        raise UserError(f"features_out={name} cannot be written; name a file in an existing, writable folder")
+
+
+def validation_loss(directory: Path, step: int) -> dict:
+    """{"validation_loss": ...}, as the training run logged it at this step; {} if it did not."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (directory / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave an incomplete line
+                record = json.loads(line)
+                if record["step"] == step:
+                    found["validation_loss"] = record["eval/loss"]
+    return found
+
+
+def write_results(results: dict, workdir: Path) -> None:
+    """Writes probe.json and probe.png. Raises UserError, with the table of results, if that fails."""
+    try:
+        write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
+        probe_curve(results, workdir / "probe.png")
+    except OSError as error:
+        reason = f"{error.strerror}. The results:\n{table(results)}"
+        raise UserError(f"--workdir={workdir} cannot be written any more: {reason}") from None
+
+
+def table(results: dict) -> str:
+    """Test accuracy by layer, the baselines, the checkpoints and the fits on few labels, as lines of text."""
+    random = {fit["layer"]: fit for fit in results.get("random_init", {}).get("layers", [])}
+    lines = ["layer       pretrained    95% interval" + ("      random initialisation" if random else "")]
+    for fit in results["pretrained"]["layers"]:
+        beside = f"  {100 * random[fit['layer']]['test_accuracy']:>12.1f} %" if random else ""
+        best = "  <- best on validation" if fit["layer"] == results["pretrained"]["best_layer"] else ""
+        lines.append(_line(f"{fit['layer']:02d}", fit) + beside + best)
+    if joined := results.get("concatenated"):
+        lines.append(_line(f"{joined['layers'][0]:02d}..{joined['layers'][-1]:02d}", joined) + "  side by side")
+    if "raw_pixels" in results:
+        lines.append(_line("raw pixels", results["raw_pixels"]))
+    for entry in results.get("checkpoints", []):
+        loss = f", validation loss {entry['validation_loss']:.4f}" if "validation_loss" in entry else ""
+        accuracy = f"best layer {entry['best_layer']:02d} {100 * entry['test_accuracy']:.1f} %"
+        lines.append(f"step {entry['step']:>7}: {accuracy}{loss}")
+    few = results.get("few_labels", {})
+    for name, label in (("features", f"layer {few.get('layer', 0):02d}"), ("raw_pixels", "raw pixels")):
+        for entry in few.get(name, []):
+            accuracy = f"{100 * entry['mean']:.1f} % +- {100 * entry['std']:.1f}"
+            what = f"{entry['labels_per_class']} labels a class, {label}"
+            lines.append(f"{what}: {accuracy} over {len(entry['accuracies'])} subsets")
+    return "\n".join(lines)
+
+
+def _line(name: str, fit: dict) -> str:
+    """A test accuracy and its interval, in percent."""
+    low, high = fit["interval"]
+    return f"{name:<10}{100 * fit['test_accuracy']:>12.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"

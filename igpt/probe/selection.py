@@ -1,0 +1,63 @@
+"""What is probed: the checkpoints, the layers and the images that a configuration selects."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from igpt.data.examples import Source, check_labels, few_labels
+from igpt.data.sources import open_source
+from igpt.errors import UserError
+from igpt.interop.load import Pretrained, check_same_palette, data_settings, is_huggingface
+from igpt.probe.config import ProbeConfig
+from igpt.run import checkpoint
+
+
+def chosen_steps(steps: str, directory: Path) -> list[int | None]:
+    """Steps of the checkpoints to probe: "" is the newest (None), "all" every one, "1,2" these two, else UserError."""
+    existing, foreign = checkpoint.agreed_steps(directory), is_huggingface(directory)
+    if not existing and (steps or not foreign):
+        remedy = "leave config.steps empty for a Hugging Face model" if foreign else "train first"
+        raise UserError(f"{directory} has no finished checkpoint; {remedy}")
+    if steps in ("", "all"):
+        return existing if steps else [None]
+    try:
+        wanted = sorted({int(step) for step in steps.split(",")})
+    except ValueError:
+        raise UserError(f"steps is {steps!r}; give numbers such as '1000,2000', or 'all'") from None
+    if missing := [step for step in wanted if step not in existing]:
+        raise UserError(f"{directory} has no checkpoint of step {missing[0]}; it has {existing}")
+    return wanted
+
+
+def chosen_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """The layers to probe in ascending order; all layers if none is named. Raises UserError for one out of range."""
+    if not all(layer in range(depth + 1) for layer in layers):
+        raise UserError(f"layers is {tuple(layers)}; this model has layers 0 to {depth} ({depth}: the final norm)")
+    return sorted({int(layer) for layer in layers}) or list(range(depth + 1))
+
+
+def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str) -> Source:
+    """The chosen images, by default those of the model's training. UserError if they or their labels do not fit."""
+    fraction = config.validation_fraction if config.validation_fraction >= 0 else None
+    changes = dict(source=config.source, preprocess=config.preprocess, data_dir=config.data_dir)
+    settings = data_settings(pretrained.config, validation_fraction=fraction, **changes)
+    if not settings.source:
+        raise UserError(f"{ref} was not trained here, so that its images are not known; set --config.source")
+    source = few_images(open_source(settings), config.train_images)
+    check_labels(source.train, source.validation, source.test)
+    check_same_palette(pretrained.palette, ref, source.palette, f"source={source.name}")
+    for count in config.labels_per_class:
+        few_labels(source.train.labels, count, seed=0)  # raises if a class has fewer examples
+    return source
+
+
+def few_images(source: Source, count: int) -> Source:
+    """The source with `count` random training images, the same in every call; 0 keeps all of them."""
+    if not count:
+        return source
+    if count > len(source.train):
+        raise UserError(f"train_images is {count}; {source.name} has {len(source.train)} training images, or 0 for all")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source.train))[:count])
+    return dataclasses.replace(source, train=source.train.take(chosen))
