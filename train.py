@@ -49,7 +49,7 @@ from igpt.run.profile import Profile
 from igpt.run.summary import describe, farewell
 from igpt.sample import sample_images
 from igpt.sharding import check_batch_size, process_rows, to_devices
-from igpt.state import TrainProgram, TrainState, build_program, create_state, run_batches
+from igpt.state import TrainProgram, TrainState, build_program, run_batches
 
 
 def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = False) -> dict:
@@ -169,10 +169,10 @@ def starting_state(config: Config, run: RunDirectory, program: TrainProgram) -> 
     if (state := run.restore(program)) is not None:
         return state, f"resumed after step {run.first_step}"
     if not config.init_from:
-        return create_state(program.model, program.optimizer, program.mesh, config.seed), "fresh"
+        return program.create_state(config.seed), "fresh"
     check_same_network(config.init_from, config)
     pretrained = starting_params(config.init_from, program.mesh)
-    state = create_state(program.model, program.optimizer, program.mesh, config.seed)
+    state = program.create_state(config.seed)
     state = dataclasses.replace(state, params=finetune.merge_params(state.params, pretrained))
     new = ", a new classifier" if program.model.num_classes and "classifier" not in pretrained else ""
     return state, f"weights of {config.init_from}{new}"

@@ -27,18 +27,16 @@ from report import write
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
-from igpt.config import model_config
+from igpt.config import Config
 from igpt.data.batches import Augmentation, TrainBatches
 from igpt.data.examples import EncodedImages, Split
 from igpt.data.images import Preprocess, decode
 from igpt.data.prepare import prepare
 from igpt.data.prepared import open_prepared
 from igpt.data.sources import open_source
-from igpt.loss import make_loss
-from igpt.optim import make_optimizer
 from igpt.palette import Palette
 from igpt.sharding import make_mesh, to_devices
-from igpt.state import abstract_state, create_state, make_train_step
+from igpt.state import build_program
 
 SIDE, COLORS, BATCH = 32, 512, 128
 
@@ -98,23 +96,19 @@ def jpegs_into_tokens(palette: Palette, repeats: int) -> dict:
 
 
 def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
-    config = digits.get_config()
+    config = Config.of(digits.get_config(), trains=True)
     source, mesh = open_source(config.data), make_mesh()
-    model = model_config(config)
-    optimizer, schedule = make_optimizer(config.optim, config.train.steps)
-    graph, abstract = abstract_state(model, optimizer, mesh)
-    state = create_state(model, optimizer, mesh, seed=0)
-    step = make_train_step(make_loss(graph), optimizer, schedule, abstract)
-    size = config.train.batch_size
+    program, size = build_program(config, mesh), config.train.batch_size
+    state = program.create_state(seed=0)
     palette = Palette(np.repeat(np.linspace(-1, 1, config.palette.colors)[:, None], 3, axis=1))
-    augmentation = Augmentation(config.data.pad, config.data.pad_mode, False, config.data.augment_probability)
+    augmentation = Augmentation.of(config.data)
     batches = TrainBatches(source.train, palette, size, 0, augmentation, slice(0, size))
 
     def run(given) -> float:
         nonlocal state
         start, waiting = time.perf_counter(), None
         for batch in given:
-            state, metrics = step(state, batch)
+            state, metrics = program.train_step(state, batch)
             if waiting is not None:
                 jax.block_until_ready(waiting)  # like train.py, which keeps one step in flight
             waiting = metrics

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 from report import machine
 
 from configs import imagenet
-from igpt import config as configuration
+from igpt.config import Config
 from igpt.files import write_text
 from igpt.plan.compiled import CHIPS, GIB, compile_plan, estimate_run
 from igpt.plan.search import ENOUGH, search_plans, step_seconds
@@ -73,7 +73,7 @@ def estimate_again(size: str, plan: dict) -> dict:
     """A kept plan with the estimate of the present code, and with its checks."""
     if not plan["fits"]:
         return plan
-    model = configuration.model_config(make_config(size, plan["chips"]))
+    model = Config.of(make_config(size, plan["chips"])).network()
     chip, compute = CHIPS[plan["topology"].partition(":")[0]], plan["estimate"]["of_which"]["compute"]
     kernels = " ".join(plan["kernels"])
     checks = {

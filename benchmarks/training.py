@@ -17,25 +17,20 @@ from report import median_seconds, write
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
 from configs import digits
-from igpt.config import model_config
-from igpt.loss import make_loss
-from igpt.optim import make_optimizer
+from igpt.config import Config
 from igpt.sharding import make_mesh, to_devices
-from igpt.state import abstract_state, create_state, make_train_step
+from igpt.state import build_program
 
 
 def ours(config, tokens: np.ndarray, repeats: int) -> float:
-    model = model_config(config)
     mesh = make_mesh()
-    optimizer, schedule = make_optimizer(config.optim, config.train.steps)
-    graph, abstract = abstract_state(model, optimizer, mesh)
-    state = create_state(model, optimizer, mesh, seed=0)
-    step = make_train_step(make_loss(graph), optimizer, schedule, abstract, config.train.accumulate)
+    program = build_program(Config.of(config, trains=True), mesh)
+    state = program.create_state(seed=0)
     batch = to_devices({"tokens": tokens}, len(tokens), mesh)
 
     def run():
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = program.train_step(state, batch)
         return metrics
 
     with jax.set_mesh(mesh):
@@ -43,7 +38,7 @@ def ours(config, tokens: np.ndarray, repeats: int) -> float:
 
 
 def theirs(config, tokens: np.ndarray, repeats: int) -> float:
-    model = transformers_model(model_config(config)).train()
+    model = transformers_model(Config.of(config).network()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     targets = torch.from_numpy(tokens).long()
     inputs = torch.cat([torch.full_like(targets[:, :1], config.palette.colors), targets[:, :-1]], dim=1)

@@ -78,7 +78,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--masks", type=at_least(1), default=5, help="masks per image, for BERT (default 5)")
     parser.add_argument("--json", help="a file to write the results to")
     add_mesh_arguments(parser)
-    cluster.add_arguments(parser)
+    cluster.add_process_arguments(parser)
 
 
 def run(args) -> None:

@@ -16,8 +16,9 @@ def make_section(
 ) -> Section:
     """The dataclass `kind` from the fields of a ConfigDict or dict; an instance of `kind` is returned as it is.
 
-    `name` is the section's prefix in messages, such as "data." or "", `example` a file with all fields. Lists become tuples. Raises UserError for an
-    unknown field, suggesting the nearest, for a missing one, and for a value of another type.
+    `name` is the section's prefix in messages, such as "data." or ""; `example` is a file with all fields. Lists become
+    tuples. Raises UserError for an unknown field, suggesting the nearest, for a missing one, and for a value of another
+    type.
     """
     if isinstance(values, kind):
         return values

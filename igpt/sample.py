@@ -25,7 +25,7 @@ from igpt.errors import UserError
 from igpt.interop.load import Pretrained, load
 from igpt.model import ImageGPT
 from igpt.plots import check_writable, image_grid, save_png
-from igpt.run import cluster as launch
+from igpt.run import cluster
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 
 
@@ -200,12 +200,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="images sampled at a time (default 64)")
     add_mesh_arguments(parser)
-    launch.add_arguments(parser)
+    cluster.add_process_arguments(parser)
 
 
 def run(args) -> None:
     """Samples or completes images as the command line says, and writes the picture."""
-    launch.join_from(args)
+    cluster.join_from(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     first = jax.process_index() == 0
     if first:

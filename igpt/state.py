@@ -43,6 +43,10 @@ class TrainProgram(NamedTuple):
     eval_step: Callable  # (params, batch) -> (sums over the batch, number of examples)
     mesh: Mesh
 
+    def create_state(self, seed: int) -> TrainState:
+        """A new state; every leaf is made on the devices that hold it."""
+        return create_state(self.model, self.optimizer, self.mesh, seed)
+
 
 def build_program(config: Config, mesh: Mesh) -> TrainProgram:
     """Model, optimizer, loss and steps of a training configuration. Raises UserError if they do not fit the mesh."""
@@ -75,7 +79,7 @@ def with_shardings(tree, mesh: Mesh):
 
 
 def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A new state; every leaf is made on the devices that hold it."""
+    """A new state on the devices of the mesh; no device holds more than its part."""
     _, abstract = abstract_state(config, optimizer, mesh)
 
     def create():

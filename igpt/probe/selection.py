@@ -16,7 +16,7 @@ from igpt.run import checkpoint
 
 def chosen_steps(steps: str, directory: Path) -> list[int | None]:
     """Steps of the checkpoints to probe: "" is the newest (None), "all" every one, "1,2" these two, else UserError."""
-    existing, foreign = checkpoint.agreed_steps(directory), is_huggingface(directory)
+    existing, foreign = checkpoint.common_steps(directory), is_huggingface(directory)
     if not existing and (steps or not foreign):
         remedy = "leave config.steps empty for a Hugging Face model" if foreign else "train first"
         raise UserError(f"{directory} has no finished checkpoint; {remedy}")
