@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base, probe_digits
-from igpt import config as configuration
+from igpt.config import Config
 from igpt.data import sources
 from igpt.data.images import decode
 from igpt.interop.processor import ImageGPTImageProcessor
@@ -29,6 +29,7 @@ from igpt.model import ImageGPT, ModelConfig
 from igpt.optim import make_optimizer
 from igpt.palette import Palette
 from igpt.run import checkpoint
+from igpt.run.directory import save_config
 from igpt.sharding import make_mesh
 from igpt.state import create_state
 
@@ -115,13 +116,13 @@ def write_run_config(path, **model):
     config.palette.colors = 17
     config.model.update(dict(width=16, depth=2, num_heads=4) | model)
     path.mkdir(exist_ok=True)
-    configuration.save(config, path)
+    save_config(Config.of(config), path)
     GREY_PALETTE.save(path / "palette.npy")
     return config
 
 
 def default_optimizer():
-    return make_optimizer(base.get_config().optim, steps=9)[0]
+    return make_optimizer(Config.of(base.get_config()).optim, steps=9)[0]
 
 
 def save_states(workdir, mesh, steps=(3,), seed=0):
@@ -153,10 +154,9 @@ def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
     config.palette.colors = 17
     config.model.update(dict(width=16, depth=3, num_heads=2) | model)
     path.mkdir()
-    configuration.save(config, path)
+    save_config(Config.of(config), path)
     GREY_PALETTE.save(path / "palette.npy")
-    optimizer, _ = make_optimizer(config.optim, steps=9)
-    network, mesh = configuration.model_config(config), make_mesh()
+    optimizer, network, mesh = default_optimizer(), Config.of(config).network(), make_mesh()
     with checkpoint.Checkpoints(path, max_to_keep=9) as checkpoints:
         for step in steps:
             checkpoints.save(create_state(network, optimizer, mesh, seed=step), step)
@@ -360,7 +360,7 @@ def write_imported_run(directory, **fields):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jax.device_put(0.2 * rng.standard_normal(leaf.shape, np.float32)), params)
     directory.mkdir()
-    configuration.save(configuration.of_network(model, HF_IMAGE_SIZE, 3), directory)
+    save_config(Config.of_network(model, HF_IMAGE_SIZE, 3), directory)
     Palette(HF_CLUSTERS).save(directory / "palette.npy")
     checkpoint.save_params(directory, params, step=3)
     return directory
