@@ -7,14 +7,13 @@ An imported run can be probed, sampled, completed, fine-tuned and exported. Open
 download.py fetches: model.ckpt-STEP.index with all its .data-* shards, and the colour clusters.
 """
 
-import json
 import math
 from pathlib import Path
 
 from igpt.command import Parser
 from igpt.config import Config
 from igpt.errors import UserError
-from igpt.files import check_new, read_json, write_new, write_text
+from igpt.files import check_new, read_json, write_json, write_new
 from igpt.interop import hf_weights, openai
 from igpt.interop.export import ORIGIN
 from igpt.interop.hub import resolve
@@ -23,6 +22,7 @@ from igpt.interop.mapping import abstract_params, read_params
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS, count_params
 from igpt.palette import Palette
+from igpt.run import checkpoint as checkpoints
 from igpt.run.directory import save_config
 
 
@@ -86,7 +86,7 @@ def _write_run(out: str | Path, config: Config, palette: Palette, params: dict, 
         save_config(config, folder)
         palette.save(folder / "palette.npy")
         if origin:
-            write_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
+            write_json(folder / ORIGIN, origin)
         checkpoints.save_params(folder, params, step=0)
 
     return write_new(out, write)

@@ -1,4 +1,4 @@
-"""What earlier code wrote (tests/golden/before, by the commit before the files moved into folders) still means the same."""
+"""Files of earlier code (tests/golden/before, written before the files moved into folders) still mean the same."""
 
 import json
 import shutil
