@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 
 from configs import digits, probe_digits
-from igpt import config as configuration
 from igpt.errors import UserError
 from igpt.probe.config import SGD, ProbeConfig
 
@@ -13,8 +12,10 @@ def test_every_field_of_the_config_file_is_a_field_of_the_class():
     typed = ProbeConfig.of(config)
     values = dataclasses.asdict(typed)
     nested = {f"{part}.{name}": value for part in ("sgd", "mesh") for name, value in values.pop(part).items()}
-    listed = {name: list(v) if isinstance(v, tuple) else v for name, v in (values | nested).items()}
-    assert listed == configuration.flatten(config)
+    del nested["mesh.dcn_data"]  # a probe uses one slice
+    given = {name: value for name, value in config.to_dict().items() if name not in ("sgd", "mesh")}
+    given |= {f"{part}.{name}": value for part in ("sgd", "mesh") for name, value in config[part].items()}
+    assert values | nested == given
     assert isinstance(typed.sgd, SGD) and typed.sgd.steps == 2000
     with pytest.raises(dataclasses.FrozenInstanceError):
         typed.seed = 2
@@ -48,24 +49,27 @@ def test_values_that_no_probe_could_use_are_refused(changes, message):
 def test_a_missing_field_is_named():
     config = probe_digits.get_config()
     del config.layers
-    del config.sgd.steps
-    with pytest.raises(UserError, match="it has no layers; see configs/probe_digits.py"):
+    with pytest.raises(UserError, match="has no layers; start from configs/probe_digits.py"):
         ProbeConfig.of(config)
-    config.layers = ()
-    with pytest.raises(UserError, match=r"it has no sgd\.steps; see"):
+    config = probe_digits.get_config()
+    del config.sgd.steps
+    with pytest.raises(UserError, match=r"has no sgd\.steps; start from"):
         ProbeConfig.of(config)
 
 
 def test_an_unknown_field_is_named_with_the_nearest_known_one():
     config = probe_digits.get_config()
     config.sgd.batchsize = 3
-    with pytest.raises(UserError, match=r"unknown field sgd\.batchsize, did you mean sgd\.batch_size\?; see"):
+    with pytest.raises(
+        UserError, match=r"sgd\.batchsize is no field of a configuration; did you mean sgd\.batch_size\?"
+    ):
         ProbeConfig.of(config)
+    config = probe_digits.get_config()
     config.qqq = 3
-    with pytest.raises(UserError, match="unknown field qqq; see"):
+    with pytest.raises(UserError, match="qqq is no field of a configuration; there are seed, steps"):
         ProbeConfig.of(config)
 
 
 def test_a_training_configuration_is_refused():
-    with pytest.raises(UserError, match="no probe configuration: it has no .*source, steps"):
+    with pytest.raises(UserError, match="no probe configuration: it has no sgd, solver"):
         ProbeConfig.of(digits.get_config())

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import math
@@ -19,7 +20,7 @@ from igpt.probe import fit, selection
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import Features, stream_features
 from igpt.probe.fit import fit_probe, neighbours
-from igpt.sharding import make_mesh
+from igpt.sharding import MeshConfig, make_mesh
 from tests.helpers import GREY_PALETTE, PROBE_HEIGHT, PROBE_WIDTH, ROOT, grey_pictures, probe_config, write_run
 
 
@@ -142,7 +143,8 @@ def test_the_baselines_can_be_left_out(everything, trained, tmp_path):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_the_mesh_changes_nothing(monkeypatch, everything, trained, tmp_path, sizes):
-    monkeypatch.setattr(eval_probe, "make_mesh", lambda *sizes: make_mesh(*sizes, jax.devices()[: math.prod(sizes)]))
+    devices, make = jax.devices()[: math.prod(sizes)], MeshConfig.make
+    monkeypatch.setattr(MeshConfig, "make", lambda mesh: make(mesh, devices))
     config = probe_config(steps="4", layers=(1, 3), features_out=str(tmp_path / "features.npz"))
     config.mesh.update(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
     results = eval_probe.run(config, trained, tmp_path / "probe")
@@ -212,7 +214,7 @@ def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
 
 def test_the_images_are_the_runs_own_unless_the_probe_names_others(trained, tmp_path, monkeypatch):
     def opened(settings):
-        seen.append(settings.to_dict())
+        seen.append(json.loads(json.dumps(dataclasses.asdict(settings))))
         raise UserError("seen")
 
     seen, others = [], dict(source="folder:x", preprocess="shrink", validation_fraction=0.0, data_dir="y")

@@ -12,7 +12,7 @@ import numpy as np
 import eval_probe
 from igpt import sample
 from igpt.__main__ import main as run_igpt
-from igpt.sharding import make_mesh
+from igpt.sharding import MeshConfig, make_mesh
 from tests.helpers import ROOT, grey_pictures, probe_config, write_run
 
 WORKER = """
@@ -63,7 +63,8 @@ def test_two_processes_agree_with_one_and_only_the_first_writes(monkeypatch, tmp
     ]
 
     # Meanwhile, this process probes on four devices of its own, and samples on one.
-    monkeypatch.setattr(eval_probe, "make_mesh", lambda *sizes: make_mesh(*sizes, jax.devices()[:4]))
+    devices, make = jax.devices()[:4], MeshConfig.make
+    monkeypatch.setattr(MeshConfig, "make", lambda mesh: make(mesh, devices))
     config = probe_config(**SETTINGS, features_out=str(alone / "features.npz"))
     config.mesh.update(fsdp=2, tensor=2)
     eval_probe.run(config, run, alone)

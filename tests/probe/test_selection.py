@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import eval_probe
-from igpt import config as configuration
 from igpt.data import prepare
 from igpt.errors import UserError
 from igpt.interop.load import outline
@@ -81,19 +80,19 @@ def test_a_probe_needs_labels_of_two_classes(no_compute, trained, tmp_path, writ
 
 def test_the_models_own_settings_do_not_change(trained, source):
     shapes = outline(trained)
-    before = shapes.config.to_json()
+    before = shapes.config.to_dict()
     config = probe_config(
         train_images=9, source=source, preprocess="none", validation_fraction=0.5, data_dir="elsewhere"
     )
     chosen = probed_images(ProbeConfig.of(config), shapes, str(trained))
     assert len(chosen.train) == 9 and len(chosen.validation) == 75
-    assert shapes.config.to_json() == before
+    assert shapes.config.to_dict() == before
 
 
 def test_tokens_of_another_palette_are_refused(no_compute, trained, source, tmp_path):
     GREY_PALETTE.save(tmp_path / "same.npy")
     Palette(GREY_PALETTE.centers[::-1].copy()).save(tmp_path / "other.npy")
-    settings = dict(configuration.READING, source=source, image_size=(PROBE_HEIGHT, PROBE_WIDTH), channels=1)
+    settings = dict(source=source, image_size=(PROBE_HEIGHT, PROBE_WIDTH), channels=1)
     for name in ("same", "other"):
         prepare.prepare(settings, str(tmp_path / f"{name}.npy"), str(tmp_path / name))
     config = probe_config(source=f"tokens:{tmp_path / 'other'}")
