@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from igpt.command import Parser
+from igpt.command import Parser, add_shared
 from igpt.errors import reported
 from igpt.files import check_workdir
 from igpt.interop.hub import resolve
@@ -94,7 +94,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str, workdir: str | Path) -> dict
 def parser() -> Parser:
     """The flags besides --config."""
     parser = Parser("eval_probe.py", __doc__)
-    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
+    add_shared(parser, "model")
     parser.add_argument("--workdir", required=True, help="the folder for probe.json and probe.png")
     cluster.add_process_arguments(parser)
     return parser

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from report import median_seconds, write
 
-from igpt import attention as attention_module
+from igpt import chunked
 from igpt.attention import attention
 
 SHAPES = {"s": (1, 1024, 8, 64), "m": (1, 1024, 8, 128), "l": (1, 1024, 16, 96), "l48": (1, 2304, 16, 96)}
@@ -37,7 +37,7 @@ def main() -> None:
     for preset, shape in SHAPES.items():
         reference = None
         for backend, chunk in (("reference", 0), ("chunked", 128), ("chunked", 256), ("chunked", 512)):
-            attention_module.CHUNK = chunk or attention_module.CHUNK
+            chunked.BLOCK = chunk or chunked.BLOCK
             seconds, size = measure(backend, shape, args.repeats)
             reference = reference or (seconds, size)
             ratios = {"time_ratio": seconds / reference[0], "memory_ratio": size / reference[1]}

@@ -1,9 +1,9 @@
-"""CIFAR-100, 32 x 32: as configs/cifar10.py, with a hundred classes.
+"""CIFAR-100, 32 x 32: the same as configs/cifar10.py, with a hundred classes.
 
     python train.py --config=configs/cifar100.py --workdir=runs/cifar100
 
-Cost: that of configs/cifar10.py. Not run here. For comparison, the paper's iGPT-L, pretrained on ImageNet: linear probe
-82.8 %, fine-tuned 88.5 % (Chen et al. 2020, tables 1 and 3). Labels are the fine ones.
+Cost: the same as configs/cifar10.py. Not run here. For comparison, the paper's iGPT-L, pretrained on ImageNet: linear
+probe 82.8 %, fine-tuned 88.5 % (Chen et al. 2020, tables 1 and 3). The labels are the hundred fine classes.
 """
 
 from ml_collections import ConfigDict

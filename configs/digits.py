@@ -13,16 +13,16 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.palette.colors = 17  # every grey level of the data set, exactly
+    config.palette.colors = 17  # exactly the grey levels of the data set
 
-    # 1,258 images are soon known by heart: most are shifted by up to a pixel, and weights decay.
+    # A network soon memorises 1,258 images. Shifts by up to a pixel and weight decay work against that.
     config.data.pad = 1
     config.data.augment_probability = 0.8
 
     config.model.width = 128
     config.model.depth = 4
     config.model.num_heads = 4
-    config.model.remat = "dots"  # on a CPU memory traffic costs more than computing activations again
+    config.model.remat = "dots"  # a CPU recomputes activations faster than it reads them from memory
 
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 150
@@ -37,5 +37,5 @@ def get_config() -> ConfigDict:
     config.train.num_samples = 36
     config.train.checkpoint_every = 650
 
-    config.mesh.cpu_devices = 2  # one a core: twice as fast as one device that spreads every small product over two
+    config.mesh.cpu_devices = 2  # one per core: twice as fast as one device that splits each product over both cores
     return config

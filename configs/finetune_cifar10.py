@@ -1,14 +1,15 @@
-"""Fine-tuning on CIFAR-10, CIFAR-100 or STL-10 by the paper's protocol, from a model pretrained on ImageNet at 32 x 32.
+"""Fine-tunes a model pretrained on ImageNet at 32 x 32 on CIFAR-10, CIFAR-100 or STL-10, as the paper does.
 
     python train.py --config=configs/finetune_cifar10.py:l --config.init_from=runs/imagenet-l --workdir=runs/cifar10-l
     python train.py --config=configs/finetune_cifar10.py:s:cifar100 --config.init_from=runs/igpt-s ...
 
-Joint loss, the batch size and Adam of pretraining, no schedule, an end at the best validation accuracy, reflection by 4
-pixels and flips (Chen et al. 2020, sections 3.1 and 3.4). The learning rate is a tenth of pretraining's, as theirs
-"usually" was; steps are an upper bound of ours. The paper's L: CIFAR-10 99.0 %, CIFAR-100 88.5 %.
+The protocol (Chen et al. 2020, sections 3.1 and 3.4): the joint loss, batch size and Adam as in pretraining, a constant
+learning rate, an end at the best validation accuracy, 4 pixels of reflection padding, and flips. The learning rate is a
+tenth of pretraining's, as it "usually" was in the paper. The limit of steps is our choice. The paper reports for L:
+CIFAR-10 99.0 %, CIFAR-100 88.5 %.
 
-Cost: if all steps are taken, 1.2 EFLOP for s and 21 for l (6 x parameters x tokens, attention not counted): 50 minutes
-and 15 hours of one H100 at 40 % of its bfloat16 peak. Not run here.
+Cost: with all steps, 1.2 EFLOP for s and 21 for l (6 x parameters x tokens, without attention). That is 50 minutes and
+15 hours of one H100 at 40 % of its bfloat16 peak. Not run here.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ def get_config(argument: str = "s") -> ConfigDict:
     dataset = dataset or "cifar10"
     if size not in ("s", "m", "l") or dataset not in CLASSES:
         raise UserError(
-            f"configs/finetune_cifar10.py:{argument}: choose s, m or l, which read 32 x 32, and behind it one of "
+            f"configs/finetune_cifar10.py:{argument}: choose s, m or l, which read 32 x 32, alone or with one of "
             + ", ".join(f":{name}" for name in CLASSES)
         )
     config = imagenet.get_config(size)

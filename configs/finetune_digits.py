@@ -1,9 +1,9 @@
-"""Fine-tuning on scikit-learn's digits: the network of configs/digits.py with a classifier of ten classes.
+"""Fine-tunes the network of configs/digits.py to classify scikit-learn's digits into ten classes.
 
     python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-ft
 
-Classification only: --config.objective.generative=0. From scratch: leave init_from out. Of a run with BERT's objective:
---config.model.causal=False.
+To learn classes only, add --config.objective.generative=0. To train from scratch, omit init_from. If init_from is a run
+with the BERT objective, add --config.model.causal=False.
 
 Cost: five to seven minutes on one CPU core, like pretraining (docs/results/study_digits.json).
 """
@@ -16,9 +16,9 @@ from configs import digits
 def get_config() -> ConfigDict:
     config = digits.get_config()
     config.model.num_classes = 10
-    config.objective.classification = 1.0  # both losses weigh the same (section 2.3)
+    config.objective.classification = 1.0  # both losses have equal weight (section 2.3)
 
-    # A constant rate below that of pretraining, and an end at the best validation accuracy (section 3.4).
+    # A constant learning rate, below pretraining's, and an end at the best validation accuracy (section 3.4).
     config.optim.schedule = "constant"
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 0

@@ -1,12 +1,13 @@
-"""Fine-tuning on ImageNet by the paper's protocol, of any published size, next pixels or BERT.
+"""Fine-tunes a model of any published size on ImageNet, as the paper does, after next-pixel or BERT pretraining.
 
     python train.py --config=configs/finetune_imagenet.py:l --config.init_from=runs/imagenet-l --workdir=runs/classify-l
     python train.py --config=configs/finetune_imagenet.py:l:bert --config.init_from=runs/imagenet-l-bert ...
 
-As configs/imagenet.py:SIZE[:bert], with a thousand classes, the joint loss, a tenth of the learning rate, no schedule,
-an end at the best validation accuracy (Chen et al. 2020, section 3.4). The paper: l 66.3 %, l48 72.6 %, l:bert 66.5 %.
+It changes configs/imagenet.py:SIZE[:bert] as follows: a thousand classes, the joint loss, a tenth of the learning rate,
+constant, and an end at the best validation accuracy (Chen et al. 2020, section 3.4). The paper reports 66.3 % for l,
+72.6 % for l48 and 66.5 % for l:bert.
 
-Cost: a fifth of configs/imagenet.py's, if all 20 epochs are taken: 12 EFLOP for s, 206 for l. Not run here.
+Cost: with all 20 epochs, a fifth of configs/imagenet.py: 12 EFLOP for s, 206 for l. Not run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-"""Linear probes on CIFAR-10, CIFAR-100 or STL-10 by the paper's protocol, of a model pretrained elsewhere.
+"""Linear probes on CIFAR-10, CIFAR-100 or STL-10, as in the paper, for a model that was pretrained on other images.
 
     python eval_probe.py --config=configs/probe_cifar10.py --model=runs/imagenet-l --workdir=runs/imagenet-l/cifar10
     python eval_probe.py --config=configs/probe_cifar10.py:stl10 --model=runs/imagenet-l --workdir=runs/imagenet-l/stl10
 
-L-BFGS on the pooled features of each layer, a tenth of the training images held out to choose among layers and
-penalties (Chen et al. 2020, section 3.1; it does not state the penalties). STL-10 is shrunk from 96 x 96; CIFAR is used
-as it is, so that the model has to read 32 x 32.
+L-BFGS fits the pooled features of each layer. A tenth of the training images is held out to choose layer and penalty
+(Chen et al. 2020, section 3.1, which does not state the penalties). STL-10 is shrunk from 96 x 96 to the model's size.
+CIFAR is used unchanged, so the model must read 32 x 32.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +22,6 @@ def get_config(dataset: str = "cifar10") -> ConfigDict:
     config.preprocess = "shrink" if dataset == "stl10" else "none"
     config.validation_fraction = 0.1
     config.batch_size = 128
-    config.baselines = False  # raw pixels and an untrained iGPT-L: an hour each, and no surprise
+    config.baselines = False  # raw pixels and an untrained iGPT-L would take an hour each
     config.inverse_penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     return config

@@ -1,13 +1,13 @@
-"""Linear probes on ImageNet: SGD on the features of each layer, written to disk in one pass.
+"""Linear probes on ImageNet: one pass writes the features of each layer to disk, and SGD fits them.
 
     python eval_probe.py --config=configs/probe_imagenet.py --model=runs/imagenet-l --workdir=runs/imagenet-l/probe \\
         --config.layers="(20,24,28)"
 
 The paper's protocol (Chen et al. 2020, section 3.4): momentum 0.9, a cosine to zero, a million steps, learning rates
-tried from 30 downwards. Batch size and augmentation are not stated; here features are those of the evaluation crop, and
-they are standardised, so that other rates may do best.
+tried from 30 downwards. The paper does not state batch size and augmentation. Here features come from the evaluation
+crop and are standardised, so other learning rates may be best.
 
-Disk: 1.28 million images of D features take 5.1 x D MB a layer: 7.9 GB for L, 16 GB for XL.
+Disk: D features of 1.28 million images take 5.1 x D MB per layer: 7.9 GB for L, 16 GB for XL.
 """
 
 from ml_collections import ConfigDict

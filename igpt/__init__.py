@@ -5,7 +5,7 @@ __all__ = ["Pretrained", "load"]
 
 
 def __getattr__(name):
-    """`igpt.load` and `igpt.Pretrained`, when they are first asked for: what needs no model starts without JAX."""
+    """Imports `load` and `Pretrained` at their first use, so that `import igpt` alone does not import JAX."""
     if name in ("Pretrained", "load"):
         from igpt.interop import load as pretrained
 

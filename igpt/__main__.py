@@ -1,9 +1,9 @@
-"""Everything that needs no config file to train: a sub-command each.
+"""Image GPT: sample, complete, evaluate and convert models, and prepare images for them.
 
     igpt sample --model=runs/digits --num=16 --out=samples.png
-    igpt SUBCOMMAND --help
+    igpt SUB-COMMAND --help
 
-Training is `python train.py`, linear probes are `python eval_probe.py`.
+To train a model, run `python train.py --help`; to probe its features, `python eval_probe.py --help`.
 """
 
 import difflib
@@ -14,21 +14,20 @@ from igpt import __version__
 from igpt.command import Parser
 from igpt.errors import UserError, reported
 
-COMMANDS = {  # name -> its module, and its line in the help
-    "sample": ("igpt.sample", "sample images from a model, or complete given ones"),
-    "evaluate": ("igpt.evaluate", "the loss and accuracy of a model on any data"),
+COMMANDS = {  # name -> module, and one line of help
+    "sample": ("igpt.sample", "sample images from a model, or complete given images"),
+    "evaluate": ("igpt.evaluate", "measure the loss and the accuracy of a model on a data set"),
     "palette": ("igpt.data.palette_fit", "fit a palette of colours to a source of images"),
-    "prepare": ("igpt.data.prepare", "turn a source of images into tokens on disk, once and for all"),
+    "prepare": ("igpt.data.prepare", "encode a source of images as tokens on disk, for fast training"),
     "export": ("igpt.interop.export", "write a model as a Hugging Face directory"),
-    "import": ("igpt.interop.import_run", "make a run directory of a Hugging Face model or of OpenAI's checkpoint"),
-    "plan": ("igpt.plan.report", "what a training run would need on TPUs that are not here"),
+    "import": ("igpt.interop.import_run", "make a run directory from a Hugging Face model or OpenAI's checkpoint"),
+    "plan": ("igpt.plan.report", "predict memory, communication and time of a training run on TPUs"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one sub-command. A user's mistake ends in one message and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    name = argv[0] if argv else "--help"
+    """Runs one sub-command. A user's mistake ends with one message and exit code 2."""
+    name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     with reported():
         if name in ("-h", "--help"):
             lines = [f"  {command:<10}{text}" for command, (_, text) in COMMANDS.items()]
@@ -36,15 +35,15 @@ def main(argv: list[str] | None = None) -> None:
         elif name == "--version":
             print(f"igpt {__version__}")
         elif name in COMMANDS:
-            module = importlib.import_module(COMMANDS[name][0])  # the others' imports would take seconds
+            module = importlib.import_module(COMMANDS[name][0])  # only this one, because imports take seconds
             parser = Parser(f"igpt {name}", module.__doc__)
             module.add_arguments(parser)
             if name == "plan":
                 from igpt.run.flags import parse_with_config
 
-                module.run(parse_with_config(parser, argv[1:]))
+                module.run(parse_with_config(parser, flags))
             else:
-                module.run(parser.parse_args(argv[1:]))
+                module.run(parser.parse_args(flags))
         else:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"

@@ -1,4 +1,4 @@
-"""The command line's one style: how sub-commands of `igpt`, train.py and eval_probe.py parse their flags."""
+"""How every command of this project parses its flags: the sub-commands of `igpt`, train.py and eval_probe.py."""
 
 import argparse
 import re
@@ -8,7 +8,7 @@ from igpt.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as help, no abbreviated flags, and UserError for a mistake."""
+    """argparse with the module's docstring as help, without abbreviated flags. It raises UserError for a mistake."""
 
     def __init__(self, prog: str, text: str):
         super().__init__(
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes whole numbers from `least` up."""
+    """The type of a flag that takes a whole number of at least `least`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text):
@@ -33,13 +33,19 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-def add_model_arguments(parser: Parser) -> None:
-    """--model and --step, of every command that uses a model."""
-    parser.add_argument("--model", required=True, help="a run or Hugging Face directory, or a hub id")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest; after fine-tuning, the best)")
+SHARED = {  # flags of several commands, which have the same help and the same default in each
+    "model": dict(required=True, help="a run directory, a Hugging Face directory or a hub id"),
+    "step": dict(type=int, help="the checkpoint to use (default: the newest; after fine-tuning, the best)"),
+    "batch_size": dict(type=at_least(1), default=64, help="images per batch (default 64)"),
+    "data_dir": dict(default="", help="where tensorflow_datasets keeps its data"),
+    "seed": dict(type=at_least(0), default=0, help="the same seed gives the same result (default 0)"),
+    "json": dict(help="a file to write the results to, as JSON"),
+    "fsdp": dict(type=at_least(1), default=1, help="devices to split the parameters over (default 1)"),
+    "tensor": dict(type=at_least(1), default=1, help="devices to split the attention heads over (default 1)"),
+}
 
 
-def add_mesh_arguments(parser: Parser) -> None:
-    """--fsdp and --tensor, of a command that spreads a model over devices."""
-    parser.add_argument("--fsdp", type=at_least(1), default=1, help="devices to split the parameters over (default 1)")
-    parser.add_argument("--tensor", type=at_least(1), default=1, help="devices to split the heads over (default 1)")
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds the named flags of SHARED."""
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED[name])

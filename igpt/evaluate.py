@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from igpt.command import Parser, add_mesh_arguments, add_model_arguments, at_least
+from igpt.command import Parser, add_shared, at_least
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Split, check_labels
 from igpt.data.sources import open_source
@@ -69,15 +69,12 @@ def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int =
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model_arguments(parser)
+    add_shared(parser, "model", "step")
     parser.add_argument("--source", help="images, written as data.source (default: the model's training data)")
     parser.add_argument("--preprocess", help="none, shrink or crop (default: as in training)")
-    parser.add_argument("--data_dir", help="where tensorflow_datasets keeps its data")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default test)")
-    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images per batch (default 64)")
     parser.add_argument("--masks", type=at_least(1), default=5, help="masks per image, for BERT (default 5)")
-    parser.add_argument("--json", help="a file to write the results to")
-    add_mesh_arguments(parser)
+    add_shared(parser, "data_dir", "batch_size", "json", "fsdp", "tensor")
     cluster.add_process_arguments(parser)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from igpt.errors import StorageError, UserError
 
 MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
@@ -37,6 +39,13 @@ def write_text(path: Path | str, text: str) -> None:
     """Writes UTF-8 text, complete or not at all. Raises OSError."""
     with whole(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes an array as .npy. On a full disk it raises OSError, where np.save silently loses the end of the array."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.ascontiguousarray(array).data)
 
 
 def write_json(path: Path | str, content: dict, indent: int = 1) -> None:

@@ -1,8 +1,8 @@
-"""What a training step costs, and what a device can do: the two halves of MFU."""
+"""FLOPs of a training step, and the peak FLOP/s of devices. Model FLOPs utilisation (MFU) needs both."""
 
 from igpt.model import ModelConfig
 
-# Dense bfloat16 peak of one device in FLOP/s, from the vendors' datasheets. A device that is not here gets no MFU.
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' datasheets. For other devices no MFU is reported.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -15,9 +15,9 @@ PEAK_FLOPS = {
 
 
 def train_flops_per_image(config: ModelConfig, convention: str = "causal") -> float:
-    """Multiply-adds count 2; the backward pass costs two forwards.
+    """FLOPs of forward and backward pass: a multiply-add counts 2, and the backward pass costs two forward passes.
 
-    A token needs 2 (4 D^2 + 2 D F) L in the blocks' products and 2 D V in the head, attention comes on top.
+    For each token the blocks' products take 2 (4 D^2 + 2 D F) L and the head 2 D V. Attention is added.
     """
     D, F, L, T, V = config.width, config.mlp_width, config.depth, config.seq_len, config.vocab_size
     products = T * (2 * (4 * D * D + 2 * D * F) * L + 2 * D * V)
@@ -25,10 +25,10 @@ def train_flops_per_image(config: ModelConfig, convention: str = "causal") -> fl
 
 
 def attention_flops_per_image(config: ModelConfig, convention: str = "causal") -> float:
-    """Of one forward pass: scores and mixing each take 2 D of a query and a key.
+    """FLOPs of attention in one forward pass: for each pair of a query and a key, 2 D for scores and 2 D for mixing.
 
-    By the "causal" convention of the pairs that the network looks at, half of T^2 or, with BERT, all; by the
-    "full" one, which many papers use, of all whatever is computed.
+    The "causal" convention counts the pairs that the model uses: half of T^2, or all of T^2 for BERT. The "full"
+    convention, which many papers use, always counts T^2.
     """
     pairs = config.seq_len**2 * (0.5 if config.causal and convention == "causal" else 1.0)
     return 4.0 * config.width * pairs * config.depth

@@ -1,4 +1,4 @@
-"""Losses, one number an image so that any weighting can follow; those of pixels in nats per token."""
+"""Losses: one number for each image, so that callers can weight images. Pixel losses are in nats per token."""
 
 import math
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from igpt.model import pool
 
 
 def next_pixel(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B"]:
-    """Mean negative log-likelihood of an image's tokens (Chen et al. 2020, section 2.1). Every palette id counts."""
+    """Mean negative log-likelihood of an image's tokens (Chen et al. 2020, section 2.1). No palette id is padding."""
     return jnp.mean(cross_entropy(logits, tokens), axis=-1)
 
 
 def dropped_pixels(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], keep: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """BERT's: the mean over an image's dropped positions (section 2.1); 0 for an image with none."""
+    """BERT's loss: the mean over an image's dropped positions (section 2.1), or 0 if no position is dropped."""
     dropped = 1.0 - keep
     return jnp.sum(cross_entropy(logits, tokens) * dropped, axis=-1) / jnp.maximum(jnp.sum(dropped, axis=-1), 1.0)
 
@@ -28,18 +28,19 @@ def dropped_pixels(
 def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """-log softmax(logits)[target], in float32."""
     logits = logits.astype(jnp.float32)
-    # A masked sum picks the target's logit: it fuses, where a gather would need a scatter in the backward pass.
+    # A masked sum picks the target's logit. XLA fuses it, while a gather needs a scatter in the backward pass.
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - target
 
 
 def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: float = 0.0) -> Callable:
-    """loss(params, batch, key) -> numbers [B] an image: "loss", and what it is made of.
+    """Returns loss(params, batch, key), which maps a batch to a dict of arrays [B].
 
-    loss = generative x that of the pixels + classification x the cross-entropy of the labels (section 2.3); a weight of
-    zero leaves its half of the work out. The pixels are those dropped where the batch has `keep` [B, M, T], under each
-    of M masks: losses are averaged over masks, and the masks vote on the class. A key turns dropout on.
+    "loss" is `generative` x the pixel loss + `classification` x the cross-entropy of the labels (section 2.3). The dict
+    also has both parts and the "accuracy". A part with weight zero is not computed. A BERT batch has M masks for each
+    image, `keep` [B, M, T]: the pixel loss then covers dropped pixels, both losses are averaged over the masks, and the
+    masks vote on the class. With a key, dropout is on.
     """
 
     def under_mask(model, batch, keep, key):
@@ -47,9 +48,8 @@ def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: floa
         normed = model.normed(tokens, key, keep)
         if generative:
             logits = model.logits(normed)
-            losses["generative_loss"] = (
-                next_pixel(logits, tokens) if keep is None else dropped_pixels(logits, tokens, keep)
-            )
+            pixels = next_pixel(logits, tokens) if keep is None else dropped_pixels(logits, tokens, keep)
+            losses["generative_loss"] = pixels
         if not classification:
             return losses, None
         class_logits = model.class_logits(pool(normed))
@@ -71,33 +71,34 @@ def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: floa
 
 
 def masks_of(batch: dict) -> list[Bool[Array, "B T"] | None]:
-    """BERT's masks of a batch, one after the other; a single None where nothing is dropped."""
+    """The M masks of a BERT batch as a list, or [None] for a batch without masks."""
     return list(jnp.moveaxis(batch["keep"], 1, 0)) if "keep" in batch else [None]
 
 
 def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:
-    """The class that most masks chose; of those with equally many that of the earliest mask.
+    """The class that most masks chose. On a tie, the tied class of the earliest mask wins.
 
-    Masks are random, and so is the tie's end (section 4.6); but it is the image's own, whatever batch it comes in.
+    So ties are broken at random, as the masks are (section 4.6), but independently of the rest of the batch.
     """
-    weights = 1.0 + 0.5 ** jnp.arange(2, len(classes) + 2)  # a vote outweighs all that is added, a mask all later ones
+    # Mask i weighs 1 + 2^-(i+2): earlier masks win ties but never outvote a majority.
+    weights = 1.0 + 0.5 ** jnp.arange(2, len(classes) + 2)
     return jnp.argmax(jnp.sum(weights[:, None, None] * jax.nn.one_hot(classes, num_classes), axis=0), axis=-1)
 
 
 def bits_per_dim(nats_per_token: float, tokens: int, height: int, width: int, channels: int) -> float:
-    """Bits for every byte of the image that the tokens stand for (a palette is lossy: compare like with like)."""
+    """Bits for each byte of the image. Palettes lose colours, so compare only models with the same palette."""
     return nats_per_token * tokens / (np.log(2) * height * width * channels)
 
 
 def marginal_entropy(tokens: Int[np.ndarray, "N T"], vocab_size: int) -> float:
-    """Mean over positions of the entropy of that position's own colour histogram, in nats: the best order-0 model."""
+    """Entropy of each position's colour histogram, in nats, averaged: the loss of the best model without context."""
     counts = np.stack([np.bincount(column, minlength=vocab_size) for column in tokens.T])
     frequency = counts / len(tokens)
     return float(-np.sum(frequency * np.log(np.where(counts > 0, frequency, 1.0))) / tokens.shape[1])
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927): sensible up to 0 and 1, unlike the normal one."""
+    """95 % confidence interval of a proportion (Wilson 1927). Unlike the normal interval, it stays within 0 and 1."""
     share, spread = correct / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)

@@ -1,4 +1,4 @@
-"""The iGPT transformer: palette tokens in; logits, pooled features of every layer, or one cached decode step out.
+"""The iGPT transformer. It reads tokens and returns logits, pooled features of every layer, or one cached decode step.
 
 Architecture: Chen et al. 2020, section 2.2, in the exact form of OpenAI's release (src/model.py). Dims: B batch,
 T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
@@ -6,7 +6,7 @@ T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from igpt.attention import BACKENDS, KEPT, attend_to_cache, attention
+from igpt.attention import BACKENDS, attend_to_cache, attention
+from igpt.chunked import ATTENTION_OUTPUT
 from igpt.errors import UserError
+from igpt.fields import check_at_least, check_choice
 from igpt.sharding import replicate, shard_batch, shard_cache
 
-# Sizes: Chen et al. 2020, table 2; heads from OpenAI's README. XL's heads were never published: 24 (size 128) is ours.
+# Sizes: Chen et al. 2020, table 2. Heads: OpenAI's README. XL's were never published; 24 (head size 128) is our choice.
 PRESETS = {
     "s": dict(width=512, depth=24, num_heads=8, seq_len=1024),
     "m": dict(width=1024, depth=36, num_heads=8, seq_len=1024),
@@ -28,29 +30,23 @@ PRESETS = {
 }
 
 _PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_NAMED = jax.checkpoint_policies.save_only_these_names(KEPT)
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 
 
 def _products_and_attention(primitive, *inputs, **params):
-    by_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # JAX's name of the kernel, which names no outputs
-    return by_cudnn or _PRODUCTS(primitive, *inputs, **params) or _NAMED(primitive, *inputs, **params)
+    is_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # this kernel does not name its outputs
+    return is_cudnn or _PRODUCTS(primitive, *inputs, **params) or _ATTENTION(primitive, *inputs, **params)
 
 
-REMAT = {  # what the backward pass keeps of a block; it computes the rest again
-    "none": None,  # all that it needs
-    "minimal": _products_and_attention,  # their outputs: only what is elementwise is computed again
-    "dots": _PRODUCTS,  # the outputs of products with parameters: attention is computed again as well
-    "full": jax.checkpoint_policies.nothing_saveable,  # its input
+REMAT = {  # what each block stores for the backward pass, which computes everything else again
+    "none": None,  # everything
+    "minimal": _products_and_attention,  # outputs of products with parameters and of attention, nothing elementwise
+    "dots": _PRODUCTS,  # outputs of products with parameters
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input
 }
 
-
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), the released code's GELU (src/model.py, `gelu2`)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {  # of the mlp; all but the first are met in Hugging Face's configurations only, and bear its names
-    "quick_gelu": quick_gelu,
+ACTIVATIONS = {  # of the mlp. The paper's is quick_gelu; Hugging Face's configurations may name the others
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # in OpenAI's src/model.py `gelu2`
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -61,7 +57,7 @@ ACTIVATIONS = {  # of the mlp; all but the first are met in Hugging Face's confi
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the network. Raises UserError naming the field when a value makes no sense."""
+    """All that defines the network. Raises UserError, which names the field, for a value that cannot work."""
 
     width: int
     depth: int
@@ -74,52 +70,39 @@ class ModelConfig:
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
     norm_epsilon: float = 1e-5
-    causal: bool = True  # False, for the BERT objective: no mask, no SOS, position i reads token i
-    pixel_head: bool = True  # False: features only
-    num_classes: int = 0  # of a linear classifier on the pooled final norm; 0: none
-    activation: str = "quick_gelu"
-    scale_scores: bool = True  # by 1 / sqrt(K); this and the next only ever differ in Hugging Face's configurations
-    scale_scores_by_layer: bool = False  # by 1 / (l + 1) on top
+    causal: bool = True  # False, for the BERT objective: no mask and no SOS; position i reads token i
+    pixel_head: bool = True  # False: no head over the palette
+    num_classes: int = 0  # C, of a linear classifier on the pooled final norm; 0: no classifier
+    activation: str = "quick_gelu"  # a key of ACTIVATIONS
+    scale_scores: bool = True  # by 1 / sqrt(K); only Hugging Face's configurations change this field and the next
+    scale_scores_by_layer: bool = False  # in addition by 1 / (l + 1)
     dtype: str = "float32"  # of the computation; parameters are always float32
-    attention: str = "chunked"
-    remat: str = "none"
-    scan_layers: bool = True  # one compiled block for all layers; False unrolls them
+    attention: str = "chunked"  # one of BACKENDS; Config.network replaces "auto" here and in dtype
+    remat: str = "none"  # a key of REMAT
+    scan_layers: bool = True  # True: one compiled block serves all layers; False: the layers are unrolled
 
     def __post_init__(self):
-        for name in ("width", "depth", "num_heads", "vocab_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, "model.", width=1, depth=1, num_heads=1, vocab_size=1, seq_len=1)
+        check_at_least(self, "model.", mlp_width=0, num_classes=0)
+        check_choice(self, "model.", dtype=("float32", "bfloat16", "auto"), attention=(*BACKENDS, "auto"))
+        check_choice(self, "model.", activation=tuple(ACTIVATIONS), remat=tuple(REMAT))
         if self.width % self.num_heads:
             raise UserError(
                 f"model.width {self.width} is not divisible by model.num_heads {self.num_heads}; "
                 "every head gets width / num_heads channels"
             )
-        if self.num_classes < 0:
-            raise UserError(
-                f"model.num_classes is {self.num_classes}; give the number of classes, or 0 for no classifier"
-            )
-        if self.mlp_width < 0:
-            raise UserError(f"model.mlp_width is {self.mlp_width}; give the width, or 0 for 4 x model.width")
-        if self.mlp_width == 0:
-            object.__setattr__(self, "mlp_width", 4 * self.width)
         for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        for name, allowed in (
-            ("dtype", ("auto", "float32", "bfloat16")),
-            ("attention", ("auto", *BACKENDS)),
-            ("activation", tuple(ACTIVATIONS)),
-            ("remat", tuple(REMAT)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.mlp_width == 0:
+            object.__setattr__(self, "mlp_width", 4 * self.width)
 
     @property
     def head_size(self) -> int:
         return self.width // self.num_heads
 
     def query_scale(self, layer: Array | int) -> Array | float:
-        """Of the queries, so that scores / sqrt(K), which is what every back end computes, come out as configured."""
+        """Factor for the queries. Every back end divides scores by sqrt(K); the factor corrects that where needed."""
         scale = 1.0 if self.scale_scores else self.head_size**0.5
         return scale / (layer + 1) if self.scale_scores_by_layer else scale
 
@@ -129,7 +112,7 @@ class ModelConfig:
 
 
 class Norm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * gain: no centring and no shift (OpenAI's src/model.py, `norm`)."""
+    """x / sqrt(mean(x^2) + eps) * gain, without centring and shift (OpenAI's src/model.py, `norm`)."""
 
     def __init__(self, width: int, epsilon: float):
         self.gain = nnx.Param(jnp.ones(width))
@@ -142,7 +125,7 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """einsum(equation, x, kernel) + bias, computed in x's dtype from float32 parameters; `out_dtype` None: x's."""
+    """einsum(equation, x, kernel) + bias, computed in x's dtype from float32 parameters. Returns `out_dtype` or x's."""
 
     def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs):
         self.equation = equation
@@ -174,8 +157,8 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
         """Returns the block's output and its BlockOutputs.
 
-        `attend(q, k, v, key)`, each of the three [B, T, N, K], mixes positions: it returns what it mixed,
-        [B, T, N, K], and whatever else its caller wants of every layer.
+        `attend(q, k, v, key)` is attention: from q, k and v, each [B, T, N, K], it returns the mixed values,
+        [B, T, N, K], and anything else that the caller wants from every layer (`BlockOutputs.extra`).
         """
         config = self.config
         normed = self.attention_norm(x)
@@ -191,7 +174,7 @@ class Block(nnx.Module):
 
 
 class BlockOutputs(NamedTuple):
-    """What a block computes on its way; whatever the caller leaves unused is never computed under jit."""
+    """Intermediate results of a block. Under jit, XLA removes those that the caller does not use."""
 
     inputs: Float[Array, "B T D"]
     features: Float[Array, "B D"]
@@ -201,14 +184,14 @@ class BlockOutputs(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every position so far, a pair of arrays a layer so that each is updated in place."""
+    """Keys and values of all positions so far: one array for each layer, so that XLA updates each in place."""
 
     keys: tuple[Float[Array, "B N T K"], ...]
     values: tuple[Float[Array, "B N T K"], ...]
 
 
 class ImageGPT(nnx.Module):
-    """The whole network. Holds parameters; every method is a pure function of them and its arguments."""
+    """The whole network. It holds parameters; every method is a pure function of them and its arguments."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -224,28 +207,28 @@ class ImageGPT(nnx.Module):
         self.classifier = Linear("bd,dc->bc", (D, C), 0.0, None, rngs) if C else None
 
     def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
-        """Float32 logits of tokens[:, i] at position i, from tokens[:, :i] if causal. A key turns dropout on."""
+        """Float32 logits of tokens[:, i] at position i, from tokens[:, :i] if causal. With a key, dropout is on."""
         return self.logits(self.normed(tokens, key))
 
     def classify(self, tokens: Int[Array, "B T"], keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B C"]:
-        """Class logits: a linear map of the pooled final norm (section 2.4)."""
+        """Class logits: a linear function of the pooled final norm (section 2.4)."""
         return self.class_logits(pool(self.normed(tokens, keep=keep)))
 
     def normed(
         self, tokens: Int[Array, "B T"], key: Array | None = None, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The final norm, which both heads read. Where `keep` is False, only the position is known (BERT)."""
+        """The final norm, which both heads read. Where `keep` is False (BERT), only the position is known."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(self.inputs(tokens), keep=keep), self.config.embedding_dropout, keys[0])
         x, _ = self.run_blocks(x, keys[1])
         return self.final_norm(x)
 
     def features(
-        self, tokens: Int[Array, "B T"], layers: Sequence[int] | None = None, keep: Bool[Array, "B T"] | None = None
+        self, tokens: Int[Array, "B T"], layers: Collection | None = None, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "l B D"]:
-        """f^l, the mean over positions of the normed input of block l; l = L is after the final norm (section 2.4).
+        """f^l: the mean over positions of block l's normed input; f^L is that of the final norm (section 2.4).
 
-        Of all layers, or of those named, in that order; blocks from the last of them on are not computed.
+        `layers` selects the layers and their order; by default all l = L + 1. Blocks above the highest are skipped.
         """
         depth = self.config.depth
         layers = range(depth + 1) if layers is None else layers
@@ -253,16 +236,17 @@ class ImageGPT(nnx.Module):
             raise UserError(f"layers {list(layers)} were asked for; this model has 0 (the embedding's norm) to {depth}")
         last = max(layers)
         x, outputs = self.run_blocks(self.embed(self.inputs(tokens), keep=keep), depth=last)
+        norm = self.final_norm
         if last < depth:
             graph, stacked = nnx.split(self.blocks.attention_norm)
             norm = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[last], stacked))
-        else:
-            norm = self.final_norm
         return jnp.concatenate([outputs.features, pool(norm(x))[None]])[jnp.asarray(layers)]
 
     def prefill(self, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads inputs (the SOS, then tokens), of which the first `given` count: logits of the next token, and a cache
-        for all T positions, to be overwritten from position `given` on."""
+        """Reads `given` inputs (the SOS, then tokens). Returns the logits of the next token and a cache of length T.
+
+        Inputs from `given` on are padding; `decode` overwrites their cache entries.
+        """
         x, outputs = self.run_blocks(self.embed(inputs))
         last = jax.lax.dynamic_slice_in_dim(x, given - 1, 1, axis=1)
         room = [(0, 0), (0, 0), (0, 0), (0, self.config.seq_len - inputs.shape[1]), (0, 0)]
@@ -273,7 +257,7 @@ class ImageGPT(nnx.Module):
     def decode(
         self, blocks: list[Block], token: Int[Array, "B"], position: Int[Array, ""], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads one more token, which sits at `position` of the inputs; `blocks` come from `unstack_blocks`."""
+        """Reads one more token, at `position` of the inputs. `blocks` are the result of `unstack_blocks`."""
         x = self.embed(token[:, None], position)
         keys, values = list(cache.keys), list(cache.values)
         for layer, block in enumerate(blocks):
@@ -288,10 +272,10 @@ class ImageGPT(nnx.Module):
         return self.logits(self.final_norm(x))[:, 0], KVCache(tuple(keys), tuple(values))
 
     def unstack_blocks(self) -> list[Block]:
-        """The blocks one by one, kernels in the compute dtype: done once before a decode loop, not at every token."""
+        """The blocks as a list, with kernels in the compute dtype: they are cast once, before a decode loop."""
         graph, stacked = nnx.split(self.blocks)
 
-        def cast(leaf):  # a norm's gain, [D], stays float32 as in the full forward
+        def cast(leaf):  # a norm's gain, [D], stays float32, as in the full forward pass
             return leaf.astype(self.config.dtype) if leaf.ndim > 1 else leaf
 
         return [
@@ -300,7 +284,7 @@ class ImageGPT(nnx.Module):
         ]
 
     def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """SOS, x_0, ..., x_{T-2}: what the model reads to predict x_0, ..., x_{T-1}. Not causal: x_0, ..., x_{T-1}."""
+        """The model's inputs: SOS, x_0, ..., x_{T-2}, or for a model that is not causal x_0, ..., x_{T-1}."""
         if not self.config.causal:
             return tokens
         start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
@@ -309,11 +293,11 @@ class ImageGPT(nnx.Module):
     def embed(
         self, inputs: Int[Array, "B P"], first_position: Array | int = 0, keep: Bool[Array, "B P"] | None = None
     ) -> Float[Array, "B P D"]:
-        """Token plus position vectors; `inputs` sit at first_position, first_position + 1, ...
+        """Token plus position vectors, of inputs at first_position, first_position + 1, ...
 
-        Where `keep` is False the token's vector is zero, as in the released code's BERT (src/model.py).
+        Where `keep` is False, the token's vector is zero, as in the released code's BERT (src/model.py).
         """
-        # Both tables are small: gathered whole, the lookup itself needs no communication.
+        # Both tables are small: all-gathering them first means that the lookup needs no communication.
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
         x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
         x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])
@@ -322,19 +306,19 @@ class ImageGPT(nnx.Module):
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
         if self.head is None:
             raise UserError("this model has no pixel head: it gives features, but can neither be sampled nor scored")
-        return self.head(normed, jnp.float32)  # accumulated and kept in float32 for the softmax that follows
+        return self.head(normed, jnp.float32)  # accumulated in float32 and not rounded, for the softmax
 
     def class_logits(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
         if self.classifier is None:
-            raise UserError("this model has no classifier; fine-tune one, or load a model that has")
+            raise UserError("this model has no classifier; fine-tune it, or load a model that has one")
         return self.classifier(pooled, jnp.float32)
 
     def run_blocks(
         self, x: Float[Array, "B P D"], key: Array | None = None, attend=None, by_layer=None, depth: int | None = None
     ) -> tuple[Array, BlockOutputs]:
-        """All blocks in turn, or the first `depth`. The BlockOutputs are stacked over layers: [L, B, ...].
+        """Runs all blocks, or the first `depth`. Returns the output and BlockOutputs stacked over layers, [L, B, ...].
 
-        `attend(q, k, v, key, of_layer)` takes the place of plain attention; `of_layer` is that layer's `by_layer`.
+        `attend(q, k, v, key, of_layer)` replaces plain attention; `of_layer` is the layer's slice of `by_layer`.
         """
         config = self.config
         depth = config.depth if depth is None else depth
@@ -355,15 +339,13 @@ class ImageGPT(nnx.Module):
         return jax.lax.scan(run_block, x, (stacked, jnp.arange(depth), keys, by_layer), unroll=unroll)
 
     def attend(self, q, k, v, key, of_layer=None):
-        """Every position to those before it and itself, or to all where the model is not causal."""
-        config = self.config
-        rate = config.attention_dropout
-        mixed = attention(q, k, v, backend=config.attention, causal=config.causal, dropout=rate, key=key)
-        return mixed, None
+        """Attention from every position to itself and earlier ones, or to all if the model is not causal."""
+        c = self.config
+        return attention(q, k, v, backend=c.attention, causal=c.causal, dropout=c.attention_dropout, key=key), None
 
 
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:
-    """The mean over positions, in float32: a thousand bfloat16 additions would lose the small ones."""
+    """The mean over positions, in float32 because a sum of a thousand bfloat16 numbers loses the small ones."""
     return jnp.mean(normed.astype(jnp.float32), axis=1)
 
 

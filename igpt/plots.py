@@ -1,6 +1,7 @@
-"""Pictures: grids of images, palettes, and accuracy by layer."""
+"""Pictures: grids of images, palettes, confusion matrices, and accuracy by layer."""
 
 import colorsys
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -9,12 +10,14 @@ import numpy as np
 from PIL import Image
 
 from igpt.errors import UserError
+from igpt.files import whole
 
 
 def image_grid(images: np.ndarray, columns: int = 0, min_side: int = 64, gap: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> one picture [.., .., 3], row by row, small images enlarged pixel by pixel.
+    """uint8 [N, H, W, 3] -> one picture [.., .., 3], filled row by row.
 
-    `columns` 0 makes the grid about square. Images are scaled by a whole factor until they measure `min_side`.
+    `columns` 0 makes the grid about square. Small images are enlarged by the smallest whole factor that brings their
+    longer side to at least `min_side` pixels.
     """
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -29,9 +32,9 @@ def image_grid(images: np.ndarray, columns: int = 0, min_side: int = 64, gap: in
 
 
 def palette_picture(colors: np.ndarray, before: np.ndarray, after: np.ndarray, columns: int = 32) -> np.ndarray:
-    """The colours uint8 [V, 3], then images [N, H, W, 3], and below them the same `after` quantisation.
+    """The colours uint8 [V, 3], and below them images [N, H, W, 3] before and after quantisation.
 
-    Rows of `columns` colours run from dark to light, and each row through the hues.
+    Rows of `columns` colours are sorted from dark to light, and the colours in a row by hue.
     """
     images = image_grid(np.concatenate([before, after]), columns=len(before), min_side=128)
     columns = min(columns, len(colors))
@@ -51,7 +54,7 @@ def palette_picture(colors: np.ndarray, before: np.ndarray, after: np.ndarray, c
 
 
 def check_writable(path) -> None:
-    """Raises UserError before hours of work go into a picture that cannot be written."""
+    """Raises UserError if no PNG can be written to `path`, before hours of work go into it."""
     folder = Path(path).absolute().parent
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"{path}: pictures are written as PNG; give a name that ends in .png")
@@ -60,67 +63,57 @@ def check_writable(path) -> None:
 
 
 def save_png(picture: np.ndarray, path) -> None:
-    """Writes uint8 [H, W, 3] as PNG, whole or not at all."""
-    partial = Path(f"{path}.partial")
-    Image.fromarray(picture).save(partial, format="PNG")
-    os.replace(partial, path)
+    """Writes uint8 [H, W, 3] as PNG. Raises OSError and leaves no file if it cannot be written whole."""
+    with whole(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
 
 
 def confusion_picture(counts: np.ndarray, path) -> None:
-    """A confusion matrix [C, C]: true classes down, predicted ones across, shares of each true class in percent."""
-    plt = _pyplot()
+    """Draws a confusion matrix [C, C] of counts: a row for each true class, a column for each predicted class.
+
+    The shade is the share of the true class in percent.
+    """
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = plt.subplots(figsize=(6.0, 5.4), layout="constrained")
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    axes.set(
-        xlabel="predicted class", ylabel="true class", title=f"test accuracy {np.trace(counts) / counts.sum():.2%}"
-    )
-    if len(counts) <= 20:
-        axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                color = "white" if shares[row, column] > 50 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, label="% of the true class")
-    _save(figure, path)
-
-
-def _pyplot():
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")  # a file, never a window
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure, path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    partial = f"{path}.partial"
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
-    _pyplot().close(figure)
+    accuracy = np.trace(counts) / counts.sum()
+    with _figure(path, width=6.0, height=5.4) as axes:
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        axes.set(xlabel="predicted class", ylabel="true class", title=f"test accuracy {accuracy:.2%}")
+        if len(counts) <= 20:
+            axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+            for (row, column), count in np.ndenumerate(counts):
+                if count:
+                    color = "white" if shares[row, column] > 50 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+        axes.figure.colorbar(image, label="% of the true class")
 
 
 def probe_curve(results: dict, path) -> None:
-    """Accuracy by layer of `eval_probe.py`'s results, with 95 % intervals, beside its baselines where it has them."""
-    figure, axes = _pyplot().subplots(figsize=(6.4, 4.0), layout="constrained")
-    for name, label, color in (
-        ("pretrained", "pretrained", "tab:blue"),
-        ("random_init", "random initialisation", "tab:gray"),
-    ):
-        if name not in results:
-            continue
-        layers = results[name]["layers"]
-        accuracy = np.array([layer["test_accuracy"] for layer in layers])
-        low, high = np.array([layer["interval"] for layer in layers]).T
-        index = [layer["layer"] for layer in layers]
-        axes.plot(index, 100 * accuracy, "o-", color=color, label=label)
-        axes.fill_between(index, 100 * low, 100 * high, color=color, alpha=0.15, linewidth=0)
-    if "raw_pixels" in results:
-        pixels = results["raw_pixels"]["test_accuracy"]
-        axes.axhline(100 * pixels, color="tab:orange", linestyle="--", label="raw pixels")
-    axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=index)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    _save(figure, path)
+    """Draws the accuracy by layer from eval_probe.py's results, with 95 % intervals, and the baselines if present."""
+    curves = (("pretrained", "pretrained", "tab:blue"), ("random_init", "random initialisation", "tab:gray"))
+    with _figure(path, width=6.4, height=4.0) as axes:
+        for name, label, color in curves:
+            if name not in results:
+                continue
+            layers = results[name]["layers"]
+            accuracy = np.array([layer["test_accuracy"] for layer in layers])
+            low, high = np.array([layer["interval"] for layer in layers]).T
+            index = [layer["layer"] for layer in layers]
+            axes.plot(index, 100 * accuracy, "o-", color=color, label=label)
+            axes.fill_between(index, 100 * low, 100 * high, color=color, alpha=0.15, linewidth=0)
+        if "raw_pixels" in results:
+            pixels = results["raw_pixels"]["test_accuracy"]
+            axes.axhline(100 * pixels, color="tab:orange", linestyle="--", label="raw pixels")
+        axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=index)
+        axes.legend()
+        axes.grid(alpha=0.3)
+
+
+@contextlib.contextmanager
+def _figure(path, width: float, height: float):
+    """The axes of a figure of this size in inches, which is then written as PNG. A notebook's back end is not used."""
+    from matplotlib.figure import Figure  # slow to import, and unlike pyplot without global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure.subplots()
+    with whole(path) as file:
+        figure.savefig(file, dpi=120, format="png")

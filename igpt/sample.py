@@ -4,9 +4,10 @@
     igpt sample --model=runs/digits --complete=test --keep=0.5 --num=7 --out=completions.png
     igpt sample --model=runs/faces --complete=photo.png --num=7 --out=completions.png
 
-Completions are drawn a row an image: what the model was shown, its --num continuations, and the original.
-All devices take part, each with images of its own unless --tensor lets several share one. Where several processes share
-the devices, all run this command; the first writes the picture.
+A completion is one row of the picture: the given upper part, --num continuations, and the original.
+
+Each device samples its own images, unless --tensor splits the model over several. With several processes, run this
+command in each of them; the first one writes the picture.
 """
 
 import dataclasses
@@ -18,20 +19,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from igpt.command import Parser, add_mesh_arguments, add_model_arguments, at_least
+from igpt.command import Parser, add_shared, at_least
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.interop.load import Pretrained, load
 from igpt.model import ImageGPT
+from igpt.palette import Palette
 from igpt.plots import check_writable, image_grid, save_png
-from igpt.run import cluster
+from igpt.run.cluster import add_process_arguments, is_first_process, join_from
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its logits. top_k 0 and top_p 1 keep the whole palette; temperature 0 is greedy."""
+    """How a token is drawn from its logits. top_k 0 and top_p 1 keep all tokens; temperature 0 is greedy."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -41,20 +43,20 @@ class Sampling:
         if not (self.temperature >= 0.0 and np.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; give the number of colours to keep, or 0 for all")
+            raise UserError(f"top_k is {self.top_k}; give the number of tokens to keep, or 0 for all")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all)")
 
 
 def image_keys(seed: int, num: int, first: int = 0) -> Array:
-    """A key for each of the images first, first + 1, ...: image i of a seed is the same in every batch."""
+    """One key for each of the images first, first + 1, ... Image i of a seed is the same in every batch."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(num))
 
 
 def sample_tokens(
     model: ImageGPT, prefix: Int[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
 ) -> Int[Array, "B T"]:
-    """Continues each row of `prefix` (P = 0: from nothing) to T tokens, on device from the first to the last."""
+    """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One program on the device draws all."""
     length = model.config.seq_len
     if not model.config.causal:
         raise UserError("this model was trained with the BERT objective: it predicts masked pixels and cannot sample")
@@ -67,18 +69,15 @@ def sample_tokens(
 def continue_inputs(
     model: ImageGPT, inputs: Int[np.ndarray, "B P"], stop: int, keys: Array, sampling: Sampling
 ) -> Int[Array, "B stop"]:
-    """Continues rows of inputs, as the model reads them (the SOS, then tokens), until there are `stop` <= T + 1.
+    """Continues rows of the model's inputs (the SOS, then tokens) until each has `stop` entries, at most T + 1.
 
-    `inputs` are padded to a power of two and `stop` is a value, so that few programs serve all lengths.
+    `inputs` are padded to a power of two, and `stop` is not static, so that few compiled programs serve all lengths.
     """
     given = inputs.shape[1]
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
-    greedy = sampling.temperature == 0.0
-    tokens = _generate(
-        graph, params, padded, given, stop, keys, sampling.temperature, greedy, sampling.top_k, sampling.top_p
-    )
-    return tokens[:, :stop]
+    rules = sampling.temperature, sampling.temperature == 0.0, sampling.top_k, sampling.top_p
+    return _generate(graph, params, padded, given, stop, keys, *rules)[:, :stop]
 
 
 def padded_length(length: int, most: int) -> int:
@@ -101,7 +100,7 @@ def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top
     def put(tokens, position, token):
         return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None].astype(tokens.dtype), position, axis=1)
 
-    def step(position, carry):  # reads the input at `position` and writes the one after it
+    def step(position, carry):  # reads the input at `position` and writes the next one
         tokens, cache = carry
         token = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
         logits, cache = model.decode(blocks, token, position, cache)
@@ -115,9 +114,9 @@ def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """Sets to -inf what lies outside the top_k largest logits, then outside the smallest set of probability top_p.
+    """Keeps the top_k largest logits, then the smallest set of them with probability top_p; sets others to -inf.
 
-    Values equal to the last one kept are kept too. Nucleus: Holtzman et al. 2019.
+    Logits equal to the smallest kept one are kept too. Top-p is nucleus sampling (Holtzman et al. 2019).
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -125,7 +124,7 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     if top_p < 1.0:
         descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # mass of all that is likelier
+        before = jnp.cumsum(probability, axis=-1) - probability  # total probability of likelier tokens
         smallest = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
@@ -135,8 +134,7 @@ def sample_images(
     pretrained: Pretrained, num: int, seed: int = 0, sampling: Sampling = Sampling(), batch_size: int = 64
 ) -> np.ndarray:
     """`num` unconditional images, uint8 [num, H, W, 3]."""
-    prefix = np.zeros((num, 0), np.int32)
-    return _in_batches(pretrained, prefix, image_keys(seed, num), sampling, batch_size)
+    return _in_batches(pretrained, np.zeros((num, 0), np.int32), seed, sampling, batch_size)
 
 
 def complete_images(
@@ -150,30 +148,29 @@ def complete_images(
 ) -> np.ndarray:
     """`num` continuations of the upper part of each uint8 image [N, H, W, 3]: uint8 [N, num, H, W, 3].
 
-    `keep` is the fraction of rows that are given; at least one row is kept back.
+    `keep` is the fraction of rows that is given; the model continues at least one row.
     """
     tokens = pretrained.palette.encode(images)
-    _, rows, columns = tokens.shape
-    given = kept_rows(keep, rows) * columns
-    prefix = np.repeat(tokens.reshape(len(images), -1)[:, :given], num, axis=0)
-    finished = _in_batches(pretrained, prefix, image_keys(seed, len(prefix)), sampling, batch_size)
+    given = tokens[:, : kept_rows(keep, tokens.shape[1])].reshape(len(images), -1)
+    finished = _in_batches(pretrained, np.repeat(given, num, axis=0), seed, sampling, batch_size)
     return finished.reshape(len(images), num, *images.shape[1:])
 
 
 def kept_rows(keep: float, rows: int) -> int:
-    """How many of the upper rows a completion is given."""
+    """The number of upper rows that are given to a completion."""
     if not 0.0 <= keep < 1.0:
-        raise UserError(f"keep is {keep}; it is the fraction of the rows that is given, from 0 to below 1")
+        raise UserError(f"keep is {keep}; it is the fraction of the rows that is given, at least 0 and below 1")
     return min(round(keep * rows), rows - 1)
 
 
-def _in_batches(pretrained, prefix, keys, sampling, batch_size) -> np.ndarray:
-    """Samples at most `batch_size` images at a time, or one a device of the mesh around.
+def _in_batches(pretrained, prefix, seed, sampling, batch_size) -> np.ndarray:
+    """Samples in batches of `batch_size`, rounded up so that every device of the current mesh gets equally many images.
 
-    A batch is filled up with its last image, so that one program serves all and the devices get equally many.
+    Copies of the last image fill the last batch, so that all batches have one shape and share one compiled program.
     """
     grid = pretrained.palette.grid(*pretrained.config.data.image_size)
     count, images = len(prefix), []
+    keys = image_keys(seed, count)
     batch_size = min(batch_size, count)
     batch_size += -batch_size % batch_shards(jax.sharding.get_abstract_mesh())
     for start in range(0, count, batch_size):
@@ -184,52 +181,57 @@ def _in_batches(pretrained, prefix, keys, sampling, batch_size) -> np.ndarray:
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model_arguments(parser)
+    add_shared(parser, "model", "step")
     parser.add_argument("--out", required=True, help="the PNG to write")
-    parser.add_argument(
-        "--num", type=at_least(1), default=16, help="images, or continuations of each image (default 16)"
-    )
-    parser.add_argument("--complete", metavar="IMAGE", help="an image file, or 'test': images of the run's test split")
-    parser.add_argument(
-        "--images", type=at_least(1), default=8, help="how many images '--complete=test' takes (default 8)"
-    )
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows given (default 0.5)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest colours; 0: all (default)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest mass p (default 1: all)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
-    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images sampled at a time (default 64)")
-    add_mesh_arguments(parser)
-    cluster.add_process_arguments(parser)
+    parser.add_argument("--num", type=at_least(1), default=16, help="samples, or completions per image (default 16)")
+    parser.add_argument("--complete", metavar="IMAGE", help="an image file, or 'test' for images of the test split")
+    parser.add_argument("--images", type=at_least(1), default=8, help="images of the test split (default 8)")
+    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows that is given (default 0.5)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy (default 1)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens (default 0: from all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest share p (default 1: all)")
+    add_shared(parser, "seed", "batch_size", "fsdp", "tensor")
+    add_process_arguments(parser)
 
 
 def run(args) -> None:
-    """Samples or completes images as the command line says, and writes the picture."""
-    cluster.join_from(args)
+    """Samples or completes images and writes the picture."""
+    join_from(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    first = jax.process_index() == 0
-    if first:
+    if is_first_process():
         check_writable(args.out)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(args.model, args.step, mesh)
-    settings = pretrained.config.data
-    if not args.complete:
-        with jax.set_mesh(mesh):
-            picture = image_grid(sample_images(pretrained, args.num, args.seed, sampling, args.batch_size))
-    else:
-        if args.complete == "test":
-            if not settings.source:
-                raise UserError(f"{args.model} was not trained here and has no test split; give an image file")
-            images = open_source(settings).test.images[: args.images]
+    options = args.num, args.seed, sampling, args.batch_size
+    with jax.set_mesh(mesh):
+        if args.complete:
+            images = _images_to_complete(args, pretrained.config.data)
+            continuations = complete_images(pretrained, images, args.keep, *options)
+            picture = completion_picture(pretrained.palette, images, args.keep, continuations)
         else:
-            images = read_image(args.complete, *settings.image_size, settings.channels)[None]
-        with jax.set_mesh(mesh):
-            finished = complete_images(pretrained, images, args.keep, args.num, args.seed, sampling, args.batch_size)
-        originals = pretrained.palette.decode(pretrained.palette.encode(images))
-        shown = originals.copy()
-        shown[:, kept_rows(args.keep, images.shape[1]) :] = 255
-        rows = np.concatenate([shown[:, None], finished, originals[:, None]], axis=1)
-        picture = image_grid(rows.reshape(-1, *images.shape[1:]), columns=args.num + 2)
-    if first:
+            picture = image_grid(sample_images(pretrained, *options))
+    if is_first_process():
         save_png(picture, args.out)
         print(f"wrote {args.out}")
+
+
+def _images_to_complete(args, data) -> np.ndarray:
+    """uint8 [N, H, W, 3]: the file that --complete names, or the first --images images of the test split."""
+    if args.complete != "test":
+        return read_image(args.complete, *data.image_size, data.channels)[None]
+    if not data.source:
+        raise UserError(f"{args.model} was not trained here and has no test split; give an image file")
+    return open_source(data).test.images[: args.images]
+
+
+def completion_picture(palette: Palette, images: np.ndarray, keep: float, continuations: np.ndarray) -> np.ndarray:
+    """One row for each image: its given upper part, its continuations, and the original.
+
+    images: uint8 [N, H, W, 3], shown in the palette's colours, as the model reads them. continuations: what
+    `complete_images` returned for them and `keep`, [N, num, H, W, 3].
+    """
+    originals = palette.decode(palette.encode(images))
+    given = originals.copy()
+    given[:, kept_rows(keep, images.shape[1]) :] = 255
+    rows = np.concatenate([given[:, None], continuations, originals[:, None]], axis=1)
+    return image_grid(rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1])

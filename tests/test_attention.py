@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igpt import attention as attention_module
-from igpt.attention import attend_to_cache, attention, resolve_backend
+from igpt import chunked
+from igpt.attention import _splash, attend_to_cache, attention, resolve_backend
 from igpt.errors import UserError
 from igpt.sharding import make_mesh
 
@@ -36,67 +36,9 @@ def test_the_reference_is_softmax_attention(causal):
     np.testing.assert_allclose(ours, by_hand(q, k, v, causal), atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [1, 7, 8, 23, 32])  # shorter than a block, whole blocks, and a rest
-def test_chunked_equals_the_reference_in_value_and_gradient(monkeypatch, length, causal):
-    monkeypatch.setattr(attention_module, "CHUNK", 8)
-    q, k, v = random_qkv(length)
-    weights = jax.random.normal(jax.random.key(9), q.shape)
-
-    def value_and_grads(backend):
-        def weighted(q, k, v):
-            return jnp.sum(weights * attention(q, k, v, backend=backend, causal=causal))
-
-        value = jax.jit(lambda q, k, v: attention(q, k, v, backend=backend, causal=causal))
-        return value(q, k, v), *jax.jit(jax.grad(weighted, (0, 1, 2)))(q, k, v)
-
-    for ours, reference in zip(value_and_grads("chunked"), value_and_grads("reference"), strict=True):
-        np.testing.assert_allclose(ours, reference, atol=2e-6)
-
-
-def test_chunked_never_computes_blocks_above_the_diagonal():
-    q, k, v = random_qkv(16 * attention_module.CHUNK, batch=1, heads=1)
-
-    def product_flops(backend):
-        """Multiply-adds in the program as traced: what a back end asks for, whatever the compiler does."""
-        jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, backend=backend))(q, k, v)
-        return count_dot_flops(jaxpr.jaxpr)
-
-    assert product_flops("chunked") == product_flops("reference") * 17 // 32  # 1 + 2 + ... + 16 of 16 x 16 blocks
-
-
-def count_dot_flops(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
-        times = equation.params.get("length", 1)  # of a scan
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += times * count_dot_flops(inner)
-    return total
-
-
-def test_memory_of_chunked_grows_with_the_length_not_with_its_square():
-    def temporaries(backend, blocks):
-        q, k, v = random_qkv(blocks * attention_module.CHUNK, batch=1, heads=4)
-
-        def loss(q, k, v):
-            return jnp.sum(attention(q, k, v, backend=backend) ** 2)
-
-        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries("chunked", 8) < 2.2 * temporaries("chunked", 4)
-    assert temporaries("reference", 8) > 3.5 * temporaries("reference", 4)
-    assert temporaries("chunked", 8) < 0.1 * temporaries("reference", 8)
-
-
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_position_t_sees_nothing_after_it(monkeypatch, backend):
-    monkeypatch.setattr(attention_module, "CHUNK", 4)
+    monkeypatch.setattr(chunked, "BLOCK", 4)
     q, k, v = random_qkv(11)
     jacobian = jax.jit(jax.jacobian(lambda v: attention(q, k, v, backend=backend)[0, :, 0, 0]))(v)  # [T, B, T, N, K]
     influence = np.abs(jacobian).sum(axis=(1, 3, 4))
@@ -112,7 +54,7 @@ def test_the_cache_gives_what_the_full_sequence_gives():
         np.testing.assert_allclose(step, full[:, position], atol=1e-6)
 
 
-def test_dropout_keeps_the_mean_and_is_refused_where_it_cannot_be():
+def test_dropout_keeps_the_mean_and_other_back_ends_refuse_it():
     q, k, _ = random_qkv(5)
     v = jnp.ones((2, 5, 3, 5))
     keys = jax.random.split(jax.random.key(0), 2000)
@@ -127,7 +69,7 @@ def test_dropout_keeps_the_mean_and_is_refused_where_it_cannot_be():
 @pytest.mark.parametrize("mesh", [None, (2, 1, 2)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_splash_equals_the_reference_in_value_and_gradient(causal, mesh):
-    """The kernel itself, interpreted: alone, and on each device's examples and heads."""
+    """Runs the kernel in its interpreter, on one device, and on each device's own examples and heads."""
     q, k, v = random_qkv(128, heads=2, size=32)
     weights = jax.random.normal(jax.random.key(9), q.shape)
 
@@ -137,14 +79,14 @@ def test_splash_equals_the_reference_in_value_and_gradient(causal, mesh):
     with contextlib.ExitStack() as stack:
         if mesh:
             stack.enter_context(jax.set_mesh(make_mesh(*mesh, devices=jax.devices()[:4])))
-        ours = value_and_grads(lambda q, k, v: attention_module._splash(q, k, v, causal, interpret=True))
+        ours = value_and_grads(lambda q, k, v: _splash(q, k, v, causal, interpret=True))
     reference = value_and_grads(lambda q, k, v: attention(q, k, v, backend="reference", causal=causal))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [64, 300])
-def test_lengths_that_the_kernel_cannot_read_go_another_way(length):
+def test_splash_takes_another_way_for_lengths_its_kernel_cannot_read(length):
     q, k, v = random_qkv(length)
     ours, reference = (attention(q, k, v, backend=backend) for backend in ("splash", "reference"))
     np.testing.assert_allclose(ours, reference, atol=2e-6)

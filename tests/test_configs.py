@@ -102,8 +102,8 @@ def test_the_imagenet_configs_train_as_published(argument, rate, batch, steps, w
     [
         ("xs", "choose s, m, l, l48, xl"),
         ("", "choose s, m, l, l48, xl"),
-        ("s:gan", "or with :bert behind it"),
-        ("s:", "or with :bert behind it"),
+        ("s:gan", "or add :bert, as in l:bert"),
+        ("s:", "or add :bert, as in l:bert"),
         ("xl:bert", "BERT for s, m, l only"),
     ],
 )

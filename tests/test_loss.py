@@ -11,7 +11,7 @@ from igpt.loss import bits_per_dim, cross_entropy, dropped_pixels, make_loss, ma
 from tests.helpers import TINY_MODEL, random_model, random_tokens
 
 
-def test_next_pixel_is_the_mean_cross_entropy_of_each_image_with_its_gradient():
+def test_next_pixel_equals_optax_s_cross_entropy_in_value_and_gradient():
     logits = jax.random.normal(jax.random.key(0), (3, 7, 11))
     tokens = jax.random.randint(jax.random.key(1), (3, 7), 0, 11)
 
@@ -34,7 +34,7 @@ def test_bits_per_dim_counts_every_byte_of_the_image():
     assert np.isclose(bits_per_dim(2.0895, 1024, 32, 32, 3), 3.0145 / 3, atol=1e-4)  # iGPT-S on ImageNet
 
 
-def test_the_marginal_entropy_is_what_the_best_order_0_model_pays():
+def test_marginal_entropy_is_the_loss_of_the_best_model_without_context():
     tokens = np.array([[0, 2], [0, 1], [0, 2], [0, 1]])
     assert np.isclose(marginal_entropy(tokens, vocab_size=3), np.log(2) / 2)
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def test_the_marginal_entropy_is_what_the_best_order_0_model_pays():
     assert np.isclose(marginal_entropy(tokens, 5), paid)
 
 
-def test_dropped_pixels_is_the_mean_cross_entropy_over_an_image_s_dropped_positions_alone():
+def test_dropped_pixels_averages_over_the_dropped_positions_of_an_image():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(5, 7, 11))
     tokens, keep = rng.integers(0, 11, (5, 7)), rng.random((5, 7)) < 0.6
@@ -63,7 +63,7 @@ def test_dropped_pixels_is_the_mean_cross_entropy_over_an_image_s_dropped_positi
 
 
 def network_and_batch(masks=0, **fields):
-    """A random network of five classes, as (graph, params), and a batch with labels and `masks` masks an image."""
+    """A random network with five classes, its parameters, and a batch with labels and `masks` masks per image."""
     model = random_model(dataclasses.replace(TINY_MODEL, num_classes=5, causal=not masks, **fields))
     batch = {"tokens": random_tokens(), "label": jnp.array([4, 0, 2])}
     if masks:
@@ -72,7 +72,7 @@ def network_and_batch(masks=0, **fields):
 
 
 @pytest.mark.parametrize("masks", [0, 3])
-def test_the_joint_loss_weighs_pixels_and_labels_averages_over_masks_and_has_them_vote(masks):
+def test_the_joint_loss_weights_its_parts_and_averages_over_masks(masks):
     model, params, batch = network_and_batch(masks)
     values = jax.jit(make_loss(nnx.graphdef(model), generative=0.5, classification=2.0))(params, batch)
     assert values.keys() == {"loss", "generative_loss", "classification_loss", "accuracy"}
@@ -94,7 +94,7 @@ def test_the_joint_loss_weighs_pixels_and_labels_averages_over_masks_and_has_the
     np.testing.assert_array_equal(values["accuracy"], vote(classes, 5) == batch["label"])
 
 
-def test_the_gradient_of_a_loss_reaches_what_it_is_made_of_and_nothing_else():
+def test_only_the_heads_that_a_loss_uses_get_a_gradient():
     model, params, batch = network_and_batch()
 
     def largest(generative, classification):
@@ -114,14 +114,14 @@ def test_a_loss_without_pixels_needs_no_head_for_them():
     np.testing.assert_array_equal(values["loss"], values["classification_loss"])
 
 
-def test_the_class_with_most_votes_wins_whatever_the_order_of_the_masks():
+def test_the_class_with_most_votes_wins_for_any_order_of_the_masks():
     rng = np.random.default_rng(0)
     classes = np.array([[2, 2, 0, 1, 2], [4, 3, 3, 3, 3], [1, 1, 1, 1, 1], [0, 4, 4, 0, 4]]).T
     for _ in range(10):
         np.testing.assert_array_equal(vote(rng.permutation(classes), 5), [2, 3, 1, 4])
 
 
-def test_a_tie_goes_to_one_of_the_tied_by_chance_but_alike_in_every_batch():
+def test_a_tie_is_broken_at_random_and_equally_in_every_batch():
     rng = np.random.default_rng(0)
     classes = rng.permuted(np.repeat([[0], [0], [3], [3], [1]], 600, axis=1), axis=0)
     winners = np.asarray(vote(classes, 5))

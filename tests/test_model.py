@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from igpt import attention as attention_module
+from igpt import chunked
 from igpt.errors import UserError
 from igpt.loss import next_pixel
 from igpt.model import PRESETS, ImageGPT, ModelConfig, Norm, count_params
 from igpt.plan import compiled as planned
 from tests.helpers import TINY_MODEL, random_model, random_tokens, with_config
 
-# Compiled: op by op, a forward pass takes seconds the first time.
+# Compiled, because op by op a first forward pass takes seconds.
 logits_of = jax.jit(lambda model, tokens, key=None: model(tokens, key))
 features_of = jax.jit(lambda model, tokens, keep=None: model.features(tokens, keep=keep))
 masked_logits_of = jax.jit(lambda model, tokens, keep: model.logits(model.normed(tokens, keep=keep)))
@@ -117,7 +117,7 @@ def test_logits_and_features_equal_the_released_arithmetic(fields):
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_logits_at_i_depend_on_no_token_from_i_on(monkeypatch, backend):
-    monkeypatch.setattr(attention_module, "CHUNK", 4)
+    monkeypatch.setattr(chunked, "BLOCK", 4)
     model = with_config(random_model(), attention=backend)
     tokens = random_tokens(batch=1)
 
@@ -149,7 +149,7 @@ def test_bert_computes_the_released_arithmetic_with_tokens_dropped():
     np.testing.assert_allclose(classes, features[-1] @ np.asarray(model.classifier.kernel[...]), atol=5e-5)
 
 
-def test_a_dropped_token_influences_nothing_but_its_position_does_and_so_does_every_kept_token():
+def test_kept_tokens_and_all_positions_have_influence_dropped_tokens_none():
     model, tokens, keep = random_model(BERT), random_tokens(), random_keep()
     other = jnp.where(keep, tokens, (tokens + 5) % 11)
     for compute in (masked_logits_of, features_of):
@@ -161,14 +161,14 @@ def test_a_dropped_token_influences_nothing_but_its_position_does_and_so_does_ev
 
     by_position = jax.jit(jax.jacobian(logits))(params["position_table"])  # [B, T, D, positions, D]
     assert (jnp.abs(by_position).sum(axis=(2, 4)) > 0).all()
-    image, position = 1, int(jnp.flatnonzero(keep[1])[-1])  # a late one: the earlier positions see it too
+    image, position = 1, int(jnp.flatnonzero(keep[1])[-1])  # the last kept token, which earlier positions see too
     changed = tokens.at[image, position].set((tokens[image, position] + 5) % 11)
     difference = abs(masked_logits_of(model, tokens, keep) - masked_logits_of(model, changed, keep)).max(axis=-1)
     assert (difference[image] > 1e-6).all() and (difference[jnp.array([0, 2])] == 0).all()
 
 
 @pytest.mark.parametrize("config", [TINY_MODEL, BERT], ids=["causal", "bert"])
-def test_features_of_any_layers_in_any_order_are_the_rows_of_all_of_them(config):
+def test_features_of_some_layers_equal_their_rows_among_all_layers(config):
     model, tokens, keep = random_model(config), random_tokens(), None if config.causal else random_keep()
     whole = features_of(model, tokens, keep)
     orders = [(0,), (1,), (3,), (2, 0), (1, 3), (2, 0, 2), (3, 2, 1, 0), np.array([1, 0])]
@@ -185,7 +185,7 @@ def test_blocks_above_the_last_layer_asked_for_are_not_computed():
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], [], [0, 7]])
-def test_a_layer_that_is_not_there_is_refused(layers):
+def test_a_layer_that_does_not_exist_is_refused(layers):
     with pytest.raises(UserError, match=r"layers .* were asked for; this model has 0 \(the embedding's norm\) to 3"):
         random_model().features(random_tokens(), layers)
 
@@ -216,7 +216,7 @@ def test_cached_decoding_equals_the_full_forward(given):
     ],
 )
 def test_ways_of_computing_agree_in_loss_and_gradients(monkeypatch, change):
-    monkeypatch.setattr(attention_module, "CHUNK", 4)  # several blocks, and a rest
+    monkeypatch.setattr(chunked, "BLOCK", 4)  # several blocks, the last one incomplete
     tokens = random_tokens()
 
     def loss_and_grads(model):
@@ -275,7 +275,7 @@ def test_the_classifier_reads_the_pooled_final_norm():
     np.testing.assert_allclose(jax.jit(lambda m, t: m.classify(t))(model, tokens), expected, rtol=0, atol=1e-5)
 
 
-def test_a_head_that_is_not_there_is_missed_with_a_sentence():
+def test_a_model_without_a_head_refuses_to_use_it():
     bare = random_model(dataclasses.replace(TINY_MODEL, pixel_head=False))
     assert features_of(bare, random_tokens()).shape == (4, 3, 14)
     with pytest.raises(UserError, match="no pixel head"):
@@ -295,9 +295,9 @@ def test_the_norm_neither_centres_nor_shifts():
         ({"width": 15}, "width 15 is not divisible by model.num_heads 2"),
         ({"depth": 0}, "depth is 0"),
         ({"residual_dropout": 1.0}, r"residual_dropout is 1.0.*\[0, 1\)"),
-        ({"dtype": "float16"}, "'float16'; choose one of float32, bfloat16"),
-        ({"attention": "auto"}, "'auto'; choose one of reference"),
-        ({"remat": "some"}, "'some'; choose one of none"),
+        ({"dtype": "float16"}, "'float16'; choose float32, bfloat16"),
+        ({"attention": "flash"}, "'flash'; choose reference"),
+        ({"remat": "some"}, "'some'; choose none"),
         ({"mlp_width": -1}, "mlp_width is -1"),
     ],
 )

@@ -1,3 +1,4 @@
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,10 +15,10 @@ def test_a_grid_shows_every_image_row_by_row_enlarged_by_whole_pixels():
         top, left = 1 + i // 2 * 7, 1 + i % 2 * 9
         np.testing.assert_array_equal(picture[top : top + 6 : 2, left : left + 8 : 2], image)
         np.testing.assert_array_equal(picture[top + 1 : top + 6 : 2, left + 1 : left + 8 : 2], image)
-    assert (picture[0] == 255).all() and (picture[-7:-1, 10:] == 255).all()  # gaps, and the empty sixth place
+    assert (picture[0] == 255).all() and (picture[-7:-1, 10:] == 255).all()  # gaps, and the empty sixth cell
 
 
-def test_pictures_are_written_whole(tmp_path):
+def test_a_written_picture_is_complete_and_the_only_file(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     save_png(picture, tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
@@ -52,10 +53,16 @@ def test_the_picture_of_a_palette_has_every_colour_and_every_image(colors):
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_a_confusion_matrix_is_a_picture_even_of_a_class_without_images(tmp_path, classes):
+def test_a_confusion_matrix_is_drawn_even_for_a_class_without_images(tmp_path, classes):
     counts = np.random.default_rng(0).integers(0, 9, (classes, classes))
     counts[1] = 0
     with np.errstate(all="raise"):
         confusion_picture(counts, tmp_path / "confusion.png")
     assert Image.open(tmp_path / "confusion.png").size[0] > 300
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
+
+
+def test_drawing_does_not_switch_matplotlib_s_back_end(tmp_path):
+    with matplotlib.rc_context({"backend": "svg"}):
+        confusion_picture(np.eye(3, dtype=int), tmp_path / "confusion.png")
+        assert matplotlib.get_backend() == "svg"

@@ -13,7 +13,16 @@ from igpt.errors import UserError
 from igpt.interop.load import Pretrained
 from igpt.model import ModelConfig
 from igpt.palette import Palette
-from igpt.sample import Sampling, complete_images, image_keys, kept_rows, sample_images, sample_tokens, truncate
+from igpt.sample import (
+    Sampling,
+    complete_images,
+    completion_picture,
+    image_keys,
+    kept_rows,
+    sample_images,
+    sample_tokens,
+    truncate,
+)
 from igpt.sharding import make_mesh, shardings
 from tests.helpers import TINY_MODEL, random_model, write_run
 
@@ -43,7 +52,7 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward():
     np.testing.assert_array_equal(tokens, model(tokens).argmax(-1))
 
 
-def test_a_completion_keeps_what_was_given_and_conditions_on_it():
+def test_a_completion_keeps_the_given_tokens_and_depends_on_them():
     model = random_model()
     prefix = np.array([[3, 1, 4, 1, 5], [3, 1, 4, 1, 6]], np.int32)
     tokens = sample_tokens(model, prefix, image_keys(0, 2), Sampling(temperature=0.0))
@@ -89,7 +98,7 @@ def pretrained(height=3, width=4, model_width=14, num_heads=2):
     return Pretrained(ConfigDict({"data": {"image_size": (height, width)}}), random_model(config), greys)
 
 
-def test_images_do_not_depend_on_how_many_are_made_at_a_time():
+def test_images_do_not_depend_on_the_batch_size():
     ours = pretrained()
     images = sample_images(ours, num=7, seed=1)
     assert images.shape == (7, 3, 4, 3) and images.dtype == np.uint8
@@ -104,23 +113,23 @@ def on_mesh(ours, mesh):
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_images_are_the_same_on_any_mesh_also_where_its_devices_do_not_divide_them(monkeypatch, sizes):
+def test_images_are_the_same_on_any_mesh_also_if_it_does_not_divide_them(monkeypatch, sizes):
     ours, mesh, batches = pretrained(model_width=16, num_heads=4), make_mesh(*sizes), []
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), np.uint8)
     alone = complete_images(ours, images, keep=0.4, num=1, seed=1)
 
-    def noted(model, prefix, *arguments):
+    def record(model, prefix, *arguments):
         batches.append(len(prefix))
         return sample_tokens(model, prefix, *arguments)
 
-    monkeypatch.setattr(sample, "sample_tokens", noted)
+    monkeypatch.setattr(sample, "sample_tokens", record)
     with jax.set_mesh(mesh):
         together = complete_images(on_mesh(ours, mesh), images, keep=0.4, num=1, seed=1, batch_size=3)
     np.testing.assert_array_equal(together, alone)
     assert batches == {8: [8], 4: [4, 4], 2: [4, 4]}[sizes[0] * sizes[1]]
 
 
-def test_the_command_makes_the_same_picture_however_its_devices_share_the_work(tmp_path):
+def test_the_command_makes_the_same_picture_with_fsdp_and_tensor(tmp_path):
     run = write_run(tmp_path / "run", source="", steps=(2,), depth=1)
     for name, flags in (("apart", []), ("shared", ["--fsdp=2", "--tensor=2"])):
         run_igpt(["sample", f"--model={run}", "--num=3", f"--out={tmp_path}/{name}.png", *flags])
@@ -134,6 +143,18 @@ def test_completed_images_keep_their_upper_rows():
     assert finished.shape == (2, 5, 3, 4, 3)
     np.testing.assert_array_equal(finished[:, :, :2], np.repeat(images[:, None, :2], 5, axis=1))
     assert len(np.unique(finished[0, :, 2], axis=0)) > 1
+
+
+def test_a_completion_row_shows_given_rows_continuations_and_original(monkeypatch):
+    palette = pretrained().palette
+    images = palette.decode(np.random.default_rng(0).integers(0, 11, (2, 3, 4)))
+    continuations = np.zeros((2, 5, 3, 4, 3), np.uint8)
+    monkeypatch.setattr(sample, "image_grid", lambda cells, columns: cells.reshape(-1, columns, *cells.shape[1:]))
+    rows = completion_picture(palette, images, 0.67, continuations)
+    np.testing.assert_array_equal(rows[:, 0, :2], images[:, :2])
+    assert (rows[:, 0, 2:] == 255).all()
+    np.testing.assert_array_equal(rows[:, 1:-1], continuations)
+    np.testing.assert_array_equal(rows[:, -1], images)
 
 
 def test_at_least_one_row_is_left_to_complete():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from igpt import attention as attention_module
+from igpt import chunked
 from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
@@ -118,10 +118,10 @@ def test_the_step_counts_updates():
 
 def test_chunked_attention_trains_alike_on_one_device_and_on_eight(monkeypatch):
     plain, _ = train(one_device())
-    monkeypatch.setattr(attention_module, "CHUNK", 4)  # several blocks, and a rest
+    monkeypatch.setattr(chunked, "BLOCK", 4)  # several blocks, the last one incomplete
     for mesh in (one_device(), make_mesh(2, 2, 2)):
-        chunked, _ = train.__wrapped__(mesh, remat="dots", attention="chunked")
-        np.testing.assert_allclose(chunked, plain, rtol=1e-5)
+        history, _ = train.__wrapped__(mesh, remat="dots", attention="chunked")
+        np.testing.assert_allclose(history, plain, rtol=1e-5)
 
 
 def test_evaluation_weighs_every_unmasked_example_alike():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from igpt.command import Parser, at_least
+from igpt.command import Parser, add_shared, at_least
 from igpt.data.sources import add_source_arguments, load_source, source_settings
 from igpt.errors import UserError
 from igpt.palette import Palette
@@ -109,7 +109,7 @@ def add_arguments(parser: Parser) -> None:
     add_source_arguments(parser, size="32")
     parser.add_argument("--colors", type=at_least(1), default=512, help="in the palette (default 512, as in the paper)")
     parser.add_argument("--pixels", type=at_least(1), default=1_000_000, help="most pixels sampled (default 1000000)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the sample and of k-means (default 0)")
+    add_shared(parser, "seed")
     parser.add_argument("--out", required=True, help="the .npy to write")
     parser.add_argument("--picture", default="", help="a .png to write: the palette, and images before and after")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")

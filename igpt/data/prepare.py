@@ -35,8 +35,8 @@ from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_
 from igpt.data.settings import DataConfig
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
-from igpt.files import read_json, whole, write_text
-from igpt.palette import Palette, write_array
+from igpt.files import read_json, whole, write_array, write_text
+from igpt.palette import Palette
 
 PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
 Shard = tuple[str, int]  # split, number

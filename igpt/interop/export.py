@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from igpt.command import Parser, add_model_arguments
+from igpt.command import Parser, add_shared
 from igpt.errors import UserError
 from igpt.files import check_new, read_json, write_new
 from igpt.interop import hf_weights
@@ -73,7 +73,7 @@ def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model_arguments(parser)
+    add_shared(parser, "model", "step")
     parser.add_argument("--out", required=True, help="the Hugging Face directory to make")
 
 

@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
+from igpt.color_table import BYTE_LEVELS, MAX_COLORS, ColorTable
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
 from igpt.interop.hub import resolve
 from igpt.interop.pixels import rgb_batches
-from igpt.palette import BYTE_LEVELS, MAX_COLORS, ColorTable, Palette
+from igpt.palette import Palette
 
 FILE_NAME = "preprocessor_config.json"
 MAX_PIXELS = 1 << 24  # in a resized image

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from igpt.command import Parser
+from igpt.command import Parser, add_shared
 from igpt.errors import UserError
 from igpt.files import write_text
 from igpt.plan.compiled import GIB, USABLE_SHARE, compile_plan
@@ -68,7 +68,7 @@ def format_table(plan: dict) -> str:
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--topology", required=True, help="chips of v4, v5e, v5p or v6e, such as v5e:8x8; or gpu:8")
-    parser.add_argument("--json", help="a file for the figures")
+    add_shared(parser, "json")
     parser.add_argument("--search", action="store_true", help="try meshes, remat and micro-batches; print the best")
 
 
