@@ -26,7 +26,7 @@ KEPT = "attention"  # names what the backward pass needs of the forward: see REM
 SPLASH_BLOCKS = (512, 256, 128)  # queries and keys a block of the TPU's kernel: the largest that divides T
 
 
-def resolve_backend(name: str, device: jax.Device, dtype: str, head_size: int, seq_len: int) -> str:
+def resolve_backend(name: str, device, dtype: str, head_size: int, seq_len: int) -> str:
     """The back end that `name` ("auto" or one of BACKENDS) means on `device`; an impossible one is an error."""
     capability = str(getattr(device, "compute_capability", ""))  # "9.0" with CUDA, "gfx90a" with ROCm, absent elsewhere
     ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
@@ -101,7 +101,7 @@ def _attend(q, k, v, causal, dropout=0.0, key=None):
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     if causal:
         position = jnp.arange(q.shape[1])
-        scores = jnp.where(position <= position[:, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(position[None] <= position[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if key is not None:
         weights = jnp.where(jax.random.bernoulli(key, 1.0 - dropout, weights.shape), weights / (1.0 - dropout), 0.0)
@@ -174,7 +174,7 @@ def _block_pairs(count: int, causal: bool) -> tuple[Array, Array]:
 def _block_scores(q, k, i, j, length, causal):
     """Float32 scores of query block i against key block j; the last block's padding and later keys are masked."""
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
-    query, key = i * CHUNK + jnp.arange(CHUNK)[:, None], j * CHUNK + jnp.arange(CHUNK)
+    query, key = i * CHUNK + jnp.arange(CHUNK)[:, None], j * CHUNK + jnp.arange(CHUNK)[None]
     visible = (key <= query) & (key < length) if causal else key < length
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 

@@ -152,7 +152,7 @@ def _check_objective(config: ConfigDict) -> None:
         )
 
 
-def model_config(config: ConfigDict, device: jax.Device | None = None) -> ModelConfig:
+def model_config(config: ConfigDict, device=None) -> ModelConfig:
     """The network that a run's configuration means on a device, by default this machine's: settles every "auto"."""
     device = device or jax.devices()[0]
     height, width = config.data.image_size  # the palette's grid: a token a pixel

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -138,7 +139,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)  # a mean of squares loses too much in bfloat16
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale * self.gain[...]).astype(x.dtype)
+        return (wide * scale * jnp.broadcast_to(self.gain[...], x.shape)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -151,7 +152,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, out_dtype=None) -> Array:
         y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
 
 
 class Block(nnx.Module):
@@ -241,7 +242,10 @@ class ImageGPT(nnx.Module):
         return self.final_norm(x)
 
     def features(
-        self, tokens: Int[Array, "B T"], layers: Sequence[int] | None = None, keep: Bool[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        layers: Sequence[int] | np.ndarray | None = None,
+        keep: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "l B D"]:
         """f^l, the mean over positions of the normed input of block l; l = L is after the final norm (section 2.4).
 
@@ -251,7 +255,7 @@ class ImageGPT(nnx.Module):
         layers = range(depth + 1) if layers is None else layers
         if not len(layers) or not all(0 <= layer <= depth for layer in layers):
             raise UserError(f"layers {list(layers)} were asked for; this model has 0 (the embedding's norm) to {depth}")
-        last = max(layers)
+        last = int(max(layers))
         x, outputs = self.run_blocks(self.embed(self.inputs(tokens), keep=keep), depth=last)
         if last < depth:
             graph, stacked = nnx.split(self.blocks.attention_norm)
@@ -316,7 +320,7 @@ class ImageGPT(nnx.Module):
         # Both tables are small: gathered whole, the lookup itself needs no communication.
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
         x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
-        x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])
+        x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]
         return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:

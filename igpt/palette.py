@@ -83,7 +83,7 @@ class ColorTable:
                 if cube[blue, -1, green, -1, red, -1] == UNKNOWN:  # no other thread has filled it meanwhile
                     self._fill(red, green, blue)
 
-    def _fill(self, red: int, green: int, blue: int) -> None:
+    def _fill(self, red: np.integer, green: np.integer, blue: np.integer) -> None:
         """Computes the 4096 entries of one cell, looking only at centres that may be nearest to one of its colours.
 
         Rounding never reverses an order, so the bounds, summed as the distances are, hold for computed distances to

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from igpt.model import ImageGPT, ModelConfig
 from igpt.sharding import shard_batch, shardings, to_devices
@@ -20,7 +19,7 @@ from igpt.sharding import shard_batch, shardings, to_devices
 class TrainState:
     """All that an update changes: how many there were, the parameters (nested dicts), the optimizer's moments."""
 
-    step: Int[Array, ""]
+    step: Any  # an int32 scalar; maps over the tree also put shapes and shardings here
     params: dict
     opt_state: Any
 

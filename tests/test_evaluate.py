@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -32,9 +33,9 @@ def nats(logits, tokens):
     return -np.take_along_axis(log_probability, tokens[..., None], -1)[..., 0]
 
 
-def test_the_loss_is_the_mean_over_images_with_its_standard_error_whatever_the_batch_size():
+def test_the_loss_is_the_mean_over_images_for_every_batch_size():
     pretrained, split, tokens = pretrained_and_split()
-    each = nats(pretrained.model(tokens), tokens).mean(1)
+    each = nats(pretrained.model(jnp.asarray(tokens)), tokens).mean(1)
     for batch_size in (5, 64):
         results = evaluate(pretrained, split, batch_size)
         assert results["images"] == 23
@@ -46,27 +47,27 @@ def test_the_loss_is_the_mean_over_images_with_its_standard_error_whatever_the_b
 def test_a_classifier_is_tested_too_where_there_are_labels():
     pretrained, split, tokens = pretrained_and_split(num_classes=3)
     results = evaluate(pretrained, split, 10)
-    correct = np.argmax(pretrained.model.classify(tokens), -1) == split.labels
+    correct = np.argmax(pretrained.model.classify(jnp.asarray(tokens)), -1) == split.labels
     assert results["accuracy"] == correct.mean() and results["interval"][0] < correct.mean() < results["interval"][1]
     unlabelled = evaluate(pretrained, Split(split.images, None), 10)
     assert "accuracy" not in unlabelled and unlabelled["loss"] == pytest.approx(results["loss"])
 
 
-def test_bert_is_asked_for_what_its_masks_drop_and_has_no_bits_per_dim():
+def test_bert_is_scored_on_dropped_pixels_and_has_no_bits_per_dim():
     pretrained, split, tokens = pretrained_and_split(causal=False)
     pretrained.config.objective = ConfigDict(dict(pretrained.config.objective) | {"drop_rate": 0.4})
     results = evaluate(pretrained, split, 10, masks=2)
     keep = Drops(0.4, 2).of_images(np.arange(23), 13)
     each = []
     for m in range(2):
-        logits = pretrained.model.logits(pretrained.model.normed(tokens, keep=keep[:, m]))
+        logits = pretrained.model.logits(pretrained.model.normed(jnp.asarray(tokens), keep=jnp.asarray(keep[:, m])))
         dropped = ~keep[:, m]
         each.append((nats(logits, tokens) * dropped).sum(1) / dropped.sum(1))
     np.testing.assert_allclose(results["loss"], np.mean(each), rtol=1e-5)
     assert "bits_per_dim" not in results
 
 
-def test_a_network_of_features_only_has_nothing_to_test():
+def test_a_network_without_heads_cannot_be_evaluated():
     pretrained, split, _ = pretrained_and_split(pixel_head=False)
     with pytest.raises(UserError, match="probe them"):
         evaluate(pretrained, split, 10)

@@ -85,7 +85,7 @@ def test_impossible_settings_are_refused(change, message):
 
 
 def trained(losses, grads=None, **changes):
-    """Parameters after each update, and the last state, of one number whose gradient is 1 or as given."""
+    """The parameter (one number) after each update, and the last state. Its gradient is 1 unless one is given."""
     optimizer, _ = make_optimizer(settings(learning_rate=0.1, schedule="constant", **changes), steps=999)
     params = {"head": {"kernel": jnp.ones(1)}}
     state, found = optimizer.init(params), []
@@ -99,7 +99,7 @@ def trained(losses, grads=None, **changes):
 
 
 @pytest.mark.parametrize(("loss", "grad"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, -np.inf)])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been_and_counted(loss, grad):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(loss, grad):
     without, state_without = trained([2.0] * 4)
     with_it, state = trained([2.0, 2.0, loss, 2.0, 2.0], [1.0, 1.0, grad, 1.0, 1.0])
     assert with_it == [*without[:2], without[1], *without[2:]]
@@ -107,16 +107,16 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been_and_counted(loss, gr
     jax.tree.map(np.testing.assert_array_equal, state._replace(skipped=jnp.int32(0)), state_without)
 
 
-def test_a_spike_is_told_by_the_spread_of_the_last_128_good_losses():
+def test_a_spike_is_measured_by_the_spread_of_the_last_128_good_losses():
     quiet = [1.0, 3.0] * 64  # mean 2, deviation 1
     _, state = trained([*quiet, 8.1, 7.9, np.nan, 9.0], spike_sigma=6.0)
     assert state.skipped == 3 and state.updates == 129
     _, state = trained([*quiet[:-1], 99.0], spike_sigma=6.0)
-    assert state.skipped == 0  # 127 say too little
+    assert state.skipped == 0  # 127 losses are too few to judge
     _, state = trained([*quiet, 99.0], spike_sigma=0.0)
     assert state.skipped == 0
     _, state = trained([*[50.0] * 40, *quiet, 9.0], spike_sigma=6.0)
-    assert state.skipped == 1  # the old ones are forgotten
+    assert state.skipped == 1  # the old losses have left the ring
 
 
 @pytest.mark.parametrize("sigma", [-1.0, 0.5, np.inf, np.nan])

@@ -1,4 +1,4 @@
-"""What the compiled programs move between devices, read from the HLO that XLA's partitioner makes for eight of them."""
+"""What the compiled programs move between eight devices, counted in the HLO of XLA's partitioner."""
 
 import functools
 import math
@@ -22,13 +22,13 @@ from igpt.sharding import BATCH, make_mesh
 from igpt.state import abstract_state, make_eval_step, make_train_step
 
 B, L, D, N, K, F, V, T = 16, 5, 48, 8, 6, 56, 11, 13
-GIVEN = 2  # inputs that a sampler starts from
+GIVEN = 2  # inputs before the first sampled token
 KERNELS = {"qkv": (D, 3, N, K), "out": (N, K, D), "up": (D, F), "down": (F, D)}  # of one layer
 TABLES = {"token_table": (V + 1, D), "position_table": (T, D)}
 
 
 def parts(data, fsdp, tensor, **changes):
-    """Mesh, network and abstract state on the first of the devices, as many as the mesh takes."""
+    """Mesh, network and abstract state on the first data x fsdp x tensor devices."""
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     config = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, **changes)
     optimizer, schedule = make_optimizer(base.get_config().optim, steps=10)
@@ -55,12 +55,12 @@ def eval_step(*sizes):
 
 
 def shapes_of(instruction):
-    """Of the arrays that it gives."""
+    """The shapes of the arrays that an instruction returns."""
     return [tuple(map(int, filter(None, sides.split(",")))) for sides in re.findall(r"\[([\d,]*)\]", instruction.shape)]
 
 
 def moved(compiled) -> dict[str, Counter]:
-    """Kind of collective -> how often it gives arrays of which shape."""
+    """Kind of collective -> a counter of the shapes that it returns."""
     found = {}
     for instruction, times in Program(compiled.as_text()):
         if instruction.opcode in COLLECTIVES:
@@ -70,19 +70,19 @@ def moved(compiled) -> dict[str, Counter]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_under_fsdp_a_layers_kernels_are_gathered_when_their_turn_comes_and_nothing_larger(training):
+def test_fsdp_gathers_one_layers_kernels_at_a_time_and_nothing_larger(training):
     compiled = train_step(1, 8, 1)[1] if training else eval_step(1, 8, 1)
     passes, found = 1 + training, moved(compiled)
     once = [*TABLES.values(), (D, V)]  # the head
     assert found["all-gather"] == dict.fromkeys(KERNELS.values(), passes * L) | dict.fromkeys(once, 1)
     assert set(found) == {"all-gather", "all-reduce"}
-    # Nor are the gathered kernels, or their gradients, kept of all layers: the stacks never exist whole.
+    # The gathered kernels of all layers, or their gradients, never exist together as a stack.
     stacks = {(L, *shape) for shape in KERNELS.values()}
     assert not stacks & {shape for instruction, _ in Program(compiled.as_text()) for shape in shapes_of(instruction)}
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 1, 8), (2, 1, 4), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
-def test_looking_up_tokens_moves_nothing_but_the_tables_where_fsdp_has_split_them(sizes):
+def test_looking_up_tokens_moves_only_the_tables_that_fsdp_has_split(sizes):
     mesh, _, _, graph, abstract = parts(*sizes)
 
     def embed(params, tokens):
@@ -116,7 +116,7 @@ def test_a_tensor_parallel_layer_needs_two_all_reduces_forward(tensor):
 def test_a_tensor_parallel_layer_needs_two_all_reduces_backward(tensor, remat, backward):
     found = moved(train_step(1, 1, tensor, remat=remat)[1])
     assert set(found) == {"all-reduce"}
-    assert found["all-reduce"].pop(()) > 0  # of the gradient's norm
+    assert found["all-reduce"].pop(()) > 0  # for the gradient's norm
     assert found["all-reduce"] == {(B, T, D): (2 + backward) * L}
 
 
@@ -135,5 +135,5 @@ def test_the_cache_is_split_by_example_and_by_head():
 
 
 def test_a_sampled_token_costs_two_all_reduces_a_layer():
-    reading, sampling = (B, GIVEN, D), (B, 1, D)  # the loop over tokens, whose length is not in the text, counts once
+    reading, sampling = (B, GIVEN, D), (B, 1, D)  # the loop over tokens counts once: its length is not in the text
     assert moved(sampler(1, 1, 8)) == {"all-reduce": {reading: 2 * L, sampling: 2 * L}}

@@ -122,7 +122,7 @@ class Split:
     """Examples by index: images uint8 [N, H, W, 3] and, where the source has them, labels int32 [N]."""
 
     images: np.ndarray | EncodedImages | DecodedTokens
-    labels: np.ndarray | None
+    labels: np.ndarray | Sequence | None
 
     def __len__(self) -> int:
         return len(self.images)

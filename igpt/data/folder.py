@@ -1,6 +1,7 @@
 """A folder of pictures as a data source: a sub-folder for each class, or all in one place without labels."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 NO_CLASSES = {*SPLITS, "val", "valid", "testing", "training"}  # names of splits, rather
 
 
-class Files:
+class Files(Sequence):
     """Paths, in the form in which EncodedImages reads them."""
 
     def __init__(self, paths: list[str]):

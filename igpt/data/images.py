@@ -139,9 +139,9 @@ class Preprocess:
     `crop` is cut out and shrunk; in evaluation the shorter side becomes `crop` and the square is the centre's.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, ...]  # height, width
     kind: str = "none"
-    short_side: tuple[int, int] = (256, 384)
+    short_side: tuple[int, ...] = (256, 384)
     crop: int = 224
     filter: str = "bicubic"
 

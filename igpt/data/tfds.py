@@ -5,6 +5,7 @@ TensorFlow (pip install "igpt[tfds]").
 """
 
 import difflib
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -47,7 +48,7 @@ class Records:
         return self.known[numbers]
 
 
-class Files:
+class Files(Sequence):
     """Some of the records' images, in the form in which EncodedImages reads them."""
 
     def __init__(self, records: Records, numbers: np.ndarray):
@@ -60,7 +61,7 @@ class Files:
         return self.records.image(int(self.numbers[index]))
 
 
-class Labels:
+class Labels(Sequence):
     """Labels int32 [N] of some of the records: an array that reads what is asked of it, all of it only at np.asarray.
 
     An index is a number, a slice or an array.

@@ -26,7 +26,7 @@ from igpt.run import checkpoint
 
 
 def import_directory(
-    ref: str | Path, out: str | Path, clusters: str | None = None, revision: str | None = None
+    ref: str | Path, out: str | Path, clusters: str | Path | None = None, revision: str | None = None
 ) -> Path:
     """Writes the Hugging Face model `ref` as the run directory `out`, which must be new or empty.
 
@@ -53,7 +53,7 @@ def import_directory(
     return write_new(out, write)
 
 
-def _with_clusters(path: str, positions: int) -> ImageGPTImageProcessor:
+def _with_clusters(path: str | Path, positions: int) -> ImageGPTImageProcessor:
     side = math.isqrt(positions)
     if side * side != positions:
         raise UserError(

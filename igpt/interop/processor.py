@@ -160,7 +160,7 @@ class ImageGPTImageProcessor:
             raise UserError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, settings: dict, **overrides) -> "ImageGPTImageProcessor":
+    def from_dict(cls, settings, **overrides) -> "ImageGPTImageProcessor":
         """What to_dict gave, or a file of any transformers version; UserError for another processor's.
 
         Only files may name what is unknown here, and keep it; an override has to be a setting.

@@ -48,7 +48,7 @@ class Solver:
 
 
 def fit_probe(
-    features: Sequence[Float[np.ndarray, "N M D"]], labels: Sequence[Int[np.ndarray, "N"]], solver: Solver, mesh: Mesh
+    features: Sequence[Float[np.ndarray, "_ _ D"]], labels: Sequence[Int[np.ndarray, "_"]], solver: Solver, mesh: Mesh
 ) -> dict:
     """Fits on the first of three splits, chooses among the solver's classifiers on the second, tests on the third.
 

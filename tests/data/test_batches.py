@@ -63,18 +63,14 @@ def test_processes_read_disjoint_rows_of_the_same_augmented_batch():
 
 
 def test_a_process_touches_only_its_own_images():
-    class Recorder:
-        shape = (23, 5, 5, 3)
+    class Recorder(np.ndarray):
         touched = []
-
-        def __len__(self):
-            return 23
 
         def __getitem__(self, indices):
             self.touched.extend(indices)
-            return numbered_split().images[indices]
+            return np.asarray(self)[indices]
 
-    batches_of(Split(Recorder(), None), rows=slice(2, 5))[0]
+    batches_of(Split(numbered_split().images.view(Recorder), None), rows=slice(2, 5))[0]
     assert len(Recorder.touched) == 3
 
 
