@@ -59,7 +59,7 @@ def _reference(q, k, v, causal, dropout=0.0, key=None):
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     if causal:
         position = jnp.arange(q.shape[1])
-        scores = jnp.where(position <= position[:, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(position[None] <= position[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if key is not None:
         weights = jnp.where(jax.random.bernoulli(key, 1.0 - dropout, weights.shape), weights / (1.0 - dropout), 0.0)

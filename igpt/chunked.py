@@ -82,7 +82,7 @@ def _block_pairs(count: int, causal: bool) -> tuple[Array, Array]:
 def _block_scores(q, k, i, j, length, causal):
     """Float32 scores of query block i against key block j. Masks later keys and the padding of the last block."""
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
-    query, key = i * BLOCK + jnp.arange(BLOCK)[:, None], j * BLOCK + jnp.arange(BLOCK)
+    query, key = i * BLOCK + jnp.arange(BLOCK)[:, None], j * BLOCK + jnp.arange(BLOCK)[None]
     visible = (key <= query) & (key < length) if causal else key < length
     return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 

@@ -164,7 +164,7 @@ class Config:
         model = dataclasses.replace(model, dtype="auto", attention="auto")
         return cls(DataConfig("", image_size, channels), PaletteConfig(model.vocab_size), model)
 
-    def network(self, device: jax.Device | None = None) -> ModelConfig:
+    def network(self, device=None) -> ModelConfig:
         """The network on a device, by default this machine's first: every "auto" is settled.
 
         Raises UserError for an attention back end that cannot run there.

@@ -29,7 +29,7 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
     """-log softmax(logits)[target], in float32."""
     logits = logits.astype(jnp.float32)
     # A masked sum picks the target's logit. XLA fuses it, while a gather needs a scatter in the backward pass.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - target
 

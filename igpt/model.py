@@ -121,7 +121,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)  # a mean of squares loses too much in bfloat16
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale * self.gain[...]).astype(x.dtype)
+        return (wide * scale * jnp.broadcast_to(self.gain[...], x.shape)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -134,7 +134,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, out_dtype=None) -> Array:
         y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
 
 
 class Block(nnx.Module):
@@ -234,7 +234,7 @@ class ImageGPT(nnx.Module):
         layers = range(depth + 1) if layers is None else layers
         if not len(layers) or not all(0 <= layer <= depth for layer in layers):
             raise UserError(f"layers {list(layers)} were asked for; this model has 0 (the embedding's norm) to {depth}")
-        last = max(layers)
+        last = int(max(layers))
         x, outputs = self.run_blocks(self.embed(self.inputs(tokens), keep=keep), depth=last)
         norm = self.final_norm
         if last < depth:
@@ -300,7 +300,7 @@ class ImageGPT(nnx.Module):
         # Both tables are small: all-gathering them first means that the lookup needs no communication.
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
         x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
-        x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])
+        x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]
         return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:

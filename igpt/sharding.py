@@ -10,7 +10,7 @@ import re
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
@@ -149,7 +149,7 @@ def batch_shards(mesh) -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
     """Every device must get the same number of examples of every micro-batch."""
     shards = batch_shards(mesh)
     if batch_size < 1 or accumulate < 1 or batch_size % (shards * accumulate):

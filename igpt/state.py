@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from igpt.attention import check_dropout
 from igpt.config import Config
@@ -27,7 +26,7 @@ from igpt.sharding import check_batch_size, shard_batch, shardings, to_devices
 class TrainState:
     """All that an update changes: the number of updates, the parameters (nested dicts), the optimizer's state."""
 
-    step: Int[Array, ""]
+    step: Any  # an int32 scalar; maps over the tree also put shapes and shardings here
     params: dict
     opt_state: Any
 

@@ -6,7 +6,7 @@ import sys
 if "gpu" not in sys.argv:  # python -m pytest -m gpu
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Tests compile much and compute little: without LLVM's optimisation they take less than half the time.
+# Tests compile much and compute little. Without LLVM's optimisation they take less than half the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")  # every broadcast between ranks is written out
 
 
 @pytest.fixture
 def tiny_config():
-    """The digits config shrunk to seconds; sizes are prime where nothing has to divide them."""
+    """The digits config, small enough for seconds. Sizes are prime where nothing has to divide them."""
     from configs import digits
 
     config = digits.get_config()
@@ -34,7 +35,7 @@ def tiny_config():
 
 @pytest.fixture
 def write_npz(tmp_path):
-    """write_npz(images=..., labels=...) -> the path of a .npz with those arrays."""
+    """write_npz(images=..., labels=...) writes a .npz with those arrays and returns its path."""
 
     def write(**arrays):
         path = tmp_path / "images.npz"
@@ -46,7 +47,7 @@ def write_npz(tmp_path):
 
 @pytest.fixture
 def write_openai(tmp_path):
-    """write_openai(trX=...) -> PREFIX of a small data set in OpenAI's files; None leaves one out."""
+    """write_openai(trX=...) writes a small data set in OpenAI's files; returns its PREFIX. None leaves a file out."""
 
     def write(clusters=None, **arrays):
         rng = np.random.default_rng(0)

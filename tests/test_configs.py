@@ -1,4 +1,4 @@
-"""Every shipped configuration can be built, and the ways of getting one wrong are told apart."""
+"""Every shipped configuration can be built, and every kind of wrong one gets its own message."""
 
 import importlib
 import math
@@ -70,7 +70,7 @@ def test_fine_tuning_starts_from_the_network_of_pretraining(size):
         ("xl", 6_810_875_904),
     ],
 )
-def test_the_imagenet_configs_have_exactly_the_published_numbers_of_parameters(size, parameters):
+def test_the_imagenet_configs_have_the_published_numbers_of_parameters(size, parameters):
     model = configuration.model_config(get_config("imagenet", size))
     abstract = nnx.eval_shape(lambda: ImageGPT(model, rngs=nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == parameters
@@ -146,7 +146,7 @@ def test_a_config_survives_its_json(tmp_path):
     configuration.check_resumable(config, tmp_path)
 
 
-def test_a_run_of_another_configuration_is_told_apart_field_by_field(tmp_path):
+def test_a_run_of_another_configuration_is_refused_field_by_field(tmp_path):
     config = base.get_config()
     configuration.save(config, tmp_path)
     config.model.width, config.seed = 256, 7
@@ -164,7 +164,7 @@ def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):
 def test_arithmetic_may_not_change_when_a_run_resumes(tmp_path):
     config = base.get_config()
     configuration.save(config, tmp_path)
-    config.model.attention_dropout = 0.5  # its name begins with that of a field that may
+    config.model.attention_dropout = 0.5  # model.attention may change, and this name begins with it
     with pytest.raises(UserError, match=r"model\.attention_dropout: 0\.0 there, 0\.5 here"):
         configuration.check_resumable(config, tmp_path)
 

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
 
 
 def test_sampling_needs_only_the_run_directory(trained, tmp_path):
-    """The package and the run, away from the repository: no train.py, no configs/, no data set."""
+    """The package and the run are enough: no train.py, no configs/, no data set."""
     moved = tmp_path / "moved"
     shutil.copytree(trained, moved)
     command = [sys.executable, "-m", "igpt", "sample", f"--model={moved}", "--num=3", f"--out={tmp_path}/samples.png"]

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -34,7 +35,7 @@ def nats(logits, tokens):
 
 def test_the_loss_is_a_mean_over_images_for_any_batch_size():
     pretrained, split, tokens = pretrained_and_split()
-    each = nats(pretrained.model(tokens), tokens).mean(1)
+    each = nats(pretrained.model(jnp.asarray(tokens)), tokens).mean(1)
     for batch_size in (5, 64):
         results = evaluate(pretrained, split, batch_size)
         assert results["images"] == 23
@@ -46,7 +47,7 @@ def test_the_loss_is_a_mean_over_images_for_any_batch_size():
 def test_a_classifier_is_tested_if_there_are_labels():
     pretrained, split, tokens = pretrained_and_split(num_classes=3)
     results = evaluate(pretrained, split, 10)
-    correct = np.argmax(pretrained.model.classify(tokens), -1) == split.labels
+    correct = np.argmax(pretrained.model.classify(jnp.asarray(tokens)), -1) == split.labels
     assert results["accuracy"] == correct.mean() and results["interval"][0] < correct.mean() < results["interval"][1]
     unlabelled = evaluate(pretrained, Split(split.images, None), 10)
     assert "accuracy" not in unlabelled and unlabelled["loss"] == pytest.approx(results["loss"])
@@ -59,7 +60,7 @@ def test_bert_predicts_what_its_masks_drop_without_bits_per_dim():
     keep = Drops(0.4, 2).of_images(np.arange(23), 13)
     each = []
     for m in range(2):
-        logits = pretrained.model.logits(pretrained.model.normed(tokens, keep=keep[:, m]))
+        logits = pretrained.model.logits(pretrained.model.normed(jnp.asarray(tokens), keep=jnp.asarray(keep[:, m])))
         dropped = ~keep[:, m]
         each.append((nats(logits, tokens) * dropped).sum(1) / dropped.sum(1))
     np.testing.assert_allclose(results["loss"], np.mean(each), rtol=1e-5)

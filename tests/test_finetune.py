@@ -1,4 +1,4 @@
-"""Fine-tuning through train.run: where it may start from, when it ends, and what it leaves."""
+"""Fine-tuning through train.run: where it starts, when it ends, and what it writes."""
 
 import collections
 import contextlib
@@ -7,6 +7,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -41,7 +42,8 @@ from tests.helpers import (
     write_tf_checkpoint,
 )
 
-NETWORK = dict(depth=2, use_bias=True)  # of every model to start from, beside what write_imported_run says
+# Every model that a test starts from has these fields; the others are those of write_imported_run.
+NETWORK = dict(depth=2, use_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A run of random parameters without a classifier; not to be changed."""
+    """A run with random parameters and without a classifier; tests do not change it."""
     return write_imported_run(tmp_path_factory.mktemp("start") / "run", **NETWORK)
 
 
@@ -95,13 +97,13 @@ def bert(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     begin = write_imported_run(folder / "start", causal=False, num_classes=3, depth=2)
     config = tuning(images, begin, model__causal=False, model__use_bias=False, seed=5)
-    config.objective.update(drop_rate=0.8, eval_masks=3)  # at which masks disagree
+    config.objective.update(drop_rate=0.8, eval_masks=3)  # the masks disagree at this rate
     return tuned(config, folder / "run")
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """script(0.3, 0.9) sets the validation accuracies of the evaluations to come; one more is an error."""
+    """script(0.3, 0.9) sets the validation accuracies of the next two evaluations; a third one is an error."""
 
     def of(*accuracies):
         remaining = iter(accuracies)
@@ -162,9 +164,7 @@ def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, w
     assert not (tmp_path / "other").exists()
 
 
-def test_a_classifier_that_the_model_has_is_gone_on_with_and_a_pixel_head_may_stay_behind(
-    images, tmp_path, monkeypatch
-):
+def test_a_model_keeps_its_classifier_and_may_lose_its_pixel_head(images, tmp_path, monkeypatch):
     begin = write_imported_run(tmp_path / "start", num_classes=3, **NETWORK)
     config = tuning(images, begin, model__pixel_head=False, objective__generative=0.0)
     origin, params = first_params(config, tmp_path / "run", monkeypatch)
@@ -185,12 +185,12 @@ def test_a_fine_tuned_run_leaves_everything_that_it_promises(joint):
     assert first["train/classification_loss"] == pytest.approx(np.log(3), abs=1e-6)
     assert first["train/loss"] == pytest.approx(first["train/generative_loss"] + np.log(3), abs=1e-6)
     assert losses(workdir)[4] < losses(workdir)[1]
-    for told in ("a new classifier)", "best on validation after step", "confusion.png", "igpt export"):
-        assert told in output
+    for shown in ("a new classifier)", "best on validation after step", "confusion.png", "igpt export"):
+        assert shown in output
     assert "samples" not in output and Image.open(workdir / "confusion.png").size[0] > 300
 
 
-def test_the_test_accuracy_is_that_of_the_best_checkpoint_by_an_independent_evaluation(joint, images):
+def test_the_test_accuracy_is_that_of_the_best_checkpoint(joint, images):
     workdir, evaluation, _ = joint
     results = json.loads((workdir / "finetune.json").read_text())
     accuracies = {r["step"]: r["eval/accuracy"] for r in records(workdir) if "eval/accuracy" in r}
@@ -200,7 +200,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint_by_an_independent_eval
     source = sources.open_source(pretrained.config.data)
     tokens = pretrained.palette.encode(source.test.images).reshape(24, -1)
     counts = np.zeros((3, 3), int)
-    np.add.at(counts, (source.test.labels, np.argmax(pretrained.model.classify(tokens), axis=-1)), 1)
+    np.add.at(counts, (source.test.labels, np.argmax(pretrained.model.classify(jnp.asarray(tokens)), axis=-1)), 1)
     assert results["confusion"] == counts.tolist() and counts.sum() == results["images"]["test"] == 24
     assert results["test_accuracy"] == evaluation["test/accuracy"] == np.trace(counts) / 24
     assert 0 < results["interval"][0] < results["test_accuracy"] < results["interval"][1] <= 1
@@ -211,7 +211,7 @@ def test_a_fine_tuned_run_is_the_same_classifier_in_transformers(joint, tmp_path
     tokens = np.random.default_rng(4).integers(0, 17, (5, 35))
     with torch.no_grad():
         logits = theirs(torch.from_numpy(np.concatenate([np.full((5, 1), 17), tokens[:, :-1]], axis=1))).logits
-    ours = igpt.load(joint[0]).model.classify(tokens)
+    ours = igpt.load(joint[0]).model.classify(jnp.asarray(tokens))
     assert np.std(ours) > 1e-3
     np.testing.assert_allclose(ours, logits.numpy(), rtol=0, atol=1e-5)
 
@@ -223,11 +223,14 @@ def test_bert_s_masks_vote_on_the_class_of_a_test_image(bert):
     source = sources.open_source(pretrained.config.data)
     tokens = pretrained.palette.encode(source.test.images).reshape(24, -1)
     keep = Drops(0.8, masks=3, seed=5).of_images(np.arange(24), 35)
-    votes = np.stack([np.argmax(pretrained.model.classify(tokens, keep[:, m]), axis=-1) for m in range(3)], axis=1)
+    votes = np.stack(
+        [np.argmax(pretrained.model.classify(jnp.asarray(tokens), jnp.asarray(keep[:, m])), axis=-1) for m in range(3)],
+        axis=1,
+    )
     assert len({*map(len, map(set, votes))}) > 1  # they differ on some images and agree on others
     counts = np.zeros((3, 3), int)
     for label, of_image in zip(source.test.labels, votes, strict=True):
-        counts[label, collections.Counter(of_image.tolist()).most_common(1)[0][0]] += 1  # of equals the first met
+        counts[label, collections.Counter(of_image.tolist()).most_common(1)[0][0]] += 1
     results = json.loads((workdir / "finetune.json").read_text())
     assert results["confusion"] == counts.tolist() and results["step"] == pretrained.step
 
@@ -258,9 +261,7 @@ def progress_of(workdir):
     return steps, checkpoint.progress_at(workdir, steps[-1])
 
 
-def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_never_stopped(
-    images, start, tmp_path, script, capsys
-):
+def test_training_ends_with_patience_and_more_patience_resumes_it(images, start, tmp_path, script, capsys):
     config = tuning(images, start, train__steps=40, train__eval_every=1, model__residual_dropout=0.1)
     config.train.update(patience=3, checkpoint_every=100)
     first, second = (0.5, 0.9, 0.8, 0.9, 0.1), (0.2, 0.95, 0.3, 0.3, 0.3, 0.3, 0.3)
@@ -273,7 +274,7 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
 
     finetune.report(tmp_path / "run", np.eye(3, dtype=int), {"step": 2, "images": {"test": 3}})
     script()
-    train.run(config, tmp_path / "run")  # is not trained further
+    train.run(config, tmp_path / "run")  # it is not trained further
     assert records(tmp_path / "run") == before and (tmp_path / "run" / "finetune.json").exists()
     assert "had already finished its 5 steps" in capsys.readouterr().out
 
@@ -284,11 +285,11 @@ def test_training_ends_when_patience_does_and_with_more_of_it_goes_on_as_if_neve
     train.run(config, tmp_path / "whole")
     for workdir in (tmp_path / "run", tmp_path / "whole"):
         assert progress_of(workdir) == ([7, 12], checkpoint.Progress(12, 7, 0.95, 5))
-        assert not (workdir / "finetune.json").exists()  # what an earlier end found is gone
+        assert not (workdir / "finetune.json").exists()  # the result of the earlier end is removed
     assert_bitwise_equal(read_arrays(tmp_path / "run", 12), read_arrays(tmp_path / "whole", 12))
 
 
-def test_a_report_that_was_not_written_is_made_up_for(joint):
+def test_a_missing_report_is_written_when_the_run_is_started_again(joint):
     workdir = joint[0]
     expected = (workdir / "finetune.json").read_bytes()
     (workdir / "finetune.json").unlink()
@@ -323,7 +324,7 @@ def test_a_report_that_was_not_written_is_made_up_for(joint):
     ],
     ids=str,
 )
-def test_a_mistake_is_told_before_anything_is_written(images, start, tmp_path, changes, message):
+def test_a_mistake_is_refused_before_anything_is_written(images, start, tmp_path, changes, message):
     Palette(-HF_CLUSTERS).save(tmp_path / "other.npy")
     changes = {name: str(tmp_path / "other.npy") if value == "OTHER" else value for name, value in changes.items()}
     with pytest.raises(UserError, match=message):
@@ -345,7 +346,7 @@ def test_a_start_with_other_heads_is_refused(images, tmp_path, fields, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_that_do_not_serve_are_refused_in_every_split(images, start, tmp_path, write_npz):
+def test_unusable_labels_are_refused_in_every_split(images, start, tmp_path, write_npz):
     arrays = dict(np.load(images))
     _, validation, test = split_indices(97, DataConfig("", (1, 1), 1, 0.25, 0.25))
     cases = [(None, "labels are needed, and this source has none"), (np.full(97, 2), "all training images have the")]
@@ -359,7 +360,7 @@ def test_labels_that_do_not_serve_are_refused_in_every_split(images, start, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_interval_and_the_matrix_say_is_the_counts(tmp_path):
+def test_the_interval_and_the_matrix_follow_from_the_counts(tmp_path):
     results = finetune.report(tmp_path, np.array([[8, 1, 0], [2, 6, 1], [0, 0, 7]]), {"step": 3})
     assert results == json.loads((tmp_path / "finetune.json").read_text()) | {"interval": results["interval"]}
     p, n, z = 21 / 25, 25, 1.96

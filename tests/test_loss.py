@@ -58,7 +58,7 @@ def test_dropped_pixels_averages_over_the_dropped_positions_of_an_image():
         ]
         expected.append(np.mean(of_dropped) if of_dropped else 0.0)
     assert expected[3] == 0.0 and len(of_dropped) == 7
-    losses = dropped_pixels(jnp.asarray(logits, jnp.float32), tokens, keep)
+    losses = dropped_pixels(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens), jnp.asarray(keep))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_the_joint_loss_weights_its_parts_and_averages_over_masks(masks):
     np.testing.assert_allclose(values["generative_loss"], pixels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(values["classification_loss"], labels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(values["loss"], 0.5 * pixels.mean(axis=0) + 2.0 * labels.mean(axis=0), rtol=1e-5)
-    np.testing.assert_array_equal(values["accuracy"], vote(classes, 5) == batch["label"])
+    np.testing.assert_array_equal(values["accuracy"], vote(jnp.asarray(classes), 5) == batch["label"])
 
 
 def test_only_the_heads_that_a_loss_uses_get_a_gradient():
@@ -118,12 +118,13 @@ def test_the_class_with_most_votes_wins_for_any_order_of_the_masks():
     rng = np.random.default_rng(0)
     classes = np.array([[2, 2, 0, 1, 2], [4, 3, 3, 3, 3], [1, 1, 1, 1, 1], [0, 4, 4, 0, 4]]).T
     for _ in range(10):
-        np.testing.assert_array_equal(vote(rng.permutation(classes), 5), [2, 3, 1, 4])
+        np.testing.assert_array_equal(vote(jnp.asarray(rng.permutation(classes)), 5), [2, 3, 1, 4])
 
 
 def test_a_tie_is_broken_at_random_and_equally_in_every_batch():
     rng = np.random.default_rng(0)
     classes = rng.permuted(np.repeat([[0], [0], [3], [3], [1]], 600, axis=1), axis=0)
+    classes = jnp.asarray(classes)
     winners = np.asarray(vote(classes, 5))
     assert set(winners) == {0, 3} and 240 < (winners == 0).sum() < 360
     for start, stop in ((0, 1), (7, 12), (100, 600)):

@@ -85,7 +85,7 @@ def test_impossible_settings_are_refused(change, message):
 
 
 def trained(losses, grads=None, **changes):
-    """Parameters after each update, and the last state, of one number whose gradient is 1 or as given."""
+    """The parameter (one number) after each update, and the last state. Its gradient is 1 unless one is given."""
     optimizer, _ = make_optimizer(settings(learning_rate=0.1, schedule="constant", **changes), steps=999)
     params = {"head": {"kernel": jnp.ones(1)}}
     state, found = optimizer.init(params), []
@@ -99,7 +99,7 @@ def trained(losses, grads=None, **changes):
 
 
 @pytest.mark.parametrize(("loss", "grad"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, -np.inf)])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been_and_counted(loss, grad):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(loss, grad):
     without, state_without = trained([2.0] * 4)
     with_it, state = trained([2.0, 2.0, loss, 2.0, 2.0], [1.0, 1.0, grad, 1.0, 1.0])
     assert with_it == [*without[:2], without[1], *without[2:]]

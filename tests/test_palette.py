@@ -46,8 +46,8 @@ def test_decoding_and_encoding_again_changes_nothing():
 
 def test_decode_rounds_by_the_released_rule():
     centers = np.array([[-1, 0, 1], [0.5 / 127.5 - 1, 1.5 / 127.5 - 1, 2.4 / 127.5 - 1]], np.float64)
-    np.testing.assert_array_equal(Palette(centers).decode([0]), [[0, 128, 255]])  # 127.5 is halfway: to even
-    assert Palette(centers).decode([1])[0, 2] == 2
+    np.testing.assert_array_equal(Palette(centers).decode(np.array([0])), [[0, 128, 255]])  # 127.5 is halfway: to even
+    assert Palette(centers).decode(np.array([1]))[0, 2] == 2
 
 
 def test_a_loaded_palette_equals_the_saved_one(tmp_path):
@@ -87,7 +87,7 @@ def test_images_and_tokens_of_the_wrong_kind_are_refused():
     with pytest.raises(UserError, match="uint8"):
         random_palette().encode(np.zeros((2, 2, 3)))
     with pytest.raises(UserError, match=r"0\.\.36"):
-        random_palette().decode([37])
+        random_palette().decode(np.array([37]))
 
 
 def test_loading_a_palette_with_repeated_colours_prints_their_number(tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_drawn_tokens_follow_the_models_distribution():
     count = 20_000
     prefix = np.tile(np.arange(TINY_MODEL.seq_len - 2, dtype=np.int32) % 11, (count, 1))
     tokens = np.asarray(sample_tokens(model, prefix, image_keys(3, count), Sampling(temperature=1.7)))
-    expected = jax.nn.softmax(model(tokens[:1])[0, -2] / 1.7) * count
+    expected = jax.nn.softmax(model(jnp.asarray(tokens[:1]))[0, -2] / 1.7) * count
     observed = np.bincount(tokens[:, -2], minlength=11)
     assert np.sum((observed - expected) ** 2 / expected) < 29.6  # chi-square, 10 degrees of freedom, p = 0.001
 

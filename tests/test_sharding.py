@@ -39,7 +39,7 @@ def leaf_paths(tree):
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_every_leaf_of_the_state_matches_exactly_one_rule(use_bias):
     state = abstract(make_mesh(2, 2, 2), use_bias=use_bias)
-    assert len(leaf_paths(state)) > 20  # each was looked up, or this would have raised
+    assert len(leaf_paths(state)) > 20  # a leaf without exactly one rule would have raised
 
 
 def test_moments_are_sharded_like_their_parameters():
@@ -111,7 +111,7 @@ def test_a_process_reads_the_rows_its_devices_hold():
     ("mine", "expected"),
     [(range(4, 8), [*range(12, 24)]), (range(2, 4), [*range(6, 12)]), ((0, 1, 6, 7), [*range(6), *range(18, 24)])],
 )
-def test_a_process_with_some_of_the_devices_reads_only_theirs_wherever_they_lie(monkeypatch, mine, expected):
+def test_a_process_reads_only_the_rows_of_its_devices_wherever_they_are(monkeypatch, mine, expected):
     mesh = make_mesh(2, 2, 2)  # 4 groups of 2 devices, 6 rows each
     whole = NamedSharding(mesh, BATCH).devices_indices_map((24,))
     held = {device: whole[device] for i, device in enumerate(mesh.devices.flat) if i in mine}
@@ -144,7 +144,7 @@ def test_shardings_keep_the_structure_of_the_tree():
 
 
 class Slice:
-    """A device of one of several slices, as far as a mesh looks at it."""
+    """A device of one of several slices, with the fields that a mesh reads."""
 
     platform, device_kind = "cpu", "cpu"
 
@@ -153,14 +153,14 @@ class Slice:
 
 
 def test_of_several_slices_the_data_axis_alone_leaves_one(monkeypatch):
-    devices = [Slice(i, i % 2) for i in range(8)]  # as they come: alternating
+    devices = [Slice(i, i % 2) for i in range(8)]  # the two slices alternate
     found = sharding._over_slices({"data": 4, "fsdp": 2, "tensor": 1}, 2, devices)
     assert found.shape == (4, 2, 1)
     assert [{device.slice_index for device in part.flat} for part in (found[:2], found[2:])] == [{0}, {1}]
 
 
 @pytest.mark.parametrize(("sizes", "dcn_data"), [((4, 2, 1), 4), ((1, 8, 1), 2)])
-def test_slices_that_are_not_there_or_that_fsdp_would_have_to_leave_are_told(sizes, dcn_data):
+def test_missing_slices_and_fsdp_across_slices_are_refused(sizes, dcn_data):
     devices = [Slice(i, i % 2) for i in range(8)]
     with pytest.raises(UserError, match=f"mesh.dcn_data is {dcn_data}, but the devices lie in 2 slices"):
         sharding._over_slices(dict(zip(sharding.AXES, sizes, strict=True)), dcn_data, devices)

@@ -23,16 +23,16 @@ def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys)
     assert evaluation["eval/bits_per_dim"] == pytest.approx(evaluation["eval/loss"] / np.log(2))
     output = capsys.readouterr().out
     assert "the next pixel: 6 steps of 8 images" in output
-    for told in ("attention chunked", "float32", "1258 images", "mesh data 8", "eval_probe.py", "igpt sample"):
-        assert told in output
+    for shown in ("attention chunked", "float32", "1258 images", "mesh data 8", "eval_probe.py", "igpt sample"):
+        assert shown in output
 
 
-def test_bert_learns_dropped_pixels_from_ln_v_downwards_and_promises_no_samples(tiny_config, tmp_path, capsys):
+def test_bert_learns_dropped_pixels_from_ln_v_down_and_draws_no_samples(tiny_config, tmp_path, capsys):
     tiny_config.model.update(causal=False, depth=1)
     evaluation = train.run(tiny_config, tmp_path / "run")
     found = losses(tmp_path / "run")
     assert abs(found[1] - np.log(17)) < 1e-5 and max(found[5], found[6], evaluation["eval/loss"]) < found[1] - 0.1
-    assert evaluation.keys() == {"eval/loss"}  # bits per dimension are of a likelihood, which this is not
+    assert evaluation.keys() == {"eval/loss"}  # BERT has no likelihood, so no bits per dimension
     assert not (tmp_path / "run" / "samples").exists()
     output = capsys.readouterr().out
     assert "15% of the pixels, dropped (BERT): 6 steps of 8 images" in output
@@ -73,7 +73,7 @@ def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_conf
     assert events == ["dispatch", "dispatch", "read", "dispatch", "read", "dispatch", "read", "read"]
 
 
-def test_another_run_is_left_alone_until_the_user_says_so(tiny_config, tmp_path):
+def test_another_run_is_left_alone_without_start_over(tiny_config, tmp_path):
     train.run(tiny_config, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     tiny_config.seed = 1
@@ -103,7 +103,7 @@ def test_another_run_is_left_alone_until_the_user_says_so(tiny_config, tmp_path)
         ({"model.attention_dropout": 0.1}, "'chunked' back end cannot"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_written(tiny_config, tmp_path, changes, message):
+def test_a_mistake_is_refused_before_anything_is_written(tiny_config, tmp_path, changes, message):
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         train.run(tiny_config, tmp_path / "run")
@@ -117,7 +117,7 @@ def test_a_workdir_that_cannot_hold_a_run_is_refused(tiny_config, tmp_path):
             train.run(tiny_config, workdir)
 
 
-def test_checkpoints_without_their_config_are_neither_resumed_nor_overwritten(tiny_config, tmp_path):
+def test_checkpoints_without_a_config_are_neither_resumed_nor_replaced(tiny_config, tmp_path):
     train.run(tiny_config, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(UserError, match="checkpoints but no config.json"):
@@ -126,7 +126,7 @@ def test_checkpoints_without_their_config_are_neither_resumed_nor_overwritten(ti
     assert (tmp_path / "run.old-1" / "checkpoints" / "6").is_dir()
 
 
-def test_a_start_from_a_run_without_checkpoint_is_refused_before_anything_is_written(tiny_config, tmp_path):
+def test_a_start_from_a_run_without_checkpoint_is_refused(tiny_config, tmp_path):
     train.run(tiny_config, tmp_path / "first")
     shutil.rmtree(tmp_path / "first" / "checkpoints")
     tiny_config.init_from = str(tmp_path / "first")
@@ -135,7 +135,7 @@ def test_a_start_from_a_run_without_checkpoint_is_refused_before_anything_is_wri
     assert not (tmp_path / "second").exists()
 
 
-def test_a_run_resumes_without_the_run_it_once_started_from(tiny_config, tmp_path):
+def test_a_run_resumes_when_the_run_it_started_from_is_gone(tiny_config, tmp_path):
     train.run(tiny_config, tmp_path / "first")
     tiny_config.init_from = str(tmp_path / "first")
     train.run(tiny_config, tmp_path / "second")
@@ -167,14 +167,8 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
     ("arguments", "message"),
     [
         (["--config=configs/digits.py", "--workdir=RUN", "--config.model.widht=3"], 'Did you mean "width"'),
-        (["--config=configs/digits.py", "--workdir=RUN", "--config.model.width=wide"], "model.width=wide"),
-        (["--config=configs/digits.py", "--workdir=RUN", "--config.train.steps=2.5"], "train.steps=2.5"),
-        (["--config=configs/absent.py", "--workdir=RUN"], "No such file or directory: 'configs/absent.py'"),
         (["--config=configs/digits.py"], "--workdir is missing"),
         (["--config=configs/probe_digits.py", "--workdir=RUN"], "no configuration of ours"),
-        (["--workdir=RUN"], "--config is missing"),
-        (["--config=configs/digits.py", "--workdir=RUN", "stray"], "'stray' is not a flag"),
-        (["--config=configs/digits.py", "--workdir=RUN", "--confg=1"], "confg"),
         (["--config=configs/digits.py", "--workdir=RUN", "--config.train.batch_size=7"], "batch_size 7"),
     ],
 )
@@ -192,8 +186,8 @@ def test_a_mistake_on_the_command_line_ends_in_one_message_and_exit_code_2(tmp_p
 def test_help_shows_examples_and_flags():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    for told in ("python train.py --config=configs/digits.py", "--workdir", "--start_over", "configs/base.py"):
-        assert told in done.stdout
+    for shown in ("python train.py --config=configs/digits.py", "--workdir", "--start_over", "configs/base.py"):
+        assert shown in done.stdout
 
 
 def test_steps_of_the_users_choice_are_profiled(tiny_config, tmp_path):

@@ -130,7 +130,7 @@ def forward(graph, params, inputs: Inputs, past, past_length, length, options: O
 def _embed(model: ImageGPT, inputs: Inputs, past_length) -> Float[Array, "B T D"]:
     tokens, positions = replicate(model.token_table[...]), replicate(model.position_table[...])
     x = tokens[inputs.tokens] if inputs.embeds is None else inputs.embeds
-    where = past_length + jnp.arange(x.shape[1]) if inputs.positions is None else inputs.positions
+    where = past_length + jnp.arange(x.shape[1])[None] if inputs.positions is None else inputs.positions
     x = x + jnp.take(positions, where, axis=0, mode="clip")  # padding may lie beyond the last position
     if inputs.types is not None:  # looked up in the token table, as transformers does
         x = x + tokens[inputs.types]
@@ -150,14 +150,14 @@ def _attend(rate, mask, past_length, q, k, v, key, of_layer):
             for old, new in zip(past, (keys, values), strict=True)
         )
     scores = jnp.einsum("btnk,bnck->bntc", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
-    source, query = jnp.arange(keys.shape[2]), past_length + jnp.arange(q.shape[1])[:, None]
+    source, query = jnp.arange(keys.shape[2])[None], past_length + jnp.arange(q.shape[1])[:, None]
     # The causal mask also hides padding and free room of the cache, because both lie behind every real query.
     scores = jnp.where(source <= query, scores, SMALLEST)
     if mask is not None:
         scores = scores + jnp.where(mask[:, None, None, :] == 0, SMALLEST, 0.0)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     if head_mask is not None:
-        weights = weights * head_mask[:, None, None]
+        weights = weights * head_mask[None, :, None, None]
     return jnp.einsum("bntc,bnck->btnk", weights.astype(values.dtype), values), (keys, values, weights)
 
 

@@ -138,7 +138,7 @@ class ImageGPTPreTrainedModel:
     def __call__(
         self,
         input_ids=None,
-        past_key_values: Cache | None = None,
+        past_key_values=None,
         attention_mask=None,
         token_type_ids=None,
         position_ids=None,

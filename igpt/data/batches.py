@@ -92,7 +92,7 @@ class EpochOrder:
         epochs, within = np.divmod(positions, self.count)
         indices = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self._order(epoch)[within[epochs == epoch]]
+            indices[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
         return indices
 
     def _order(self, epoch: int) -> np.ndarray:

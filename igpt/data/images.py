@@ -154,9 +154,9 @@ class Preprocess:
     to `crop`, and the centred square is taken.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, ...]  # height, width
     kind: str = "none"
-    short_side: tuple[int, int] = (256, 384)
+    short_side: tuple[int, ...] = (256, 384)
     crop: int = 224
     filter: str = "bicubic"
 

@@ -163,7 +163,8 @@ def _descend(carry, rows, targets, decay, rates, weight_decay):
 
     def objective(params, rows, targets):
         kernel, bias = params
-        losses = cross_entropy(_logits(kernel, bias, rows), targets)
+        logits = _logits(kernel, bias, rows)
+        losses = cross_entropy(logits, jnp.broadcast_to(targets, logits.shape[:-1]))
         return jnp.sum(jnp.mean(losses, axis=1)) + 0.5 * weight_decay * jnp.sum(jnp.square(kernel))
 
     def step(carry, batch):

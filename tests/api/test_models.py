@@ -136,7 +136,7 @@ def test_outputs_are_read_by_name_by_index_and_as_tuples(causal):
         (dict(input_ids=["a"]), "input_ids is an array of <U1; give numbers"),
         (dict(input_ids=api_tokens(length=38)), "38 inputs; the model has 37 positions.*give 1 to 37"),
         (dict(input_ids=api_tokens(), labels=api_tokens()), r"labels has the value 17; give 0\.\.16 or -100"),
-        (dict(input_ids=api_tokens(), labels=api_labels(api_tokens())[:, 1:]), r"labels has shape \[3, 22\]; give \[3, 23\]"),
+        (dict(input_ids=api_tokens(), labels=api_tokens()[:, 1:]), r"labels has shape \[3, 22\]; give \[3, 23\]"),
         (dict(input_ids=api_tokens(), attention_mask=API_PADDING[:, None, None]), "attention_mask has shape"),
         (dict(input_ids=api_tokens(), position_ids=np.full((3, 23), 37)), "position_ids has the value 37"),
         (dict(input_ids=api_tokens(), head_mask=np.ones(3)), r"head_mask has shape \[3\]; give \[2\] or \[3, 2\]"),

@@ -135,7 +135,7 @@ def test_few_labels_are_equally_many_of_each_class_and_part_of_larger_sets():
         assert set(chosen) <= set(larger) and list(chosen) == sorted(set(chosen))
     np.testing.assert_array_equal(larger, few_labels(labels, 25, seed=1))
     assert len(set(larger) & set(few_labels(labels, 25, seed=2))) < 40
-    scarce = (labels == -3).sum()
+    scarce = int((labels == -3).sum())
     with pytest.raises(UserError, match=f"class -3 has only {scarce} training examples; choose {scarce} or fewer"):
         few_labels(labels, scarce + 1, seed=1)
 

@@ -11,10 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from igpt.data.arrays import of_arrays
@@ -45,7 +47,6 @@ def photo(number: int) -> bytes:
 
 def prepare(folder: str) -> dict[str, str]:
     """Makes small data sets; returns what went wrong, by name. Runs in a process that may import TensorFlow."""
-    import tensorflow_datasets as tfds
 
     def builder(name, features, splits, example):
         def info(self):
@@ -255,7 +256,8 @@ def test_of_several_processes_that_prepare_a_data_set_the_slower_go_on(monkeypat
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     monkeypatch.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
-    builder = SimpleNamespace(data_dir=tmp_path, download_and_prepare=fail, is_prepared=lambda: prepared_meanwhile)
+    builder = mock.Mock(tfds.core.DatasetBuilder, data_dir=tmp_path)
+    builder.configure_mock(download_and_prepare=fail, is_prepared=lambda: prepared_meanwhile)
     expected = contextlib.nullcontext() if prepared_meanwhile else pytest.raises(UserError, match="Directory not empty")
     with expected:
         _prepare("mnist", builder)

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(inputs)).logits.numpy()
     assert np.std(expected) > 0.1
-    np.testing.assert_allclose(ours(TOKENS), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours(jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pixel_head", [True, False])
@@ -119,7 +120,7 @@ def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_
     with torch.no_grad():
         expected = theirs(torch.from_numpy(inputs)).logits.numpy()
     assert expected.shape == (2, 5)
-    np.testing.assert_allclose(igpt.load(run).model.classify(TOKENS), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(igpt.load(run).model.classify(jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-5)
 
 
 def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):
@@ -135,7 +136,7 @@ def test_a_model_of_transformers_computes_the_same_here(hf):
     with torch.no_grad():
         expected = load_hf_strictly(hf, "pixels")(torch.from_numpy(inputs)).logits.numpy()
     pretrained = igpt.load(hf)
-    np.testing.assert_allclose(pretrained.model(TOKENS), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pretrained.model(jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-5)
     assert pretrained.step == 0 and pretrained.config.data.image_size == HF_IMAGE_SIZE
     np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
 

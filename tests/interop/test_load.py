@@ -4,6 +4,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,7 +31,7 @@ def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
     assert pretrained.model.config.width == 16 and pretrained.config.data.image_size == [8, 8]
     np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
     tokens = np.random.default_rng(0).integers(0, 17, (2, 64))
-    assert np.allclose(pretrained.model(tokens), 0)  # the head is still zero
+    assert np.allclose(pretrained.model(jnp.asarray(tokens)), 0)  # the head is still zero
 
 
 def test_a_step_can_be_chosen_and_a_missing_one_lists_the_others(tmp_path):

@@ -4,6 +4,7 @@ import sys
 import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -99,8 +100,8 @@ def test_an_imported_model_computes_the_logits_of_the_released_code(imported):
     variables, run = imported()
     model, tokens = igpt.load(run).model, some_tokens()
     logits, pooled = forward(variables, tokens)
-    np.testing.assert_allclose(model(tokens), logits, atol=1e-5)
-    np.testing.assert_allclose(model.features(tokens)[-1], pooled, atol=1e-5)
+    np.testing.assert_allclose(model(jnp.asarray(tokens)), logits, atol=1e-5)
+    np.testing.assert_allclose(model.features(jnp.asarray(tokens))[-1], pooled, atol=1e-5)
 
 
 def test_a_bert_checkpoint_reads_its_tokens_in_place_and_sees_all_of_them(imported):
@@ -108,21 +109,21 @@ def test_a_bert_checkpoint_reads_its_tokens_in_place_and_sees_all_of_them(import
     model, tokens = igpt.load(run).model, some_tokens()
     assert not model.config.causal
     np.testing.assert_array_equal(model.token_table[...][-1], np.zeros(D))
-    np.testing.assert_allclose(model(tokens), forward(variables, tokens, bert=True)[0], atol=1e-5)
+    np.testing.assert_allclose(model(jnp.asarray(tokens)), forward(variables, tokens, bert=True)[0], atol=1e-5)
 
 
 def test_a_fine_tuned_checkpoint_keeps_its_classifier(imported):
     variables, run = imported(classes=C)
     model, tokens = igpt.load(run).model, some_tokens()
     expected = forward(variables, tokens)[1] @ variables["model/clf/wclf"].T
-    np.testing.assert_allclose(model.classify(tokens), expected, atol=1e-5)
-    assert model(tokens).shape == (3, T, V)
+    np.testing.assert_allclose(model.classify(jnp.asarray(tokens)), expected, atol=1e-5)
+    assert model(jnp.asarray(tokens)).shape == (3, T, V)
 
 
 def test_a_bert_checkpoint_may_have_a_classifier_too(imported):
     variables, run = imported(bert=True, classes=C)
     expected = forward(variables, some_tokens(), bert=True)[1] @ variables["model/clf/wclf"].T
-    np.testing.assert_allclose(igpt.load(run).model.classify(some_tokens()), expected, atol=1e-5)
+    np.testing.assert_allclose(igpt.load(run).model.classify(jnp.asarray(some_tokens())), expected, atol=1e-5)
 
 
 def test_the_run_directory_has_the_network_and_the_clusters(imported, clusters):
@@ -151,7 +152,7 @@ def test_an_imported_model_exported_to_transformers_has_the_same_logits(imported
     with torch.no_grad():
         logits = peer(torch.from_numpy(inputs)).logits.numpy()
     np.testing.assert_allclose(logits, forward(variables, tokens)[0], atol=1e-5)
-    np.testing.assert_allclose(logits, igpt.load(run).model(tokens), atol=1e-5)
+    np.testing.assert_allclose(logits, igpt.load(run).model(jnp.asarray(tokens)), atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", ["", ".index", ".meta", f".data-00003-of-{SHARDS:05d}"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -184,9 +185,9 @@ def test_bert_is_probed_under_masks_and_trains_on_one(source, tmp_path, eval_mas
     tokens = GREY_PALETTE.encode(split.images).reshape(len(split), -1)
     drops = Drops(rate=0.15, masks=max(eval_masks, 1), seed=config.seed)
     keep = (
-        np.moveaxis(drops.of_images(np.arange(len(split)), PROBE_HEIGHT * PROBE_WIDTH), 1, 0) if eval_masks else [None]
+        jnp.moveaxis(drops.of_images(np.arange(len(split)), PROBE_HEIGHT * PROBE_WIDTH), 1, 0) if eval_masks else [None]
     )
-    under_masks = [pretrained.model.features(tokens, (1,), mask)[0] for mask in keep]
+    under_masks = [pretrained.model.features(jnp.asarray(tokens), (1,), mask)[0] for mask in keep]
     expected = np.stack(under_masks, axis=1) if eval_masks else under_masks[0]
     np.testing.assert_allclose(arrays["test_layer_01"], expected, atol=1e-5)
     assert arrays["train_layer_01"].ndim == 2 and arrays["validation_layer_01"].ndim == expected.ndim

@@ -132,7 +132,7 @@ def test_features_below_a_block_do_not_depend_on_it():
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_features_below_a_block_do_not_compute_it(layer):
-    tokens = np.zeros((3, 13), np.int32)
+    tokens = jnp.zeros((3, 13), jnp.int32)
 
     def features(model, layers):
         return jax.jit(lambda params: nnx.merge(nnx.graphdef(model), params).features(tokens, layers))

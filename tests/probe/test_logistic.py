@@ -75,11 +75,11 @@ def test_sgd_with_the_same_penalty_matches_scikit_learn_too():
 
 
 def by_lbfgs(mesh, features, labels):
-    return fit_lbfgs(features, labels, labels.max() + 1, (0.1, 1.0), 300, mesh)
+    return fit_lbfgs(features, labels, int(labels.max()) + 1, (0.1, 1.0), 300, mesh)
 
 
 def by_sgd(mesh, features, labels):
-    return fit_sgd(features, labels, labels.max() + 1, SGD((0.1, 0.3), 70, 32, 1e-3), 0, mesh)
+    return fit_sgd(features, labels, int(labels.max()) + 1, SGD((0.1, 0.3), 70, 32, 1e-3), 0, mesh)
 
 
 @pytest.mark.parametrize("fit", [by_lbfgs, by_sgd])

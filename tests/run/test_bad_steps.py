@@ -1,4 +1,4 @@
-"""Losses that are not finite, and what becomes of the run."""
+"""A loss that is not finite stops the run, or is skipped."""
 
 import jax
 import numpy as np
@@ -11,10 +11,10 @@ from igpt.errors import NonFiniteError
 from tests.helpers import assert_bitwise_equal, losses, read_arrays, records
 
 
-def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
     real = loss_module.next_pixel
 
-    def poisoned(logits, tokens):  # once the head has grown past what three updates of this run can make of it
+    def poisoned(logits, tokens):  # when the head has grown more than three updates can explain
         return real(logits, tokens) * jax.numpy.where(abs(logits).max() > 0.2, jax.numpy.nan, 1.0)
 
     monkeypatch.setattr(loss_module, "next_pixel", poisoned)
@@ -28,10 +28,10 @@ def test_a_loss_that_is_not_finite_stops_training_at_the_last_good_checkpoint(ti
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays["params"]))
 
 
-def test_a_run_that_stopped_at_a_bad_step_goes_on_past_it_when_told_to_skip(tiny_config, tmp_path, monkeypatch, capsys):
+def test_a_run_that_skips_continues_past_the_step_that_stopped_it(tiny_config, tmp_path, monkeypatch, capsys):
     real = loss_module.next_pixel
 
-    def poisoned(logits, tokens):  # the batch of one step, whenever it comes
+    def poisoned(logits, tokens):  # only the batch of one step, every time it is used
         here = tokens.shape == bad.shape and (tokens == bad).all()
         return real(logits, tokens) * jax.numpy.where(here, jax.numpy.nan, 1.0)
 

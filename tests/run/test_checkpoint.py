@@ -24,14 +24,14 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 
 
-def test_progress_counts_evaluations_since_the_best_and_equal_is_not_better():
+def test_progress_counts_evaluations_since_the_best_one():
     progress = checkpoint.Progress()
     evaluations = ((2, 0.0), (4, 0.5), (6, 0.5), (8, 0.1))
     assert [progress.note(step, accuracy) for step, accuracy in evaluations] == [True, True, False, False]
     assert progress == checkpoint.Progress(best_step=4, best_accuracy=0.5, evaluations_since=2)
 
 
-def test_the_best_is_kept_however_old_read_first_and_given_up_for_a_better_one(tmp_path):
+def test_the_best_step_is_kept_and_read_first_until_a_better_one_comes(tmp_path):
     state, progress = create_state(RUN_MODEL, default_optimizer(), make_mesh(), 0), checkpoint.Progress()
     kept = {}
     for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.1), (4, 0.7), (5, 0.9), (6, 0.8)):
@@ -45,7 +45,7 @@ def test_the_best_is_kept_however_old_read_first_and_given_up_for_a_better_one(t
     assert checkpoint.restore_params(tmp_path, state.params, step=6)[1] == 6
 
 
-def test_of_a_run_without_a_best_step_the_newest_is_read(tmp_path):
+def test_without_a_best_step_the_newest_is_read(tmp_path):
     state = save_states(tmp_path, make_mesh(), steps=(2, 4))
     assert checkpoint.progress_at(tmp_path, 4) == checkpoint.Progress()
     assert checkpoint.restore_params(tmp_path, state.params)[1] == 4

@@ -1,4 +1,4 @@
-"""How processes find each other: the roll call over real sockets, in threads; flags; what environments say."""
+"""How processes find each other: by a roll call over real sockets, by flags and by the environment."""
 
 import socket
 import sys
@@ -8,6 +8,7 @@ import types
 import warnings
 
 import jax
+import numpy as np
 import pytest
 
 from igpt.errors import UserError
@@ -23,7 +24,7 @@ def address():
 
 
 def called(places, timeout=20.0, delays=()):
-    """What the roll call of each place ends with: None, or the error's words. `delays`: seconds, or what takes them."""
+    """How the roll call ends in each process: None or its error message. `delays`: seconds, or functions that wait."""
     found = [None] * len(places)
 
     def answer(index, place):
@@ -44,20 +45,20 @@ def called(places, timeout=20.0, delays=()):
 
 
 @pytest.mark.parametrize("delays", [(0.0, 0.3, 0.0, 0.1), (0.6, 0.0, 0.2, 0.0)], ids=["0 first", "0 last"])
-def test_the_roll_call_ends_when_all_have_come_in_whatever_order(address, delays):
+def test_the_roll_call_ends_when_all_have_come_in_any_order(address, delays):
     assert called([Place(address, 4, i) for i in range(4)], delays=delays) == [None] * 4
     with socket.create_server(("", int(address.partition(":")[2]))):
         pass  # the port is free again, for the runtime
 
 
-def test_those_that_came_are_told_how_many_did_and_who_is_missing(address):
+def test_a_process_that_came_learns_how_many_came_and_who_is_missing(address):
     found = called([Place(address, 5, i) for i in (0, 1, 3)], timeout=5.0)
     assert len(set(found)) == 1
     assert found[0].startswith("3 of 5 processes came in 5 seconds; missing: 2, 4.")
     assert address in found[0] and "--join_timeout" in found[0]
 
 
-def test_without_process_0_the_others_say_where_they_looked(address):
+def test_without_process_0_the_others_name_its_address(address):
     [found] = called([Place(address, 3, 2)], timeout=1.0)
     assert found.startswith(f"process 2 of 3 did not hear from process 0 at {address} in 1 seconds (Connection")
 
@@ -66,7 +67,7 @@ def test_without_process_0_the_others_say_where_they_looked(address):
     ("other", "message"),
     [((3, 1), "number 1 of 3; process 0 was told that there are 4"), ((4, 1), "number 1 is there already")],
 )
-def test_processes_that_were_told_different_things_learn_it(address, other, message):
+def test_processes_with_different_flags_are_refused(address, other, message):
     found = called([Place(address, 4, 0), Place(address, 4, 1), Place(address, *other)], timeout=3.0)
     assert all(message in words for words in found[:1]) and any(message in words for words in found[1:] if words)
 
@@ -93,7 +94,7 @@ def test_a_stranger_at_the_port_is_not_counted(address):
     thread.join()
 
 
-def test_a_process_that_died_while_it_waited_and_was_started_again_is_there_once(address):
+def test_a_process_that_is_restarted_while_it_waits_is_counted_once(address):
     host, port = address.split(":")
 
     def died():
@@ -106,8 +107,8 @@ def test_a_process_that_died_while_it_waited_and_was_started_again_is_there_once
     assert called([Place(address, 3, i) for i in range(3)], delays=(0.0, thread.join, 1.5)) == [None] * 3
 
 
-def test_those_that_gave_up_waiting_are_not_counted(address):
-    """Process 1 came long before process 0 and left; with process 2 all seem to have been there."""
+def test_a_process_that_stopped_waiting_is_not_counted(address):
+    """Process 1 connects long before process 0 and leaves. When process 2 comes, three have connected."""
     found = [None] * 3
 
     def answer(process, timeout, delay):
@@ -130,13 +131,13 @@ def test_those_that_gave_up_waiting_are_not_counted(address):
     assert found[0] == found[2] and found[0].startswith("2 of 3 processes came in 4 seconds; missing: 1.")
 
 
-def test_a_port_that_is_taken_is_told(address):
+def test_a_port_that_is_taken_is_an_error(address):
     with socket.create_server(("", int(address.partition(":")[2]))):
         [found] = called([Place(address, 2, 0)])
     assert "cannot listen" in found and "choose another port" in found
 
 
-def test_flags_name_a_place():
+def test_flags_give_the_coordinator_and_the_process_number():
     assert launch.named("host0:1234", "4", "3") == Place("host0:1234", 4, 3)
     assert launch.named("[::1]:1234", "2", "0") == Place("[::1]:1234", 2, 0)
     assert launch.named(None, "1", None) is None
@@ -155,7 +156,7 @@ def test_flags_name_a_place():
         (("host0:1", "many", "0"), "--processes=many"),
     ],
 )
-def test_flags_that_name_no_place_are_told(flags, message):
+def test_incomplete_or_impossible_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         launch.named(*flags)
 
@@ -169,8 +170,8 @@ SLURM = {
 }
 
 
-def test_slurm_and_open_mpi_say_who_a_process_is(monkeypatch):
-    assert launch.detected(5) is None  # nothing is said
+def test_slurm_and_open_mpi_number_the_processes(monkeypatch):
+    assert launch.detected(5) is None  # no variable is set
     with monkeypatch.context() as slurm:
         for name, value in SLURM.items():
             slurm.setenv(name, value)
@@ -190,7 +191,7 @@ def test_slurm_and_open_mpi_say_who_a_process_is(monkeypatch):
 def test_a_kubernetes_pod_that_is_no_indexed_job_is_alone(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
-    monkeypatch.setitem(sys.modules, "kubernetes", types.ModuleType("kubernetes"))  # JAX would ask it, and fail
+    monkeypatch.setitem(sys.modules, "kubernetes", types.ModuleType("kubernetes"))  # JAX would use it, and fail
     assert launch.detected(5) is None
 
 
@@ -213,7 +214,7 @@ def test_one_of_several_that_jax_does_not_understand_does_not_run_alone(monkeypa
         launch.detected(5)  # JAX warns of Kubernetes without its package
 
 
-def test_in_a_pod_slurm_and_open_mpi_are_heard_and_a_shell_in_an_allocation_is_alone(monkeypatch):
+def test_slurm_and_open_mpi_count_in_a_pod_but_not_in_a_plain_shell(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -222,14 +223,14 @@ def test_in_a_pod_slurm_and_open_mpi_are_heard_and_a_shell_in_an_allocation_is_a
     assert launch.detected(5) is None
 
 
-def test_jax_own_variables_say_which_devices_and_where_process_0_is(monkeypatch):
+def test_jax_variables_give_devices_and_the_coordinator(monkeypatch):
     own = {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3", "JAX_COORDINATOR_ADDRESS": "node07-ib:1234"}
     for name, value in (SLURM | own).items():
         monkeypatch.setenv(name, value)
     assert launch.detected(5) == Place("node07-ib:1234", 3, 2, [0, 1, 2, 3])
 
 
-def test_an_environment_that_contradicts_itself_is_told(monkeypatch):
+def test_an_environment_that_contradicts_itself_is_refused(monkeypatch):
     for name, value in (SLURM | {"SLURM_NTASKS": "three"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="looks like a cluster's.*--processes=1"):
@@ -248,7 +249,7 @@ def test_one_process_joins_nobody(monkeypatch):
     launch.join()
 
 
-def test_what_all_know_is_known_without_others():
+def test_alone_a_process_agrees_with_itself():
     assert launch.everywhere(True) and not launch.everywhere(False)
-    values = jax.numpy.arange(3.0)
+    values = np.arange(3.0)
     assert launch.agreed(values) is values

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and full disks: what was sound before them stays, and is used."""
+"""Damaged checkpoints and full disks: an older sound checkpoint stays and is used."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def largest(folder):
     ],
     ids=["bit", "lost", "cut"],
 )
-def test_of_a_damaged_newest_checkpoint_the_one_before_is_used(tiny_config, tmp_path, capsys, harm):
+def test_the_older_checkpoint_is_used_if_the_newest_is_damaged(tiny_config, tmp_path, capsys, harm):
     tiny_config.train.update(num_samples=0, eval_every=6)
     train.run(tiny_config, tmp_path / "run")
     whole = read_arrays(tmp_path / "run", 6)
@@ -64,7 +64,7 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path
     assert {path.name for path in (tmp_path / "run").glob("damaged-*")} == {"damaged-3-1", "damaged-6-1"}
     lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="every checkpoint of .* is damaged.*--start_over"):
-        train.run(tiny_config, tmp_path / "run")  # as often as it is tried
+        train.run(tiny_config, tmp_path / "run")  # however often it is tried
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_read_now_is_no_damage_and_nothing_is_moved(tmp_pa
     assert checkpoint.sound_step(workdir) == 1
 
 
-def test_what_only_another_host_does_not_see_is_no_damage(tmp_path, monkeypatch):
+def test_a_file_that_only_another_host_misses_is_no_damage(tmp_path, monkeypatch):
     workdir = checkpoint_of(tmp_path)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(checkpoint, "agreed", lambda mine: mine)  # this is process 0
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(tiny_config
     train.run(tiny_config, tmp_path / "run")
     whole, held = read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
     progress = checkpoint.progress_at(tmp_path / "run", 6)
-    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # all is written but its name
+    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # fails before the final name
     with pytest.raises(StorageError), checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
     assert held.is_dir() and checkpoint.finished_steps(tmp_path / "run") == [3]
@@ -170,7 +170,7 @@ def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):
     limit = tmp_path / "limit.py"
     limit.write_text(
         "import resource, runpy, sys\n"
-        "from igpt import checkpoint\n"
+        "from igpt.run import checkpoint\n"
         "real = checkpoint.Checkpoints.save\n"
         "def save(self, state, step):\n"
         "    if step > 4: self.newest(); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
@@ -187,7 +187,7 @@ def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr  # which has more, of TensorStore's own threads
+    assert done.returncode == 1, done.stderr  # stderr also has lines of TensorStore's own threads
     assert "error: the checkpoint of step 8 could not be written" in done.stderr
     assert "That of step 4 is untouched; make room" in done.stderr
     assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)

@@ -70,9 +70,9 @@ def test_a_disk_error_while_opening_is_a_storage_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("igpt.run.directory.save_config", full)
-    with pytest.raises(StorageError, match="No space left on device"):
-        with RunDirectory(tmp_path / "run", configured()).opened(GREY_PALETTE):
-            pass
+    run = RunDirectory(tmp_path / "run", configured())
+    with pytest.raises(StorageError, match="No space left on device"), run.opened(GREY_PALETTE):
+        pass
 
 
 def test_a_config_is_equal_after_its_file(tmp_path):

@@ -1,4 +1,4 @@
-"""SIGTERM: the run is saved, and goes on as if it had not come."""
+"""After SIGTERM the run is saved. It then continues as if there had been no signal."""
 
 import signal
 import subprocess
@@ -26,8 +26,8 @@ def small_finetuning(**train):
 
 
 @pytest.fixture
-def told_to_stop(monkeypatch):
-    """told_to_stop(check): SIGTERM comes just before the run looks for it the check-th time."""
+def stop_at_check(monkeypatch):
+    """stop_at_check(check) sends SIGTERM just before the run checks for it for the check-th time."""
 
     def at(check):
         real, count = StopSignal.requested, [0]
@@ -46,16 +46,14 @@ def told_to_stop(monkeypatch):
 @pytest.mark.parametrize(
     "checks", [(3, 10), pytest.param(range(1, 14), marks=pytest.mark.slow)], ids=["evaluations", "all"]
 )
-def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_come(
-    tmp_path, monkeypatch, told_to_stop, checks
-):
-    """Fine-tuning, where an evaluation decides what is kept; looks in steps and in evaluations."""
+def test_sigterm_at_any_check_saves_and_the_resumed_run_is_bitwise_equal(tmp_path, monkeypatch, stop_at_check, checks):
+    """Fine-tuning, where an evaluation decides which step is kept. A run checks in steps and in evaluations."""
     config = small_finetuning()
     train.run(config, tmp_path / "whole")
     whole, stopped = read_arrays(tmp_path / "whole", 4), 0
     for check in checks:
         workdir = tmp_path / f"stopped-{check}"
-        told_to_stop(check)
+        stop_at_check(check)
         try:
             train.run(config, workdir)
         except PreemptedError as error:
@@ -73,11 +71,11 @@ def test_sigterm_at_any_look_saves_and_the_run_ends_bitwise_as_if_it_had_not_com
     assert stopped >= min(len(checks), 10)
 
 
-def test_an_evaluation_that_is_interrupted_twice_is_made_the_third_time(tmp_path, monkeypatch, told_to_stop):
-    config = small_finetuning(profile_at=2)  # of a step that is not made again
+def test_an_evaluation_interrupted_twice_is_completed_the_third_time(tmp_path, monkeypatch, stop_at_check):
+    config = small_finetuning(profile_at=2)  # profiles a step that is not repeated
     train.run(config, tmp_path / "whole")
-    for check in (3, 1):  # the first look within the evaluation of step 2, then the first of all, in the same
-        told_to_stop(check)
+    for check in (3, 1):  # the first check in the evaluation of step 2, then the first check of all, in it too
+        stop_at_check(check)
         with pytest.raises(PreemptedError, match="saved after step 2"):
             train.run(config, tmp_path / "run")
         monkeypatch.undo()
@@ -87,7 +85,7 @@ def test_an_evaluation_that_is_interrupted_twice_is_made_the_third_time(tmp_path
     assert checkpoint.progress_at(tmp_path / "run", 4) == checkpoint.progress_at(tmp_path / "whole", 4)
 
 
-def test_patience_that_ends_in_a_resumed_evaluation_ends_the_run_there(tmp_path, monkeypatch, told_to_stop):
+def test_patience_that_ends_in_a_resumed_evaluation_ends_the_run(tmp_path, monkeypatch, stop_at_check):
     config = small_finetuning(steps=8)
     config.train.patience, real = 1, train.evaluate
 
@@ -96,7 +94,7 @@ def test_patience_that_ends_in_a_resumed_evaluation_ends_the_run_there(tmp_path,
         return found and found | {"eval/accuracy": 0.5}
 
     monkeypatch.setattr(train, "evaluate", never_better)
-    told_to_stop(8)
+    stop_at_check(8)
     with pytest.raises(PreemptedError, match="saved after step 4"):
         train.run(config, tmp_path / "run")
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Several real processes on one machine, connected as hosts are: gloo over loopback, a few CPU devices each."""
+"""Several real processes on one machine, connected as hosts are: by gloo over loopback, with a few CPU devices each."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def free_address():
 
 
 def python(*arguments):
-    """A Python process on CPU devices, with its own output."""
+    """Starts a Python process on CPU devices; its output is captured."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -42,7 +42,7 @@ def python(*arguments):
 
 
 def start(workdir, processes, *fields, program=("train.py",)):
-    """Eight devices in so many processes. `workdir` may be one of each process."""
+    """Eight devices, shared by that many processes. `workdir` is one folder, or a list with one for each process."""
     address, started = free_address(), []
     for index in range(processes):
         place = [f"--coordinator={address}", f"--processes={processes}", f"--process={index}"]
@@ -53,7 +53,7 @@ def start(workdir, processes, *fields, program=("train.py",)):
 
 
 def ended(started, timeout=400):
-    """(exit code, output, errors) of each."""
+    """(exit code, stdout, stderr) of each process."""
     texts = [process.communicate(timeout=timeout) for process in started]
     return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
 
@@ -63,7 +63,7 @@ def close(one, other):
     return max(abs(one[step] - other[step]) for step in one) < 1e-5
 
 
-def test_two_processes_learn_what_one_does_and_only_the_first_speaks_and_writes(tmp_path):
+def test_two_processes_learn_what_one_does_and_only_the_first_writes(tmp_path):
     fields = ("--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6")
     alone = start(tmp_path / "one", 1, *fields)
     together = start(tmp_path / "two", 2, *fields)
@@ -72,7 +72,7 @@ def test_two_processes_learn_what_one_does_and_only_the_first_speaks_and_writes(
     (code, output, errors), (other_code, other_output, other_errors) = ended(together)
     assert code == other_code == 0, errors + other_errors
     assert "2 process(es), mesh data 2 x fsdp 2 x tensor 2" in output and "finished step 6" in output
-    assert "step" not in other_output and "step/s" not in other_errors  # only process 0 speaks
+    assert "step" not in other_output and "step/s" not in other_errors  # only process 0 prints
     assert close(losses(tmp_path / "one"), losses(tmp_path / "two"))
     written = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert len(written) == len(set(written)) == 7  # six steps and an evaluation, each once
@@ -115,21 +115,21 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_full_disk_under_one_process_ends_it_with_a_message_and_does_not_wait_for_the_others(tmp_path):
+def test_a_full_disk_ends_one_process_with_a_message_without_waiting(tmp_path):
     fields = ("--config.train.steps=8", "--config.train.eval_every=8", "--config.train.checkpoint_every=4")
     started = start(tmp_path / "run", 2, *fields, program=("-c", FILLS_UP, "train.py"))
     error = started[1].communicate(timeout=90)[1]  # orbax would wait for 20 minutes
-    started[0].kill()  # it learns of it by the runtime's heartbeat, after 100 seconds
+    started[0].kill()  # the runtime's heartbeat would notice after 100 seconds
     started[0].communicate()
     assert started[1].returncode == 1
     assert "error: the checkpoint of step 8 could not be written" in error and "That of step 4 is untouched" in error
     assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
 
 
-def test_hosts_with_workdirs_of_their_own_are_told_before_anything_is_trained(tmp_path):
+def test_hosts_that_do_not_share_a_workdir_are_refused_before_training(tmp_path):
     folders = [tmp_path / "host0", tmp_path / "host1"]
     outcomes = ended(start(folders, 2, "--config.train.steps=2"), timeout=120)
-    assert all(code in (2, -signal.SIGABRT) for code, _, _ in outcomes), outcomes  # aborted if the other was quicker
+    assert all(code in (2, -signal.SIGABRT) for code, _, _ in outcomes), outcomes  # or aborted by the other's exit
     assert any("not every process sees" in error and "that all hosts share" in error for _, _, error in outcomes)
     assert not any(path.is_file() for folder in folders for path in folder.rglob("*"))
 
@@ -176,8 +176,8 @@ with jax.set_mesh(mesh):
 """
 
 
-def test_hosts_whose_rows_of_a_batch_do_not_lie_together_put_them_where_they_belong():
-    """As on a pod, where a host is a block of the torus."""
+def test_hosts_place_rows_of_a_batch_that_are_not_contiguous():
+    """On a pod a host holds a block of the torus, and its rows of a batch are not contiguous."""
     address = free_address()
     outcomes = ended([python("-c", INTERLEAVED, address, index) for index in range(2)])
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
@@ -185,7 +185,7 @@ def test_hosts_whose_rows_of_a_batch_do_not_lie_together_put_them_where_they_bel
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_fifty_steps_of_several_processes_are_those_of_one_and_each_goes_on_from_the_others(tmp_path, processes):
+def test_fifty_steps_are_the_same_with_one_process_and_with_several(tmp_path, processes):
     fields = ("--config.train.eval_every=25", "--config.train.checkpoint_every=25")
     for name, count in (("one", 1), ("several", processes)):
         assert [code for code, _, _ in ended(start(tmp_path / name, count, *fields, "--config.train.steps=50"))] == [
@@ -193,7 +193,8 @@ def test_fifty_steps_of_several_processes_are_those_of_one_and_each_goes_on_from
         ] * count
     assert close(losses(tmp_path / "one"), losses(tmp_path / "several"))
     assert len(losses(tmp_path / "one")) == 50
-    for name, count in (("one", processes), ("several", 1)):  # swapped: from step 25 on the other number goes on
+    # From step 25 each run continues with the other number of processes.
+    for name, count in (("one", processes), ("several", 1)):
         (tmp_path / name / "checkpoints" / "50").rename(tmp_path / f"{name}-50")
         before = losses(tmp_path / name)
         outcomes = ended(start(tmp_path / name, count, *fields, "--config.train.steps=50"))
@@ -203,7 +204,7 @@ def test_fifty_steps_of_several_processes_are_those_of_one_and_each_goes_on_from
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_that_are_killed_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path):
+def test_two_killed_processes_resume_bitwise_as_if_uninterrupted(tmp_path):
     fields = ("--config.train.steps=60", "--config.train.eval_every=20", "--config.train.checkpoint_every=10")
     assert [code for code, _, _ in ended(start(tmp_path / "whole", 2, *fields))] == [0, 0]
     started = start(tmp_path / "killed", 2, *fields)

@@ -1,4 +1,4 @@
-"""Runs that are continued or killed end bitwise where uninterrupted ones end."""
+"""A run that is stopped or killed and then resumed ends with the same bits as an uninterrupted one."""
 
 import os
 import signal
@@ -35,8 +35,8 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
 
 
 @pytest.mark.parametrize("name", ["digits", pytest.param("finetune_digits", marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends(tmp_path, name):
-    """Real processes, a real SIGKILL, two devices."""
+def test_a_run_killed_at_any_moment_resumes_bitwise_as_if_uninterrupted(tmp_path, name):
+    """With real processes, a real SIGKILL and two devices."""
     steps = {"digits": 120, "finetune_digits": 80}[name]
     command = [
         sys.executable, "train.py", f"--config=configs/{name}.py", f"--config.train.steps={steps}",
@@ -60,7 +60,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_where_an_uninterrupted_one_ends
     uninterrupted, process = start(whole), start(killed)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        if any(path.name.isdigit() for path in killed.glob("checkpoints/*")):  # one is finished
+        if any(path.name.isdigit() for path in killed.glob("checkpoints/*")):  # one checkpoint is finished
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

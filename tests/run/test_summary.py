@@ -8,7 +8,7 @@ from tests.helpers import TINY_MODEL
 
 
 @pytest.mark.parametrize(
-    ("generative", "classification", "causal", "said"),
+    ("generative", "classification", "causal", "text"),
     [
         (1.0, 0.0, True, "the next pixel"),
         (1.0, 0.0, False, "15% of the pixels, dropped (BERT)"),
@@ -17,7 +17,7 @@ from tests.helpers import TINY_MODEL
         (0.0, 1.0, True, "7 classes"),
     ],
 )
-def test_what_is_learnt_is_said_with_every_weight_but_one(generative, classification, causal, said):
+def test_the_summary_names_each_objective_and_every_weight_but_1(generative, classification, causal, text):
     objective = ConfigDict(dict(generative=generative, classification=classification, drop_rate=0.15))
     model = dataclasses.replace(TINY_MODEL, causal=causal, num_classes=7)
-    assert _learns(objective, model) == said
+    assert _learns(objective, model) == text

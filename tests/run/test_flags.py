@@ -1,0 +1,68 @@
+"""`--config=FILE --config.a.b=value`: fields are overridden by name and type, and a mistake names what is right."""
+
+import pytest
+
+from igpt.command import Parser
+from igpt.errors import UserError
+from igpt.run.flags import parse_with_config
+from tests.helpers import ROOT
+
+DIGITS = f"--config={ROOT}/configs/digits.py"
+
+
+def parse(*arguments):
+    parser = Parser("train.py", "Trains.")
+    parser.add_argument("--workdir", required=False, help="where the run is written")
+    return parse_with_config(parser, list(arguments))
+
+
+def test_fields_are_overridden_and_the_others_stay():
+    config, changed = parse(DIGITS).config, parse(DIGITS, "--config.train.steps=7", "--workdir=run")
+    assert changed.workdir == "run" and changed.config.train.steps == 7 != config.train.steps
+    assert changed.config.model.width == config.model.width
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.use_bias=True", True),
+        ("optim.learning_rate=1e-4", 1e-4),
+        ("optim.learning_rate=1", 1.0),
+        ("data.image_size=(28,7)", (28, 7)),
+        ("data.source=folder:my photos", "folder:my photos"),
+        ("train.steps=50", 50),
+    ],
+)
+def test_a_value_is_read_as_the_type_of_its_field(override, value):
+    section, name = override.partition("=")[0].split(".")
+    found = getattr(getattr(parse(DIGITS, f"--config.{override}").config, section), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_what_stands_behind_the_files_name_goes_to_get_config():
+    large = parse(f"--config={ROOT}/configs/imagenet.py:l").config
+    assert large.model.width == 1536 and large.model.depth == 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([DIGITS, "--config.model.widht=3"], 'Did you mean "width"'),
+        ([DIGITS, "--config.model.width=wide"], "model.width=wide"),
+        ([DIGITS, "--config.train.steps=2.5"], "train.steps=2.5"),
+        ([DIGITS, "stray"], "'stray' is not a flag; options are written --name=value"),
+        ([DIGITS, "--wrkdir=run"], r"'--wrkdir=run' is not a flag; did you mean --workdir\?"),
+        ([DIGITS, "--confg=1"], r"'--confg=1' is not a flag; did you mean --config\?"),
+        (["--config=configs/absent.py"], "No such file or directory: 'configs/absent.py'"),
+        ([], "--config is missing. train.py --help has examples"),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_right(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse(*arguments)
+
+
+def test_a_config_file_that_is_no_python_is_refused(tmp_path):
+    (tmp_path / "cut_short.py").write_text("def get_config(:")
+    with pytest.raises(UserError, match="invalid syntax .*every field and its default: configs/base.py"):
+        parse(f"--config={tmp_path}/cut_short.py")
