@@ -64,9 +64,9 @@ class TrainConfig:
     num_samples: int
     checkpoint_every: int
     max_to_keep: int
-    profile_at: int
-    on_bad_step: str
-    patience: int
+    profile_at: int = 0
+    on_bad_step: str = "stop"
+    patience: int = 0
 
     def __post_init__(self):
         every = dict(log_every=1, eval_every=1, sample_every=1, checkpoint_every=1)

@@ -10,15 +10,12 @@ import jax
 import pytest
 from flax import nnx
 
-from configs import base, probe_digits
-from igpt import config as configuration
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.interop.load import parameter_fields
 from igpt.model import PRESETS, ImageGPT
-from igpt.optim import make_optimizer
 from igpt.probe.config import ProbeConfig
-from igpt.sharding import check_batch_size, make_mesh
-from igpt.state import abstract_state
+from igpt.state import build_program
 from tests.helpers import ROOT
 
 TRAINABLE = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("probe_")]
@@ -38,13 +35,9 @@ def get_config(name: str, *arguments: str):
     + [("finetune_cifar10", (size,)) for size in ("s:cifar100", "m:stl10", "l")],
 )
 def test_a_shipped_config_builds_its_whole_state_abstractly(name, arguments):
-    config = get_config(name, *arguments)
-    configuration.check(config)
-    optimizer, _ = make_optimizer(config.optim, config.train.steps)
-    mesh = make_mesh(*(config.mesh[axis] for axis in ("data", "fsdp", "tensor")))
-    check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
-    check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
-    _, state = abstract_state(configuration.model_config(config), optimizer, mesh)
+    config = Config.of(get_config(name, *arguments), trains=True)
+    state = build_program(config, config.mesh.make()).abstract
+    assert config.train.eval_batch_size % 8 == 0
     assert state.params["head"]["kernel"].shape == (config.model.width, config.palette.colors)
     assert ("classifier" in state.params) == name.startswith("finetune_")
 
@@ -56,7 +49,7 @@ def test_a_shipped_probe_config_is_one(name, arguments):
 
 @pytest.mark.parametrize("size", [*PRESETS, *BERT])
 def test_fine_tuning_starts_from_the_network_of_pretraining(size):
-    ours, theirs = (configuration.model_config(get_config(name, size)) for name in ("finetune_imagenet", "imagenet"))
+    ours, theirs = (Config.of(get_config(name, size)).network() for name in ("finetune_imagenet", "imagenet"))
     assert parameter_fields(ours) | {"num_classes": 0} == parameter_fields(theirs)
 
 
@@ -71,7 +64,7 @@ def test_fine_tuning_starts_from_the_network_of_pretraining(size):
     ],
 )
 def test_the_imagenet_configs_have_the_published_numbers_of_parameters(size, parameters):
-    model = configuration.model_config(get_config("imagenet", size))
+    model = Config.of(get_config("imagenet", size)).network()
     abstract = nnx.eval_shape(lambda: ImageGPT(model, rngs=nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == parameters
 
@@ -137,59 +130,3 @@ def test_every_field_is_explained_where_it_is_set():
         line for line in (ROOT / "configs" / "base.py").read_text().splitlines() if re.match(r"    \w+\.\w+ = ", line)
     ]
     assert [line for line in fields if "#" not in line and "ConfigDict()" not in line] == []
-
-
-def test_a_config_survives_its_json(tmp_path):
-    config = base.get_config()
-    configuration.save(config, tmp_path)
-    assert configuration.flatten(configuration.load(tmp_path)) == configuration.flatten(config)
-    configuration.check_resumable(config, tmp_path)
-
-
-def test_a_run_of_another_configuration_is_refused_field_by_field(tmp_path):
-    config = base.get_config()
-    configuration.save(config, tmp_path)
-    config.model.width, config.seed = 256, 7
-    with pytest.raises(UserError, match=r"(?s)model\.width: 512 there, 256 here.*seed: 0 there, 7 here.*--start_over"):
-        configuration.check_resumable(config, tmp_path)
-
-
-def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):
-    config = base.get_config()
-    configuration.save(config, tmp_path)
-    config.mesh.fsdp, config.model.attention, config.train.log_every = 2, "reference", 99
-    configuration.check_resumable(config, tmp_path)
-
-
-def test_arithmetic_may_not_change_when_a_run_resumes(tmp_path):
-    config = base.get_config()
-    configuration.save(config, tmp_path)
-    config.model.attention_dropout = 0.5  # model.attention may change, and this name begins with it
-    with pytest.raises(UserError, match=r"model\.attention_dropout: 0\.0 there, 0\.5 here"):
-        configuration.check_resumable(config, tmp_path)
-
-
-def test_a_configuration_of_another_kind_is_refused():
-    with pytest.raises(UserError, match="no configuration of ours: it has no data, palette"):
-        configuration.check(probe_digits.get_config())
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("train.steps", 0, "train.steps is 0"),
-        ("seed", -1, "seed is -1"),
-        ("data.image_size", (8,), r"image_size is \(8,\)"),
-        ("data.channels", 2, "channels is 2; choose 1"),
-        ("data.split_seed", -1, "split_seed is -1"),
-        ("optim.clip_norm", -1.0, "clip_norm is -1.0"),
-        ("objective.eval_masks", 0, "eval_masks is 0"),
-        ("objective.generative", 0.5, "the only loss that there is has weight 1"),
-        ("data.labels_per_class", -4, "labels_per_class is -4"),
-    ],
-)
-def test_values_that_no_run_could_use_are_refused(field, value, message):
-    config = base.get_config()
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(UserError, match=message):
-        configuration.check(config)

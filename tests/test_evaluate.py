@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from igpt import config as configuration
 from igpt.__main__ import main as run_igpt
+from igpt.config import Config
 from igpt.data.batches import Drops
 from igpt.data.examples import ArrayImages, Split
 from igpt.errors import UserError
@@ -20,7 +20,7 @@ from tests.helpers import TINY_MODEL, random_model
 def pretrained_and_split(count=23, labels=True, **changes):
     palette = Palette(np.linspace(-1, 1, 11)[:, None].repeat(3, axis=1))
     network = dataclasses.replace(TINY_MODEL, **changes)
-    config = configuration.of_network(network, (1, 13), 1)
+    config = Config.of_network(network, (1, 13), 1)
     tokens = np.random.default_rng(0).integers(0, 11, (count, 1, 13))
     split = Split(ArrayImages(palette.decode(tokens)), np.arange(count, dtype=np.int32) % 3 if labels else None)
     return Pretrained(config, random_model(network), palette), split, tokens[:, 0]

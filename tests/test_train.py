@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import train
+from igpt import state
 from igpt.errors import UserError
 from tests.helpers import ROOT, losses, records
 
@@ -50,7 +51,7 @@ def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
 
 def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_config, tmp_path, monkeypatch):
     events = []
-    real_get, real_make = jax.device_get, train.make_train_step
+    real_get, real_make = jax.device_get, state.make_train_step
 
     def make(*args, **kwargs):
         step = real_make(*args, **kwargs)
@@ -66,7 +67,7 @@ def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_conf
             events.append("read")
         return real_get(values)
 
-    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(state, "make_train_step", make)
     monkeypatch.setattr(jax, "device_get", get)
     tiny_config.train.update(steps=4, eval_every=9, sample_every=9, checkpoint_every=9, num_samples=0)
     train.run(tiny_config, tmp_path / "run")
@@ -167,8 +168,8 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
     ("arguments", "message"),
     [
         (["--config=configs/digits.py", "--workdir=RUN", "--config.model.widht=3"], 'Did you mean "width"'),
-        (["--config=configs/digits.py"], "--workdir is missing"),
-        (["--config=configs/probe_digits.py", "--workdir=RUN"], "no configuration of ours"),
+        (["--config=configs/digits.py"], "arguments are required: --workdir"),
+        (["--config=configs/probe_digits.py", "--workdir=RUN"], "no training configuration"),
         (["--config=configs/digits.py", "--workdir=RUN", "--config.train.batch_size=7"], "batch_size 7"),
     ],
 )

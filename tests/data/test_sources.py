@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 import train
-from igpt import config as configuration
 from igpt.data import sources
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
 from igpt.data.examples import ArrayImages, DecodedTokens, Split
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.probe.features import raw_pixels
+from igpt.run.directory import load_config
 from tests.helpers import assert_trees_equal, load_source, splits_of
 
 
@@ -135,7 +135,7 @@ def test_a_run_on_openai_tokens_keeps_their_palette(write_openai, tiny_config, t
     assert np.isfinite(train.run(tiny_config, tmp_path / "run")["eval/loss"])
     centers = np.load(tmp_path / "kmeans_centers.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "run" / "palette.npy"), centers)
-    assert configuration.load(tmp_path / "run").data.source == f"openai:{prefix}"
+    assert load_config(tmp_path / "run").data.source == f"openai:{prefix}"
 
 
 def test_a_palette_that_is_given_comes_before_that_of_the_source(write_openai, tiny_config, tmp_path):

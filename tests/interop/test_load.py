@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 
 import igpt
-from igpt import config as configuration
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.interop.hub import resolve
 from igpt.interop.import_run import import_directory
 from igpt.interop.load import check_same_network
 from igpt.palette import Palette
 from igpt.run import checkpoint
+from igpt.run.directory import check_resumable
 from igpt.sample import sample_images
 from igpt.sharding import make_mesh
 from igpt.state import create_state
@@ -74,14 +75,14 @@ def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
     del old["objective"]
     old["optim"]["spike_sigma"] = 0.0  # an option that was removed
     (tmp_path / "config.json").write_text(json.dumps(old))
-    configuration.check_resumable(config, tmp_path)
+    check_resumable(Config.of(config), tmp_path)
     pretrained = igpt.load(tmp_path)
     assert pretrained.step == 3 and pretrained.config.objective.generative == 1.0
     assert pretrained.config.train.patience == 0
     np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
     config.data.labels_per_class = 4
     with pytest.raises(UserError, match="data.labels_per_class: 0 there, 4 here"):
-        configuration.check_resumable(config, tmp_path)
+        check_resumable(Config.of(config), tmp_path)
 
 
 def test_a_fine_tuned_run_loads_its_best_step_or_the_chosen_one(tmp_path):
@@ -130,7 +131,7 @@ def hf(tmp_path_factory):
 
 def test_a_hugging_face_directory_equals_the_run_imported_from_it(hf, tmp_path):
     one, other = igpt.load(hf), igpt.load(import_directory(hf, tmp_path / "run"))
-    assert one.config.to_json() == other.config.to_json() and one.step == other.step == 0
+    assert one.config.to_dict() == other.config.to_dict() and one.step == other.step == 0
     np.testing.assert_array_equal(one.palette.centers, other.palette.centers)
     states = (nnx.to_pure_dict(nnx.state(pretrained.model)) for pretrained in (one, other))
     jax.tree.map(np.testing.assert_array_equal, *states)

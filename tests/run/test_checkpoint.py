@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from igpt.run import checkpoint
+from igpt.run.digests import DIGESTS, damage
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
 from tests.helpers import RUN_MODEL, assert_trees_equal, default_optimizer, save_states
@@ -62,9 +63,9 @@ def test_a_checkpoint_has_the_digest_of_every_file_of_its_items(tmp_path):
     }
     assert (
         files - {f"{item}/commit_success.txt" for item in checkpoint.ITEMS}
-        <= json.loads((folder / checkpoint.DIGESTS).read_text()).keys()
+        <= json.loads((folder / DIGESTS).read_text()).keys()
     )
-    assert checkpoint.damage(tmp_path, 3) == ""
+    assert damage(checkpoint.folder_of(tmp_path, 3)) == ""
 
 
 def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):

@@ -15,8 +15,8 @@ import pytest
 
 import train
 from igpt.errors import StorageError, UserError
-from igpt.run import checkpoint
-from igpt.run import journal as metrics
+from igpt.run import checkpoint, digests, journal
+from igpt.run.digests import damage
 from igpt.state import TrainState
 from tests.helpers import ROOT, assert_bitwise_equal, read_arrays
 
@@ -79,22 +79,22 @@ def test_a_file_that_cannot_be_read_now_is_no_damage_and_nothing_is_moved(tmp_pa
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     workdir = checkpoint_of(tmp_path)
-    monkeypatch.setattr(checkpoint, "_digest", stale)
+    monkeypatch.setattr(digests, "_digest", stale)
     with pytest.raises(StorageError, match="cannot be read .*Stale file handle.*move it away"):
-        checkpoint.sound_step(workdir)
+        checkpoint.newest_sound_step(workdir)
     monkeypatch.undo()
-    assert checkpoint.sound_step(workdir) == 1
+    assert checkpoint.newest_sound_step(workdir) == 1
 
 
 def test_a_file_that_only_another_host_misses_is_no_damage(tmp_path, monkeypatch):
     workdir = checkpoint_of(tmp_path)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(checkpoint, "agreed", lambda mine: mine)  # this is process 0
-    monkeypatch.setattr(checkpoint, "everywhere", lambda mine: False)
-    with pytest.raises(StorageError, match="whole as process 0 sees it.*the same directory"):
-        checkpoint.damage(workdir, 1)
+    monkeypatch.setattr(digests, "broadcast", lambda mine: mine)  # this is process 0
+    monkeypatch.setattr(digests, "all_processes", lambda mine: False)
+    with pytest.raises(StorageError, match="is complete on process 0, but not on another.*the same directory"):
+        damage(checkpoint.folder_of(workdir, 1))
     largest(workdir / "checkpoints" / "1" / "params").unlink()
-    assert "is missing" in checkpoint.damage(workdir, 1)
+    assert "is missing" in damage(checkpoint.folder_of(workdir, 1))
 
 
 def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_config, tmp_path):
@@ -113,13 +113,13 @@ def test_a_checkpoint_of_another_network_is_no_damage_and_is_not_moved(tiny_conf
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["model"]["width"] = tiny_config.model.width = 24
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="step 6 of .* cannot be read as this network's"):
+    with pytest.raises(UserError, match="step 6 of .* does not fit this network"):
         train.run(tiny_config, tmp_path / "run")
     assert checkpoint.finished_steps(tmp_path / "run") == [3, 6]
 
 
 def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_path, monkeypatch):
-    real, before = metrics.Writer.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, before = journal.Writer.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(writer, step, values):
         if step == 5:
@@ -128,14 +128,14 @@ def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (writer.lines.tell() + 1, before[1]))
         real(writer, step, values)
 
-    monkeypatch.setattr(metrics.Writer, "write", full)
+    monkeypatch.setattr(journal.Writer, "write", full)
     tiny_config.train.num_samples = 0
     try:
-        with pytest.raises(StorageError, match=r"run: File too large. Finished checkpoints are"):
+        with pytest.raises(StorageError, match=r"run: File too large. Finished checkpoints are unchanged"):
             train.run(tiny_config, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoint.finished_steps(tmp_path / "run") == [3] and not checkpoint.damage(tmp_path / "run", 3)
+    assert checkpoint.finished_steps(tmp_path / "run") == [3] and not damage(checkpoint.folder_of(tmp_path / "run", 3))
     monkeypatch.undo()
     train.run(tiny_config, tmp_path / "run")
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(tiny_config
         checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
     assert held.is_dir() and checkpoint.finished_steps(tmp_path / "run") == [3]
     monkeypatch.undo()
-    assert checkpoint.sound_step(tmp_path / "run") == 6 and not held.exists()
+    assert checkpoint.newest_sound_step(tmp_path / "run") == 6 and not held.exists()
     with checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
         assert held.is_dir()
@@ -189,5 +189,5 @@ def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_stays(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr  # stderr also has lines of TensorStore's own threads
     assert "error: the checkpoint of step 8 could not be written" in done.stderr
-    assert "That of step 4 is untouched; make room" in done.stderr
-    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
+    assert "The one of step 4 is unchanged; make room" in done.stderr
+    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not damage(checkpoint.folder_of(tmp_path / "run", 4))

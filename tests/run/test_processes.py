@@ -10,6 +10,7 @@ import time
 import pytest
 
 from igpt.run import checkpoint
+from igpt.run.digests import damage
 from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays
 
 
@@ -100,6 +101,7 @@ def test_sigterm_to_one_of_two_saves_and_stops_both_at_the_same_step(tmp_path):
 FILLS_UP = """
 import resource, runpy, sys
 from igpt.run import checkpoint
+from igpt.run.digests import damage
 
 def save(self, state, step, real=checkpoint.Checkpoints.save):
     if step > 4:
@@ -122,24 +124,24 @@ def test_a_full_disk_ends_one_process_with_a_message_without_waiting(tmp_path):
     started[0].kill()  # the runtime's heartbeat would notice after 100 seconds
     started[0].communicate()
     assert started[1].returncode == 1
-    assert "error: the checkpoint of step 8 could not be written" in error and "That of step 4 is untouched" in error
-    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not checkpoint.damage(tmp_path / "run", 4)
+    assert "error: the checkpoint of step 8 could not be written" in error and "The one of step 4 is unchanged" in error
+    assert checkpoint.finished_steps(tmp_path / "run") == [4] and not damage(checkpoint.folder_of(tmp_path / "run", 4))
 
 
 def test_hosts_that_do_not_share_a_workdir_are_refused_before_training(tmp_path):
     folders = [tmp_path / "host0", tmp_path / "host1"]
     outcomes = ended(start(folders, 2, "--config.train.steps=2"), timeout=120)
     assert all(code in (2, -signal.SIGABRT) for code, _, _ in outcomes), outcomes  # or aborted by the other's exit
-    assert any("not every process sees" in error and "that all hosts share" in error for _, _, error in outcomes)
+    assert any("but not every process does" in error and "that all hosts share" in error for _, _, error in outcomes)
     assert not any(path.is_file() for folder in folders for path in folder.rglob("*"))
 
 
 SLEEPS = """
 import sys, time
-from igpt.run import cluster as launch
+from igpt.run import cluster
 
-launch.join(sys.argv[1], "2", sys.argv[2])
-launch.meet()
+cluster.join(sys.argv[1], "2", sys.argv[2])
+cluster.barrier()
 print("met", flush=True)
 time.sleep(300)
 """
@@ -161,10 +163,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from igpt import sharding
-from igpt.run import cluster as launch
+from igpt.run import cluster
 
 jax.config.update("jax_num_cpu_devices", 4)
-launch.join(sys.argv[1], "2", sys.argv[2])
+cluster.join(sys.argv[1], "2", sys.argv[2])
 devices = np.array(jax.devices())[[0, 4, 1, 5, 6, 2, 3, 7]].reshape(4, 2, 1)
 mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 rows = sharding.process_rows(24, mesh)

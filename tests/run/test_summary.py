@@ -1,9 +1,9 @@
 import dataclasses
 
 import pytest
-from ml_collections import ConfigDict
 
-from igpt.run.summary import _learns
+from igpt.config import ObjectiveConfig
+from igpt.run.summary import learning_goal
 from tests.helpers import TINY_MODEL
 
 
@@ -18,6 +18,6 @@ from tests.helpers import TINY_MODEL
     ],
 )
 def test_the_summary_names_each_objective_and_every_weight_but_1(generative, classification, causal, text):
-    objective = ConfigDict(dict(generative=generative, classification=classification, drop_rate=0.15))
+    objective = ObjectiveConfig(generative, classification)
     model = dataclasses.replace(TINY_MODEL, causal=causal, num_classes=7)
-    assert _learns(objective, model) == text
+    assert learning_goal(objective, model) == text
