@@ -4,10 +4,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from igpt.__main__ import main as run_igpt
-from igpt.config import Config
+from igpt.config import Config, ObjectiveConfig
 from igpt.data.batches import Drops
 from igpt.data.examples import ArrayImages, Split
 from igpt.errors import UserError
@@ -55,7 +54,8 @@ def test_a_classifier_is_tested_if_there_are_labels():
 
 def test_bert_predicts_what_its_masks_drop_without_bits_per_dim():
     pretrained, split, tokens = pretrained_and_split(causal=False)
-    pretrained.config.objective = ConfigDict(dict(pretrained.config.objective) | {"drop_rate": 0.4})
+    config = dataclasses.replace(pretrained.config, objective=ObjectiveConfig(drop_rate=0.4))
+    pretrained = pretrained._replace(config=config)
     results = evaluate(pretrained, split, 10, masks=2)
     keep = Drops(0.4, 2).of_images(np.arange(23), 13)
     each = []

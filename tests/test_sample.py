@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from igpt import sample
 from igpt.__main__ import main as run_igpt
+from igpt.config import Config
 from igpt.errors import UserError
 from igpt.interop.load import Pretrained
 from igpt.model import ModelConfig
@@ -95,7 +95,7 @@ def test_top_1_is_greedy():
 def pretrained(height=3, width=4, model_width=14, num_heads=2):
     config = ModelConfig(width=model_width, depth=2, num_heads=num_heads, vocab_size=11, seq_len=height * width)
     greys = Palette((np.linspace(-1, 1, 11))[:, None].repeat(3, axis=1))
-    return Pretrained(ConfigDict({"data": {"image_size": (height, width)}}), random_model(config), greys)
+    return Pretrained(Config.of_network(config, (height, width), 1), random_model(config), greys)
 
 
 def test_images_do_not_depend_on_the_batch_size():

@@ -10,12 +10,14 @@ from sklearn.cluster import KMeans
 
 import train
 from igpt.__main__ import main as run_igpt
+from igpt.config import Config
 from igpt.data import palette_fit
 from igpt.data.examples import ArrayImages, DecodedTokens, EncodedImages
 from igpt.data.images import Preprocess
 from igpt.data.sources import load_source
 from igpt.errors import UserError
 from igpt.palette import Palette
+from igpt.run.directory import RunDirectory
 
 
 def test_grey_levels_are_kept_exactly_when_there_is_room():
@@ -85,7 +87,8 @@ def test_training_and_the_command_find_the_same_palette(tiny_config, tmp_path, w
     tiny_config.data.update(source=f"npz:{path}", image_size=(13, 13), channels=3)
     tiny_config.palette.update(colors=11, max_pixels=pixels)
     tiny_config.seed = 5
-    trained = train.find_palette(tiny_config, None, load_source(tiny_config.data))
+    config = Config.of(tiny_config, trains=True)
+    trained = train.choose_palette(config, RunDirectory(tmp_path / "run", config), load_source(config.data))
     common = [f"--source=npz:{path}", "--size=13", "--preprocess=none", "--colors=11", f"--pixels={pixels}"]
     run_igpt(["palette", *common, "--seed=5", f"--out={tmp_path}/palette.npy"])
     np.testing.assert_array_equal(Palette.load(tmp_path / "palette.npy").centers, trained.centers)

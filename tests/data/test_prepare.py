@@ -279,9 +279,9 @@ def test_the_hint_runs_as_it_stands(pictures, palette, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
 
     def describe(*_):  # all is checked, opened and written by then; the rest is training
-        raise InterruptedError
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "describe", describe)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         train.run(args.config, args.workdir)
     np.testing.assert_array_equal(np.load("runs/my photos/palette.npy"), np.load(palette))
