@@ -27,15 +27,8 @@ from igpt.data.palette_fit import fit
 from igpt.data.sources import open_source
 from igpt.errors import reported
 from igpt.files import storage_errors
+from igpt.interop import load
 from igpt.interop.hub import resolve
-from igpt.interop.load import (
-    Pretrained,
-    check_palette_size,
-    check_same_network,
-    check_same_palette,
-    palette_of,
-    starting_params,
-)
 from igpt.loss import bits_per_dim
 from igpt.palette import Palette
 from igpt.plots import image_grid
@@ -74,17 +67,17 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
     state, origin = starting_state(config, run, program)
 
     # From here on the run writes.
-    with StopSignal() as signal, run.opened(palette), storage_errors(run.path), jax.set_mesh(mesh):
+    with StopSignal() as signal, run.opened(palette) as checkpoints, storage_errors(run.path), jax.set_mesh(mesh):
         describe(run.path, origin, config, program.model, state, mesh, source, palette)
         started = time.perf_counter()
         profile = Profile(run.path, train.profile_at, train.steps)
-        with Journal(run, config, program.model, source, int(state.opt_state.skipped)) as journal, profile:
+        with Journal(run, checkpoints, program.model, source, int(state.opt_state.skipped)) as journal, profile:
             evaluator = Evaluator(config, run, program, source, palette, journal, signal)
             step, last_step = run.first_step, run.last_step
             if run.evaluation_is_missing:  # the run was stopped before or during it
                 evaluator(state.params, step)
                 if not run.evaluation_is_missing:
-                    run.save(state, step)  # again, with the result of the evaluation
+                    checkpoints.save(state, step)  # again, with the result of the evaluation
                 last_step = step if signal.requested() else run.last_step
 
             steps = batches.iterate(run.first_step, last_step, config.data.threads)
@@ -103,7 +96,7 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
                 is_new = not stopping and evaluator(state.params, step)
                 stopping = signal.requested()
                 if stopping or is_new or train.is_due(step, train.checkpoint_every):
-                    run.save(state, step)
+                    checkpoints.save(state, step)
                 if stopping or run.has_ended_early:
                     break
                 journal.restart_clock(step)
@@ -118,7 +111,7 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
     is_tested = step == run.first_step and not evaluation and exists(run.path / "finetune.json")
     if config.objective.classification and source.test.labels is not None and not is_tested:
         evaluation |= test_classifier(config, run, program, source, palette)
-    farewell(config, run.path, evaluation, time.perf_counter() - started, run.first_step, step, source.unreadable)
+    farewell(run, step, evaluation, time.perf_counter() - started, source.unreadable)
     return evaluation
 
 
@@ -131,9 +124,11 @@ def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette
     if resumed:
         origin, palette = run.path, resumed
     elif init_from:
-        origin, palette = init_from, palette_of(resolve(init_from))
-        check_same_palette(palette, f"init_from={origin}", Palette.load(path) if path else None, f"palette.path={path}")
-        check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
+        origin, palette = init_from, load.palette_of(resolve(init_from))
+        load.check_same_palette(
+            palette, f"init_from={origin}", Palette.load(path) if path else None, f"palette.path={path}"
+        )
+        load.check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
     elif path:
         origin, palette = path, Palette.load(path)
     elif source.palette is not None:
@@ -141,7 +136,7 @@ def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette
     else:
         palette = fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
         return run.same_palette(palette)
-    check_palette_size(palette, config, origin)
+    load.check_palette_size(palette, config, origin)
     return palette
 
 
@@ -170,8 +165,8 @@ def starting_state(config: Config, run: RunDirectory, program: TrainProgram) -> 
         return state, f"resumed after step {run.first_step}"
     if not config.init_from:
         return program.create_state(config.seed), "fresh"
-    check_same_network(config.init_from, config)
-    pretrained = starting_params(config.init_from, program.mesh)
+    load.check_same_network(config.init_from, config)
+    pretrained = load.starting_params(config.init_from, program.mesh)
     state = program.create_state(config.seed)
     state = dataclasses.replace(state, params=finetune.merge_params(state.params, pretrained))
     new = ", a new classifier" if program.model.num_classes and "classifier" not in pretrained else ""
@@ -209,7 +204,7 @@ class Evaluator:
                 self.journal.print(f"step {step}: no better accuracy in {train.patience} evaluations: training ends")
         draws = train.num_samples and self.config.model.causal and self.config.objective.generative
         if draws and train.is_due(step, train.sample_every) and not self.signal.requested():
-            model = Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
+            model = load.Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
             self.journal.sampled(step, image_grid(sample_images(model, train.num_samples, self.config.seed)))
         return improved or self.run.has_ended_early
 

@@ -115,23 +115,19 @@ class Config:
 
     def _check_heads(self) -> None:
         """Raises UserError unless each weight of the loss has its head, and each head a weight."""
-        objective, model = self.objective, self.model
-        if objective.generative and not model.pixel_head:
+        generative, classification = self.objective.generative, self.objective.classification
+        if generative and not self.model.pixel_head:
             raise UserError(
-                f"objective.generative is {objective.generative}, but model.pixel_head is False: no pixel can be "
-                "predicted; set objective.generative=0 to learn classes only, or model.pixel_head=True"
+                f"objective.generative is {generative}, but model.pixel_head is False: no pixel can be predicted; set "
+                "objective.generative=0 to learn classes only, or model.pixel_head=True"
             )
-        if objective.classification and model.num_classes < 2:
+        classes = self.model.num_classes
+        if bool(classification) != bool(classes) or classes == 1:
             raise UserError(
-                f"objective.classification is {objective.classification}, but model.num_classes is "
-                f"{model.num_classes}; set it to the number of classes, 2 or more"
+                f"objective.classification is {classification}, but model.num_classes is {classes}; set both to learn "
+                "classes, the latter to their number, 2 or more; or set both to 0"
             )
-        if model.num_classes and not objective.classification:
-            raise UserError(
-                f"model.num_classes is {model.num_classes}, but objective.classification is 0: the classifier would "
-                "learn nothing; set objective.classification=1, or model.num_classes=0"
-            )
-        if self.train.patience and not objective.classification:
+        if self.train.patience and not classification:
             raise UserError(
                 "train.patience waits for a better validation accuracy, which only fine-tuning has; set "
                 "train.patience=0, or objective.classification=1"

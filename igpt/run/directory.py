@@ -45,7 +45,6 @@ class RunDirectory:
                 f"{self.path} has checkpoints but no config.json; --start_over sets them aside and begins anew"
             )
         self.first_step, self.progress = 0, checkpoint.Progress()
-        self._checkpoints = None
 
     def palette(self) -> Palette | None:
         """The palette of the run that is resumed; None for a fresh run."""
@@ -82,8 +81,8 @@ class RunDirectory:
         return self.first_step if self.has_ended_early else self.config.train.steps
 
     @contextlib.contextmanager
-    def opened(self, palette: Palette) -> Iterator[None]:
-        """Writes configuration and palette; within the block checkpoints can be saved. Raises StorageError."""
+    def opened(self, palette: Palette) -> Iterator[checkpoint.Checkpoints]:
+        """Writes configuration and palette, and gives the checkpoints to save to. Raises StorageError."""
         barrier()  # no process is still reading what will be set aside
         with storage_errors(self.path):
             if is_first_process():
@@ -97,19 +96,9 @@ class RunDirectory:
                 if self.last_step > self.first_step or self.evaluation_is_missing:
                     (self.path / "finetune.json").unlink(missing_ok=True)  # the result of an earlier end
             barrier()
-            self._checkpoints = checkpoint.Checkpoints(self.path, self.config.train.max_to_keep, self.progress)
-            try:
-                yield
-            finally:
-                self._checkpoints.close()  # waits for the checkpoint that is being written
-
-    def save(self, state: TrainState, step: int) -> None:
-        """Starts to save a checkpoint; returns once the state is copied off the devices."""
-        self._checkpoints.save(state, step)
-
-    def newest_checkpoint(self) -> int | None:
-        """The step of the newest finished checkpoint."""
-        return self._checkpoints.newest()
+            # On exit it waits for the checkpoint that is being written.
+            with checkpoint.Checkpoints(self.path, self.config.train.max_to_keep, self.progress) as checkpoints:
+                yield checkpoints
 
     def same_palette(self, palette: Palette) -> Palette:
         """The palette of process 0, on every process: k-means on another machine may differ in a last bit."""

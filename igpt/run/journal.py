@@ -16,13 +16,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
-from igpt.config import Config
 from igpt.data.examples import Source
 from igpt.errors import NonFiniteError
 from igpt.files import write_text
 from igpt.flops import PEAK_FLOPS, train_flops_per_image
 from igpt.model import ModelConfig
 from igpt.plots import save_png
+from igpt.run.checkpoint import Checkpoints
 from igpt.run.cluster import is_first_process
 from igpt.run.directory import RunDirectory
 
@@ -36,19 +36,15 @@ class Journal:
     `skipped`: the number of bad steps in the state that the run starts from.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, model: ModelConfig, source: Source, skipped: int):
-        self.run, self.train, self.first_step = run, config.train, run.first_step
+    def __init__(self, run: RunDirectory, checkpoints: Checkpoints, model: ModelConfig, source: Source, skipped: int):
+        config, self.checkpoints, self.first_step = run.config, checkpoints, run.first_step
+        self.train = config.train
         self.unreadable = source if config.data.on_unreadable == "skip" else None
         self.skipped, self.skipped_in_a_row = skipped, 0
         self.writer = Writer(run.path, run.first_step, run.evaluation_is_missing)
         self.speed = Speed(model, config.train.batch_size)
-        self.bar = tqdm(
-            total=config.train.steps,
-            initial=run.first_step,
-            unit="step",
-            disable=not is_first_process(),
-            dynamic_ncols=True,
-        )
+        shown = dict(unit="step", dynamic_ncols=True, disable=not is_first_process())
+        self.bar = tqdm(total=config.train.steps, initial=run.first_step, **shown)
         self._unread = None  # (step, metrics) of the newest step
 
     def __enter__(self):
@@ -97,7 +93,7 @@ class Journal:
         return True
 
     def _how_to_continue(self, what: str) -> str:
-        newest = self.run.newest_checkpoint()
+        newest = self.checkpoints.newest()
         there = f"The newest checkpoint is that of step {newest}" if newest else "There is no checkpoint yet"
         if self.train.on_bad_step == "skip":
             return f"{what}. It is bad step {self.skipped_in_a_row} in a row, so training ends. {there}."

@@ -1,7 +1,5 @@
 """What train.py prints: before a run, what is about to happen; after it, the result and the next commands."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 
@@ -12,6 +10,7 @@ from igpt.loss import marginal_entropy
 from igpt.model import ModelConfig
 from igpt.palette import Palette
 from igpt.run.cluster import is_first_process
+from igpt.run.directory import RunDirectory
 
 
 def describe(workdir, origin: str, config: Config, model: ModelConfig, state, mesh, source: Source, palette: Palette):
@@ -46,21 +45,14 @@ def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
-def farewell(
-    config: Config,
-    workdir: Path,
-    evaluation: dict,
-    seconds: float,
-    first_step: int,
-    step: int,
-    unreadable: list[str],
-) -> None:
+def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, unreadable: list[str]) -> None:
     """Prints the result, and the commands that usually come next. Only process 0 prints."""
     if not is_first_process():
         return
+    config, workdir = run.config, run.path
     if unreadable:
         print(f"passed over {len(unreadable)} unreadable images, such as: {unreadable[0]}")
-    if first_step == step:
+    if run.first_step == step:
         print(f"{workdir} had already finished its {step} steps.")
     else:
         minutes, seconds = divmod(round(seconds), 60)
