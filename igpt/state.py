@@ -161,7 +161,7 @@ def make_eval_step(loss: Callable) -> Callable:
     return jax.jit(eval_step)
 
 
-def run_batches(step: Callable, params: dict, batches: Iterable[dict], batch_size: int, mesh: Mesh) -> Iterator[Any]:
+def run_batches(step: Callable, params: Any, batches: Iterable[dict], batch_size: int, mesh: Mesh) -> Iterator[Any]:
     """Yields step(params, batch) of each host batch, as NumPy arrays. The device works one batch ahead of the host."""
     waiting = None
     for batch in batches:
