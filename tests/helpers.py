@@ -121,8 +121,13 @@ def write_run_config(path, **model):
     return config
 
 
+def optim_config(**changes):
+    """The optimizer's settings of configs/base.py, with changes."""
+    return dataclasses.replace(Config.of(base.get_config()).optim, **changes)
+
+
 def default_optimizer():
-    return make_optimizer(Config.of(base.get_config()).optim, steps=9)[0]
+    return make_optimizer(optim_config(), steps=9)[0]
 
 
 def save_states(workdir, mesh, steps=(3,), seed=0):

@@ -4,19 +4,13 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base
 from igpt.errors import UserError
 from igpt.optim import make_optimizer
-
-
-def settings(**changes):
-    optim = base.get_config().optim
-    optim.update(changes)
-    return optim
+from tests.helpers import optim_config
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
-    _, schedule = make_optimizer(settings(learning_rate=0.5, warmup_steps=10), steps=100)
+    _, schedule = make_optimizer(optim_config(learning_rate=0.5, warmup_steps=10), steps=100)
     rates = np.array([schedule(step) for step in range(101)])
     assert 0 < rates[0] < 0.06
     assert rates.argmax() == 10 and np.isclose(rates[10], 0.5)
@@ -25,18 +19,18 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
 
 
 def test_a_run_shorter_than_its_warm_up_still_comes_down():
-    _, schedule = make_optimizer(settings(learning_rate=0.5, warmup_steps=99), steps=20)
+    _, schedule = make_optimizer(optim_config(learning_rate=0.5, warmup_steps=99), steps=20)
     rates = np.array([schedule(step) for step in range(21)])
     assert rates.argmax() == 10 and np.isclose(rates[20], 0.0)
 
 
 def test_a_constant_schedule_stays():
-    _, schedule = make_optimizer(settings(learning_rate=0.5, schedule="constant"), steps=100)
+    _, schedule = make_optimizer(optim_config(learning_rate=0.5, schedule="constant"), steps=100)
     assert schedule(0) == schedule(99) == 0.5
 
 
 def test_an_update_is_adam_by_hand():
-    optimizer, _ = make_optimizer(settings(learning_rate=0.1, schedule="constant"), steps=9)
+    optimizer, _ = make_optimizer(optim_config(learning_rate=0.1, schedule="constant"), steps=9)
     params, moments = {"head": {"kernel": jnp.array([1.0, -2.0])}}, [np.zeros(2), np.zeros(2)]
     state, value = optimizer.init(params), np.array([1.0, -2.0])
     for step in range(1, 4):
@@ -49,7 +43,7 @@ def test_an_update_is_adam_by_hand():
 
 
 def test_weight_decay_touches_kernels_only():
-    optimizer, _ = make_optimizer(settings(weight_decay=0.1), steps=9)
+    optimizer, _ = make_optimizer(optim_config(weight_decay=0.1), steps=9)
     params = {
         "up": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
         "norm": {"gain": jnp.ones(2)},
@@ -62,8 +56,8 @@ def test_weight_decay_touches_kernels_only():
 
 
 def test_clipping_bounds_the_gradient_that_adam_sees():
-    clipped, _ = make_optimizer(settings(clip_norm=1.0, eps=1.0), steps=9)
-    free, _ = make_optimizer(settings(eps=1.0), steps=9)
+    clipped, _ = make_optimizer(optim_config(clip_norm=1.0, eps=1.0), steps=9)
+    free, _ = make_optimizer(optim_config(eps=1.0), steps=9)
     params = {"head": {"kernel": jnp.zeros(2)}}
     large, unit = ({"head": {"kernel": jnp.array(g)}} for g in ([30.0, 40.0], [0.6, 0.8]))
     ours, _ = clipped.update(large, clipped.init(params), params, loss=jnp.ones(()))
@@ -76,17 +70,17 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"b2": 1.0}, r"b2 is 1.0; it must lie in \[0, 1\)"),
-        ({"schedule": "linear"}, "'linear'; choose cosine or constant"),
+        ({"schedule": "linear"}, "'linear'; choose cosine, constant"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(settings(**change), steps=9)
+        optim_config(**change)
 
 
 def trained(losses, grads=None, **changes):
     """The parameter (one number) after each update, and the last state. Its gradient is 1 unless one is given."""
-    optimizer, _ = make_optimizer(settings(learning_rate=0.1, schedule="constant", **changes), steps=999)
+    optimizer, _ = make_optimizer(optim_config(learning_rate=0.1, schedule="constant", **changes), steps=999)
     params = {"head": {"kernel": jnp.ones(1)}}
     state, found = optimizer.init(params), []
     update = jax.jit(optimizer.update)

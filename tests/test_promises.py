@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from configs import base
 from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
@@ -20,6 +19,7 @@ from igpt.plan.hlo import COLLECTIVES, HloProgram
 from igpt.sample import _generate
 from igpt.sharding import BATCH, make_mesh
 from igpt.state import abstract_state, make_eval_step, make_train_step
+from tests.helpers import optim_config
 
 B, L, D, N, K, F, V, T = 16, 5, 48, 8, 6, 56, 11, 13
 GIVEN = 2  # inputs that the prefill reads
@@ -31,7 +31,7 @@ def parts(data, fsdp, tensor, **changes):
     """(mesh, optimizer, schedule, graph, abstract state) on the first data x fsdp x tensor devices."""
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     config = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, **changes)
-    optimizer, schedule = make_optimizer(base.get_config().optim, steps=10)
+    optimizer, schedule = make_optimizer(optim_config(), steps=10)
     return mesh, optimizer, schedule, *abstract_state(config, optimizer, mesh)
 
 

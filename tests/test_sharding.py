@@ -5,11 +5,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import base
 from igpt import sharding
 from igpt.errors import UserError
 from igpt.model import PRESETS, ModelConfig
-from igpt.optim import make_optimizer
 from igpt.sharding import (
     BATCH,
     check_batch_size,
@@ -22,12 +20,12 @@ from igpt.sharding import (
     to_devices,
 )
 from igpt.state import abstract_state
+from tests.helpers import default_optimizer
 
 
 def abstract(mesh, **changes):
     fields = dict(width=16, depth=2, num_heads=4, vocab_size=11, seq_len=13, use_bias=True) | changes
-    optimizer, _ = make_optimizer(base.get_config().optim, steps=9)
-    return abstract_state(ModelConfig(**fields), optimizer, mesh)[1]
+    return abstract_state(ModelConfig(**fields), default_optimizer(), mesh)[1]
 
 
 def leaf_paths(tree):

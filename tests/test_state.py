@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from igpt import chunked
 from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.sharding import make_mesh, to_devices
 from igpt.state import abstract_state, create_state, make_eval_step, make_train_step
+from tests.helpers import optim_config
 
 GOLDEN = Path(__file__).parent / "golden" / "train_steps.json"
 TINY = dict(width=24, depth=2, num_heads=4, vocab_size=11, seq_len=13, mlp_width=28)
@@ -33,9 +33,7 @@ def batch_of(step, size=16, bert=False):
 def train(mesh, steps=4, accumulate=1, seed=0, learning_rate=1e-2, one_batch=False, **changes):
     """Losses, gradient norms and the last state of a few updates on one fixed stream of batches."""
     config = ModelConfig(**TINY | changes)
-    optim = base.get_config().optim
-    optim.update(learning_rate=learning_rate, clip_norm=1.0)
-    optimizer, schedule = make_optimizer(optim, steps=10)
+    optimizer, schedule = make_optimizer(optim_config(learning_rate=learning_rate, clip_norm=1.0), steps=10)
     graph, abstract = abstract_state(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed)
     dropout_seed = seed if config.residual_dropout else None
@@ -99,8 +97,7 @@ def test_the_state_keeps_its_shardings_and_gives_up_its_memory():
     _, state = train(mesh)
     kernel = state.params["blocks"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4  # fsdp x tensor
-    config, optim = ModelConfig(**TINY), base.get_config().optim
-    optimizer, schedule = make_optimizer(optim, steps=10)
+    config, (optimizer, schedule) = ModelConfig(**TINY), make_optimizer(optim_config(), steps=10)
     graph, abstract = abstract_state(config, optimizer, mesh)
     expected, found = (jax.tree.map(lambda x: x.sharding, tree) for tree in (abstract.params, state.params))
     assert found == expected
@@ -126,7 +123,7 @@ def test_chunked_attention_trains_alike_on_one_device_and_on_eight(monkeypatch):
 
 def test_evaluation_weighs_every_unmasked_example_alike():
     config = ModelConfig(**TINY)
-    optimizer, _ = make_optimizer(base.get_config().optim, steps=10)
+    optimizer, _ = make_optimizer(optim_config(), steps=10)
     mesh = one_device()
     graph, _ = abstract_state(config, optimizer, mesh)
     _, state = train(mesh)
