@@ -50,8 +50,8 @@ class ProbeConfig:
     mesh: MeshConfig
 
     def __post_init__(self):
-        check_at_least(self, "", seed=0, train_images=0, concatenate=0, eval_masks=0)
-        check_at_least(self, "", batch_size=1, subsets=1, max_iter=1)
+        zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0)
+        check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
         if self.solver not in ("lbfgs", "sgd"):
             raise UserError(f"solver is {self.solver!r}; choose lbfgs, or sgd for data sets of ImageNet's size")
         check_positive("inverse_penalties", self.inverse_penalties)
@@ -65,10 +65,9 @@ class ProbeConfig:
             return config
         if missing := [name for name in ("sgd", "mesh", "solver") if name not in config]:
             raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see {EXAMPLE}")
-        fields = dict(config.items())
-        for name, kind in (("sgd", SGD), ("mesh", MeshConfig)):
-            fields[name] = make_section(kind, f"{name}.", fields[name], EXAMPLE)
-        return make_section(cls, "", fields, EXAMPLE)
+        sgd = make_section(SGD, "sgd.", config["sgd"], EXAMPLE)
+        mesh = make_section(MeshConfig, "mesh.", config["mesh"], EXAMPLE)
+        return make_section(cls, "", dict(config.items()) | {"sgd": sgd, "mesh": mesh}, EXAMPLE)
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:
