@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "B T N K"]  # queries, keys, values or outputs
-
 BLOCK = 256  # positions: a block has so many queries and as many keys; benchmarks/attention.py compares sizes
 ATTENTION_OUTPUT = "attention"  # the checkpoint_name of what the backward pass needs; REMAT in igpt/model.py reads it
 

@@ -40,7 +40,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The sizes of the mesh's axes; `make` says when they do not fit the devices."""
+    """The sizes of the mesh's axes; `make` raises UserError if they do not fit the devices."""
 
     data: int
     fsdp: int
@@ -118,7 +118,7 @@ def path_of(key_path) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree, mesh: Mesh | AbstractMesh):
     """A NamedSharding for every leaf of a tree of (abstract) arrays, by RULES."""
 
     def sharding(key_path, leaf):

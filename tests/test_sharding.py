@@ -26,7 +26,7 @@ from igpt.state import abstract_state
 
 def abstract(mesh, **changes):
     fields = dict(width=16, depth=2, num_heads=4, vocab_size=11, seq_len=13, use_bias=True) | changes
-    optimizer, _ = make_optimizer(base.get_config().optim, steps=9)
+    optimizer, _ = make_optimizer(__import__("igpt.config").config.Config.of(base.get_config()).optim, steps=9)
     return abstract_state(ModelConfig(**fields), optimizer, mesh)[1]
 
 

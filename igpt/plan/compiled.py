@@ -120,12 +120,11 @@ def _facts_without_compiler(config: Config, topology: str, model, abstract, chip
     """The part of a plan that follows from shapes and shardings."""
     train, state, params = config.train, jax.tree.leaves(abstract), jax.tree.leaves(abstract.params)
     plan = {"topology": topology, "chips": chips, "slices": config.mesh.dcn_data, "mesh": mesh}
-    plan |= {"batch_size": train.batch_size, "accumulate": train.accumulate}
-    plan |= {"remat": model.remat, "dtype": model.dtype, "attention": model.attention}
+    plan |= {"batch_size": train.batch_size, "accumulate": train.accumulate, "remat": model.remat}
+    plan |= {"dtype": model.dtype, "attention": model.attention, "parameters": sum(leaf.size for leaf in params)}
     flops = {name: train_flops_per_image(model, name) * train.batch_size for name in ("causal", "full")}
-    plan |= {"parameters": sum(leaf.size for leaf in params), "steps": train.steps, "flops_per_step": flops}
     held = {"state": sum(map(_shard_bytes, state)), "gradients": sum(map(_shard_bytes, params))}
-    return plan | {"bytes_per_chip": held}
+    return plan | {"steps": train.steps, "flops_per_step": flops, "bytes_per_chip": held}
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

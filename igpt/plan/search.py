@@ -74,7 +74,7 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
         if not plan["fits"]:
             capacity = min(capacity, candidate.memory)
             continue
-        found = sorted([*found, plan], key=lambda plan: plan["estimate"]["step_seconds"])
+        found = sorted([*found, plan], key=step_seconds)
         fitting.add(all_but_fsdp)
         if plan is found[0]:
             limit = (1 + MARGIN) * candidate.seconds
@@ -106,6 +106,10 @@ def _with_candidate(config: Config, one: Candidate) -> Config:
     train = dataclasses.replace(config.train, accumulate=one.accumulate)
     model = dataclasses.replace(config.model, remat=one.remat)
     return dataclasses.replace(config, mesh=mesh, train=train, model=model)
+
+
+def step_seconds(plan: dict) -> float:
+    return plan["estimate"]["step_seconds"]
 
 
 def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip, slices: int = 1) -> Iterator[Candidate]:

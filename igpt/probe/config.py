@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from igpt.errors import UserError
-from igpt.fields import check_at_least, make_section
+from igpt.fields import check_at_least, check_choice, make_section
 from igpt.sharding import MeshConfig
 
 EXAMPLE = "configs/probe_digits.py"
@@ -52,8 +52,7 @@ class ProbeConfig:
     def __post_init__(self):
         zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0)
         check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
-        if self.solver not in ("lbfgs", "sgd"):
-            raise UserError(f"solver is {self.solver!r}; choose lbfgs, or sgd for data sets of ImageNet's size")
+        check_choice(self, "", solver=("lbfgs", "sgd"))  # sgd for data sets of ImageNet's size
         check_positive("inverse_penalties", self.inverse_penalties)
         if self.labels_per_class and min(self.labels_per_class) < 1:
             raise UserError(f"labels_per_class is {self.labels_per_class}; give numbers of 1 or more, such as '(4,25)'")
