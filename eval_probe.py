@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
         results = run(config, args.model, args.workdir)
         if cluster.is_first_process():
-            print(table(results))
-            print(f"wrote {args.workdir}/probe.json and {args.workdir}/probe.png")
+            print(f"{table(results)}\nwrote {args.workdir}/probe.json and {args.workdir}/probe.png")
 
 
 if __name__ == "__main__":

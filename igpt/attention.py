@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from igpt import chunked
+from igpt.chunked import Heads
 from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn", "splash")
@@ -24,15 +25,8 @@ SPLASH_BLOCKS = (512, 256, 128)  # allowed queries and keys in a block of `splas
 
 
 def attention(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N K"],
-    *,
-    backend: str,
-    causal: bool = True,
-    dropout: float = 0.0,
-    key: Array | None = None,
-) -> Float[Array, "B T N K"]:
+    q: Heads, k: Heads, v: Heads, *, backend: str, causal: bool = True, dropout: float = 0.0, key: Array | None = None
+) -> Heads:
     """Softmax attention by the named back end. `dropout` on the attention weights needs `reference` and a key.
 
     `splash` needs T in whole blocks. For other lengths, as sampling has them, it computes what `chunked` computes.
@@ -41,13 +35,11 @@ def attention(
         check_dropout(backend, dropout)
         return _reference(q, k, v, causal, dropout, key)
     match backend:
-        case "reference":
-            return _reference(q, k, v, causal)
         case "splash" if q.shape[1] % SPLASH_BLOCKS[-1] == 0:
             return _splash(q, k, v, causal)
         case "chunked" | "splash" if q.shape[1] > chunked.BLOCK:
             return chunked.chunked_attention(q, k, v, causal)
-        case "chunked" | "splash":  # with a single block there is nothing to skip and nothing to save
+        case "reference" | "chunked" | "splash":  # a single block has nothing to skip and nothing to save
             return _reference(q, k, v, causal)
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
@@ -85,16 +77,10 @@ def _splash_local(q, k, v, causal, interpret):
 
     length, heads = q.shape[1:3]
     mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
-    block = block_size(length)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-        residual_checkpoint_name=chunked.ATTENTION_OUTPUT,
-        interpret=interpret,
-    )
+    blocks = splash.BlockSizes(**{f"block_{name}": block_size(length) for name in names})
+    options = dict(block_sizes=blocks, residual_checkpoint_name=chunked.ATTENTION_OUTPUT, interpret=interpret)
+    kernel = splash.make_splash_mha(splash.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, **options)
     scaled = (q.astype(jnp.float32) / jnp.sqrt(q.shape[-1])).astype(q.dtype)  # the kernel does not scale scores
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
     return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2).astype(v.dtype)
@@ -121,17 +107,13 @@ def resolve_backend(name: str, device, dtype: str, head_size: int, seq_len: int)
         return "cudnn" if cudnn_can else "splash" if splash_can else "chunked"
     if name not in BACKENDS:
         raise UserError(f"model.attention is {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
+    given = f"this is {device.device_kind}, {dtype}, head size {head_size} and {seq_len} positions. Use 'auto'"
     if name == "cudnn" and not cudnn_can:
-        raise UserError(
-            "model.attention='cudnn' needs an NVIDIA GPU of the Ampere generation or newer, bfloat16, and a head size "
-            f"that is a multiple of 8 up to 128; this is {device.device_kind}, {dtype} and {head_size}. Use 'auto'"
-        )
+        needed = "an NVIDIA GPU (Ampere or newer), bfloat16 and a head size that is a multiple of 8 up to 128"
+        raise UserError(f"model.attention='cudnn' needs {needed}; {given}")
     if name == "splash" and not splash_can:
-        raise UserError(
-            "model.attention='splash' needs a TPU, a head size that is a multiple of 32 up to 256 and a number of "
-            f"positions that is a multiple of {SPLASH_BLOCKS[-1]}; this is {device.device_kind}, {head_size} and "
-            f"{seq_len}. Use 'auto'"
-        )
+        needed = f"a TPU, a head size in multiples of 32 up to 256 and positions in multiples of {SPLASH_BLOCKS[-1]}"
+        raise UserError(f"model.attention='splash' needs {needed}; {given}")
     return name
 
 
@@ -143,7 +125,5 @@ def block_size(length: int) -> int:
 def check_dropout(backend: str, dropout: float) -> None:
     """Raises UserError for dropout on attention weights with a back end that never stores these weights."""
     if dropout > 0.0 and backend != "reference":
-        raise UserError(
-            f"model.attention_dropout is {dropout}, which the {backend!r} back end cannot do; "
-            "set model.attention='reference' or model.attention_dropout=0"
-        )
+        remedy = "set model.attention='reference' or model.attention_dropout=0"
+        raise UserError(f"model.attention_dropout is {dropout}, which the {backend!r} back end cannot do; {remedy}")

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+Heads = Float[Array, "B T N K"]  # queries, keys, values or outputs
 BLOCK = 256  # positions: a block has so many queries and as many keys; benchmarks/attention.py compares sizes
 ATTENTION_OUTPUT = "attention"  # the checkpoint_name of what the backward pass needs; REMAT in igpt/model.py reads it
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def chunked_attention(
-    q: Float[Array, "B T N K"], k: Float[Array, "B T N K"], v: Float[Array, "B T N K"], causal: bool
-) -> Float[Array, "B T N K"]:
+def chunked_attention(q: Heads, k: Heads, v: Heads, causal: bool) -> Heads:
     """Softmax attention by blocks of BLOCK queries and BLOCK keys."""
     return _forward(q, k, v, causal)[0]
 
@@ -75,8 +74,7 @@ chunked_attention.defvjp(_forward, _backward)
 def _block_pairs(count: int, causal: bool) -> tuple[Array, Array]:
     """Indices (query block, key block) of all blocks with a visible pair: the lower triangle under a causal mask."""
     pairs = [(i, j) for i in range(count) for j in range(i + 1 if causal else count)]
-    queries, keys = zip(*pairs, strict=True)
-    return jnp.array(queries), jnp.array(keys)
+    return tuple(map(jnp.array, zip(*pairs, strict=True)))
 
 
 def _block_scores(q, k, i, j, length, causal):

@@ -77,9 +77,7 @@ class ColorTable:
         Rounding is monotonic, and bounds and distances are summed in the same order. So the bounds hold for the
         computed distances to the last bit, and all centres that tie stay candidates.
         """
-        at_least, at_most = (
-            (bound[0, red] + bound[1, green]) + bound[2, blue] for bound in (self._at_least, self._at_most)
-        )
+        at_least, at_most = (x[0, red] + x[1, green] + x[2, blue] for x in (self._at_least, self._at_most))
         candidates = np.flatnonzero(at_least <= at_most.min())
         by_channel = [
             np.square(self.levels[EDGE * run : EDGE * run + EDGE, channel, None] - self.centers[candidates, channel])

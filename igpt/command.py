@@ -11,9 +11,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with the module's docstring as help, without abbreviated flags. It raises UserError for a mistake."""
 
     def __init__(self, prog: str, text: str):
-        super().__init__(
-            prog, description=text.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=text.strip(), formatter_class=as_written, allow_abbrev=False)
 
     def error(self, message: str):
         message = re.sub(r"^argument (--\w+): ", r"\1 ", message)

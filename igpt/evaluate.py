@@ -7,9 +7,6 @@ The result of the second can be compared with OpenAI's README: 2.0895 for iGPT-S
 uses all devices. With several processes, start it in each of them.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
 from flax import nnx
@@ -20,7 +17,7 @@ from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Split, check_labels
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.files import write_text
+from igpt.files import write_json
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, check_same_palette, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
@@ -99,7 +96,7 @@ def run(args) -> None:
         return
     if args.json:
         try:
-            write_text(Path(args.json), json.dumps(results, indent=1) + "\n")
+            write_json(args.json, results)
         except OSError as error:
             raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
     for name, value in results.items():

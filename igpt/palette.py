@@ -23,10 +23,8 @@ class Palette:
         if centers.ndim != 2 or centers.shape[1] != 3 or not 1 <= len(centers) <= MAX_COLORS:
             raise UserError(f"a palette has shape [V, 3] with V from 1 to {MAX_COLORS}, not {list(centers.shape)}")
         if centers.dtype.kind != "f" or not (np.abs(centers) <= 1.0).all():
-            raise UserError(
-                f"palette centres are floats in [-1, 1] (byte / 127.5 - 1); these are {centers.dtype}"
-                + (f" from {np.min(centers)} to {np.max(centers)}" if centers.dtype.kind in "fiu" else "")
-            )
+            given = f" from {np.min(centers)} to {np.max(centers)}" if centers.dtype.kind in "fiu" else ""
+            raise UserError(f"palette centres are floats in [-1, 1] (byte / 127.5 - 1), not {centers.dtype}{given}")
         self.centers = centers.astype(np.float32)
         self._table = ColorTable(self.centers, BYTE_LEVELS)
 
@@ -54,9 +52,7 @@ class Palette:
         """[...] int -> [..., 3] uint8 by the released rule round(127.5 (c + 1)), halves to even (src/run.py)."""
         tokens = np.asarray(tokens)
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
-            raise UserError(
-                f"tokens run from {tokens.min()} to {tokens.max()}; this palette has 0..{self.vocab_size - 1}"
-            )
+            raise UserError(f"tokens run from {tokens.min()} to {tokens.max()}; allowed are 0..{self.vocab_size - 1}")
         return np.round(127.5 * (self.centers.astype(np.float64) + 1.0)).astype(np.uint8)[tokens]
 
     def save(self, path: Path | str) -> None:
@@ -71,13 +67,11 @@ class Palette:
         Prints a warning if colours repeat. Such a palette is allowed, but no pixel gets the later copy.
         """
         try:
-            centers = np.load(path, allow_pickle=False)
+            palette = cls(np.load(path, allow_pickle=False))
         except FileNotFoundError:
             raise UserError(f"there is no palette at {path}") from None
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path} is not a palette: a .npy file of floats [V, 3] was expected ({error})") from None
-        try:
-            palette = cls(centers)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if repeats := palette.vocab_size - len(np.unique(palette.centers, axis=0)):

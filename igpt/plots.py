@@ -69,10 +69,7 @@ def save_png(picture: np.ndarray, path) -> None:
 
 
 def confusion_picture(counts: np.ndarray, path) -> None:
-    """Draws a confusion matrix [C, C] of counts: a row for each true class, a column for each predicted class.
-
-    The shade is the share of the true class in percent.
-    """
+    """Draws a confusion matrix [C, C] of counts (true class, predicted class). Shades are shares of the true class."""
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     accuracy = np.trace(counts) / counts.sum()
     with _figure(path, width=6.0, height=5.4) as axes:
@@ -94,16 +91,15 @@ def probe_curve(results: dict, path) -> None:
         for name, label, color in curves:
             if name not in results:
                 continue
-            layers = results[name]["layers"]
-            accuracy = np.array([layer["test_accuracy"] for layer in layers])
-            low, high = np.array([layer["interval"] for layer in layers]).T
-            index = [layer["layer"] for layer in layers]
-            axes.plot(index, 100 * accuracy, "o-", color=color, label=label)
-            axes.fill_between(index, 100 * low, 100 * high, color=color, alpha=0.15, linewidth=0)
+            fits = results[name]["layers"]
+            layers = [fit["layer"] for fit in fits]
+            accuracy, low, high = 100 * np.array([(fit["test_accuracy"], *fit["interval"]) for fit in fits]).T
+            axes.plot(layers, accuracy, "o-", color=color, label=label)
+            axes.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
         if "raw_pixels" in results:
             pixels = results["raw_pixels"]["test_accuracy"]
             axes.axhline(100 * pixels, color="tab:orange", linestyle="--", label="raw pixels")
-        axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=index)
+        axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=layers)
         axes.legend()
         axes.grid(alpha=0.3)
 

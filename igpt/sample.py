@@ -130,21 +130,13 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     return logits
 
 
-def sample_images(
-    pretrained: Pretrained, num: int, seed: int = 0, sampling: Sampling = Sampling(), batch_size: int = 64
-) -> np.ndarray:
+def sample_images(pretrained: Pretrained, num: int, seed=0, sampling=Sampling(), batch_size=64) -> np.ndarray:
     """`num` unconditional images, uint8 [num, H, W, 3]."""
     return _in_batches(pretrained, np.zeros((num, 0), np.int32), seed, sampling, batch_size)
 
 
 def complete_images(
-    pretrained: Pretrained,
-    images: np.ndarray,
-    keep: float,
-    num: int,
-    seed: int = 0,
-    sampling: Sampling = Sampling(),
-    batch_size: int = 64,
+    pretrained: Pretrained, images: np.ndarray, keep: float, num: int, seed=0, sampling=Sampling(), batch_size=64
 ) -> np.ndarray:
     """`num` continuations of the upper part of each uint8 image [N, H, W, 3]: uint8 [N, num, H, W, 3].
 

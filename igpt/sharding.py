@@ -40,7 +40,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The sizes of the mesh's axes; `make` says when they do not fit the devices."""
+    """The sizes of the mesh's axes; `make` raises UserError if they do not fit the devices."""
 
     data: int
     fsdp: int
@@ -79,15 +79,12 @@ def _over_slices(sizes: dict[str, int], dcn_data: int, devices) -> np.ndarray:
     by_process = not hasattr(devices[0], "slice_index")
     slices = {device.process_index if by_process else device.slice_index for device in devices}
     if len(slices) != dcn_data or sizes["data"] % dcn_data:
-        raise UserError(
-            f"mesh.dcn_data is {dcn_data}, but the devices lie in {len(slices)} "
-            f"{'processes' if by_process else 'slices'} and mesh.data is {sizes['data']}; dcn_data is the number of "
-            "the former, and divides the latter"
-        )
-    within = (sizes["data"] // dcn_data, sizes["fsdp"], sizes["tensor"])
-    return mesh_utils.create_hybrid_device_mesh(
-        within, (dcn_data, 1, 1), devices, process_is_granule=by_process, allow_split_physical_axes=True
-    )
+        kind = "processes" if by_process else "slices"
+        found = f"the devices lie in {len(slices)} {kind} and mesh.data is {sizes['data']}"
+        raise UserError(f"mesh.dcn_data is {dcn_data}, but {found}; give the number of {kind}, a divisor of mesh.data")
+    within, across = (sizes["data"] // dcn_data, sizes["fsdp"], sizes["tensor"]), (dcn_data, 1, 1)
+    options = dict(process_is_granule=by_process, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, **options)
 
 
 def one_device() -> Mesh:
@@ -103,22 +100,16 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int
         raise UserError(f"mesh is {sizes}; every axis must be at least 1, and one of them may be -1 (all that is left)")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if devices % fixed or (not free and fixed != devices):
-        raise UserError(
-            f"mesh {sizes} asks for {'a multiple of ' if free else ''}{fixed} devices, but there are {devices}; "
-            "choose data x fsdp x tensor so that they make the number of devices"
-        )
-    for name in free:
-        sizes[name] = devices // fixed
-    return sizes
+        asked = f"{'a multiple of ' if free else ''}{fixed} devices"
+        raise UserError(f"mesh {sizes} asks for {asked}, but there are {devices}; choose sizes with that product")
+    return sizes | dict.fromkeys(free, devices // fixed)
 
 
 def spec_of(path: str) -> P:
     """The one rule for a leaf's path; UserError when none or several match."""
     found = [spec for pattern, spec in RULES if re.fullmatch(rf"(.*\.)?({pattern})", path)]
     if len(found) != 1:
-        raise UserError(
-            f"{len(found)} sharding rules match {path!r}, exactly one must; amend RULES in igpt/sharding.py"
-        )
+        raise UserError(f"{len(found)} sharding rules match {path!r}, one must; amend RULES in igpt/sharding.py")
     return found[0]
 
 
@@ -127,7 +118,7 @@ def path_of(key_path) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree, mesh: Mesh | AbstractMesh):
     """A NamedSharding for every leaf of a tree of (abstract) arrays, by RULES."""
 
     def sharding(key_path, leaf):
@@ -135,10 +126,8 @@ def shardings(tree, mesh: Mesh):
         spec = spec_of(path)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                raise UserError(
-                    f"{path} has shape {tuple(leaf.shape)}: its dimension of {size} cannot be split over mesh.{axis}="
-                    f"{mesh.shape[axis]}; choose a mesh whose {axis!r} size divides it"
-                )
+                split = f"its dimension of {size} cannot be split over mesh.{axis}={mesh.shape[axis]}"
+                raise UserError(f"{path} has shape {tuple(leaf.shape)}: {split}; choose a size that divides it")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -152,13 +141,11 @@ def batch_shards(mesh) -> int:
 def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
     """Every device must get the same number of examples of every micro-batch."""
     shards = batch_shards(mesh)
-    if batch_size < 1 or accumulate < 1 or batch_size % (shards * accumulate):
-        lower = batch_size // (shards * accumulate) * shards * accumulate
-        raise UserError(
-            f"{name} {batch_size} does not divide into {shards} device groups (mesh data x fsdp) x "
-            f"{accumulate} accumulation steps; use a multiple of {shards * accumulate}, such as "
-            f"{max(lower, shards * accumulate)}"
-        )
+    parts = shards * accumulate
+    if batch_size < 1 or accumulate < 1 or batch_size % parts:
+        groups = f"{shards} device groups (mesh data x fsdp) x {accumulate} accumulation steps"
+        remedy = f"use a multiple of {parts}, such as {max(batch_size // parts * parts, parts)}"
+        raise UserError(f"{name} {batch_size} does not divide into {groups}; {remedy}")
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
@@ -171,10 +158,7 @@ def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
 
 
 def to_devices(batch: dict, batch_size: int, mesh: Mesh, axis: int = 0) -> dict:
-    """This process's rows of a batch -> global arrays, split over the batch axes of the mesh.
-
-    Rows lie along `axis`, in the order of `process_rows`.
-    """
+    """This process's rows of a batch, along `axis` in the order of `process_rows` -> global arrays, split by BATCH."""
     sharding = NamedSharding(mesh, P(*[None] * axis, *BATCH))
     mine = process_rows(batch_size, mesh)
 

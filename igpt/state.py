@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from igpt.attention import check_dropout
 from igpt.config import Config
@@ -61,14 +61,14 @@ def build_program(config: Config, mesh: Mesh) -> TrainProgram:
     return TrainProgram(model, graph, optimizer, abstract, train_step, make_eval_step(loss), mesh)
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh):
     """(graph, abstract TrainState with shardings): what `create_state` and a restored checkpoint follow."""
     graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
     state = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(params))
     return graph, with_shardings(state, mesh)
 
 
-def with_shardings(tree, mesh: Mesh):
+def with_shardings(tree, mesh: Mesh | AbstractMesh):
     """The tree's abstract leaves, each with the sharding that the rule table gives its path."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from igpt.attention import block_size
 from igpt.config import Config
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 from igpt.flops import train_flops_per_image
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
@@ -58,21 +58,15 @@ def topology_devices(name: str, slices: int = 1) -> list:
     """Describes the devices of a topology such as "v5e:8x8", or of several such slices. UserError if there is none."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise UserError(
-            f"--topology={name}; give {', '.join(CHIPS)} with the chips in each dimension, such as v5e:8x8 or "
-            "v5p:4x4x8, or gpu:NUMBER"
-        )
+        raise UserError(f"--topology={name}; give {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, or gpu:NUMBER")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU host can answer the query
     os.environ.setdefault("LIBTPU_INIT_ARGS", COMPILER_FLAGS)
     megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}  # one device per chip, as on the other kinds
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **megacore).devices
     except Exception as error:  # the library raises exceptions of any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--topology={name}: the TPU compiler cannot describe it ({reason}); pip install libtpu if that is "
-            "missing, and choose a shape that is sold, such as v5e:8x8 or v5p:4x4x8"
-        ) from None
+        remedy = "pip install libtpu if that is missing, and choose a shape that is sold, such as v5e:8x8"
+        raise UserError(f"--topology={name}: the TPU compiler cannot use it ({first_line(error)}); {remedy}") from None
 
 
 def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
@@ -126,14 +120,11 @@ def _facts_without_compiler(config: Config, topology: str, model, abstract, chip
     """The part of a plan that follows from shapes and shardings."""
     train, state, params = config.train, jax.tree.leaves(abstract), jax.tree.leaves(abstract.params)
     plan = {"topology": topology, "chips": chips, "slices": config.mesh.dcn_data, "mesh": mesh}
-    plan |= {"batch_size": train.batch_size, "accumulate": train.accumulate}
-    plan |= {"remat": model.remat, "dtype": model.dtype, "attention": model.attention}
-    plan |= {"parameters": sum(leaf.size for leaf in params), "steps": train.steps}
-    plan["flops_per_step"] = {
-        name: train_flops_per_image(model, name) * train.batch_size for name in ("causal", "full")
-    }
-    plan["bytes_per_chip"] = {"state": sum(map(_shard_bytes, state)), "gradients": sum(map(_shard_bytes, params))}
-    return plan
+    plan |= {"batch_size": train.batch_size, "accumulate": train.accumulate, "remat": model.remat}
+    plan |= {"dtype": model.dtype, "attention": model.attention, "parameters": sum(leaf.size for leaf in params)}
+    flops = {name: train_flops_per_image(model, name) * train.batch_size for name in ("causal", "full")}
+    held = {"state": sum(map(_shard_bytes, state)), "gradients": sum(map(_shard_bytes, params))}
+    return plan | {"steps": train.steps, "flops_per_step": flops, "bytes_per_chip": held}
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
@@ -146,10 +137,9 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Mesh) -> dict:
     def rows(dtype, *shape):
         return jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=NamedSharding(mesh, BATCH))
 
-    batch = {"tokens": rows(jnp.int32, model.seq_len)}
-    if not model.causal:
-        batch["keep"] = rows(jnp.bool_, 1, model.seq_len)
-    return batch | ({"label": rows(jnp.int32)} if model.num_classes else {})
+    keep = {} if model.causal else {"keep": rows(jnp.bool_, 1, model.seq_len)}
+    label = {"label": rows(jnp.int32)} if model.num_classes else {}
+    return {"tokens": rows(jnp.int32, model.seq_len)} | keep | label
 
 
 def _compile(traced, gradients: int) -> tuple[jax.stages.Compiled | None, dict]:

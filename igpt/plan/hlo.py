@@ -6,7 +6,7 @@ conditional count, so the results are upper bounds.
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -75,7 +75,7 @@ class HloProgram:
         asynchronous collective is a chain of fusions: a start, the products that run beside it, an end. Each of them
         repeats the collective and its channel; only the first counts.
         """
-        found, chains = {}, set()
+        found, chains = defaultdict(Counter), set()
         for name, times in self.times.items():
             for instruction in self.computations[name]:
                 kind = instruction.opcode.removesuffix("-start")
@@ -89,20 +89,17 @@ class HloProgram:
                         size *= _group_size(instruction.line)
                     elif name.startswith("all-reduce-scatter"):
                         kind = "reduce-scatter"
-                    entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-                    entry["count"] += times
-                    entry["bytes"] += times * size
+                    found[kind].update(count=times, bytes=times * size)
         return found
 
     def between_slices(self) -> dict[str, dict]:
         """Returns {kind: {"count", "bytes"}} of the transfers between slices; bytes are one device's part."""
-        found = {}
+        found = defaultdict(Counter)
         for instruction, times in self:
             kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)
             if kind and instruction.opcode == "send":
-                entry = found.setdefault(kind[1].lower().replace("_", "-"), {"count": 0, "bytes": 0})
-                entry["count"] += times
-                entry["bytes"] += times * _sizes(instruction.shape)[0]  # after it: a counter, a token
+                size = _sizes(instruction.shape)[0]  # after it: a counter, a token
+                found[kind[1].lower().replace("_", "-")].update(count=times, bytes=times * size)
         return found
 
     def kernels(self) -> Counter:

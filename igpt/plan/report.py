@@ -12,14 +12,11 @@ as long. Transfers between slices are counted, but not estimated. For GPUs there
 parameters, FLOPs and bytes of the state only.
 """
 
-import json
-from pathlib import Path
-
 import jax
 
 from igpt.command import Parser, add_shared
 from igpt.errors import UserError
-from igpt.files import write_text
+from igpt.files import write_json
 from igpt.plan.compiled import GIB, USABLE_SHARE, compile_plan
 from igpt.plan.search import search_plans
 
@@ -84,6 +81,6 @@ def run(args) -> None:
     print(format_table(plan))
     if args.json:
         try:
-            write_text(Path(args.json), json.dumps(plan, indent=1) + "\n")
+            write_json(args.json, plan)
         except OSError as error:
             raise UserError(f"--json={args.json} cannot be written: {error.strerror}; name another file") from None

@@ -49,10 +49,8 @@ class SearchResult(NamedTuple):
     slower: int  # candidates skipped because of their predicted time
 
     def __str__(self) -> str:
-        return (
-            f"{self.compiled} programs compiled, {len(self.found)} of them fit; left out: {self.too_large} candidates "
-            f"predicted to be too large, {self.slower} predicted to be slower"
-        )
+        skipped = f"{self.too_large} candidates predicted to be too large, {self.slower} predicted to be slower"
+        return f"{self.compiled} programs compiled, {len(self.found)} of them fit; left out: {skipped}"
 
 
 def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUGH) -> SearchResult:
@@ -76,14 +74,14 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
         if not plan["fits"]:
             capacity = min(capacity, candidate.memory)
             continue
-        found.append(plan)
+        found = sorted([*found, plan], key=step_seconds)
         fitting.add(all_but_fsdp)
-        if plan is min(found, key=step_seconds):
+        if plan is found[0]:
             limit = (1 + MARGIN) * candidate.seconds
     too_large = sum(candidate.memory >= capacity for candidate in ranked if candidate not in compiled)
     slower = len(ranked) - len(compiled) - too_large
     nearest = None if found else min(compiled.values(), key=lambda plan: plan["peak_share"])
-    result = SearchResult(sorted(found, key=step_seconds), nearest, len(compiled), too_large, slower)
+    result = SearchResult(found, nearest, len(compiled), too_large, slower)
     print(result, flush=True)
     return result
 
@@ -92,29 +90,22 @@ def _rank_candidates(config: Config, topology: str) -> tuple[list[Candidate], fl
     """(candidates, the fastest prediction first; the predicted memory at which the search skips a candidate)."""
     kind, batch_size, slices = topology.partition(":")[0], config.train.batch_size, config.mesh.dcn_data
     if kind == "gpu":
-        raise UserError(
-            f"--search with --topology={topology}: there is no search for GPUs, because their programs cannot be "
-            "compiled here; leave --search out, or name a TPU topology"
-        )
+        raise UserError(f"--topology={topology}: no search for GPUs, which have no compiler here; leave --search out")
     devices, chip = topology_devices(topology, slices), CHIPS[kind]
     model = config.network(devices[0])
     ranked = sorted(candidates(model, batch_size, len(devices), chip, slices), key=lambda one: one.seconds)
     if not ranked:
-        raise UserError(
-            f"train.batch_size {batch_size} does not divide over any mesh of {len(devices)} chips, "
-            f"whatever mesh.tensor is; use a multiple of {len(devices)}"
-        )
+        meshes = f"any mesh of {len(devices)} chips; use a multiple of {len(devices)}"
+        raise UserError(f"train.batch_size {batch_size} does not divide over {meshes}")
     # Even if all are predicted to be too large, the compiler decides about the smallest.
     return ranked, max(chip.memory, 1.01 * min(one.memory for one in ranked))
 
 
 def _with_candidate(config: Config, one: Candidate) -> Config:
-    return dataclasses.replace(
-        config,
-        mesh=dataclasses.replace(config.mesh, data=-1, fsdp=one.fsdp, tensor=one.tensor),
-        train=dataclasses.replace(config.train, accumulate=one.accumulate),
-        model=dataclasses.replace(config.model, remat=one.remat),
-    )
+    mesh = dataclasses.replace(config.mesh, data=-1, fsdp=one.fsdp, tensor=one.tensor)
+    train = dataclasses.replace(config.train, accumulate=one.accumulate)
+    model = dataclasses.replace(config.model, remat=one.remat)
+    return dataclasses.replace(config, mesh=mesh, train=train, model=model)
 
 
 def step_seconds(plan: dict) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from igpt.errors import UserError
-from igpt.fields import check_at_least, make_section
+from igpt.fields import check_at_least, check_choice, make_section
 from igpt.sharding import MeshConfig
 
 EXAMPLE = "configs/probe_digits.py"
@@ -50,10 +50,9 @@ class ProbeConfig:
     mesh: MeshConfig
 
     def __post_init__(self):
-        check_at_least(self, "", seed=0, train_images=0, concatenate=0, eval_masks=0)
-        check_at_least(self, "", batch_size=1, subsets=1, max_iter=1)
-        if self.solver not in ("lbfgs", "sgd"):
-            raise UserError(f"solver is {self.solver!r}; choose lbfgs, or sgd for data sets of ImageNet's size")
+        zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0)
+        check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
+        check_choice(self, "", solver=("lbfgs", "sgd"))  # sgd for data sets of ImageNet's size
         check_positive("inverse_penalties", self.inverse_penalties)
         if self.labels_per_class and min(self.labels_per_class) < 1:
             raise UserError(f"labels_per_class is {self.labels_per_class}; give numbers of 1 or more, such as '(4,25)'")
@@ -65,10 +64,9 @@ class ProbeConfig:
             return config
         if missing := [name for name in ("sgd", "mesh", "solver") if name not in config]:
             raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see {EXAMPLE}")
-        fields = dict(config.items())
-        for name, kind in (("sgd", SGD), ("mesh", MeshConfig)):
-            fields[name] = make_section(kind, f"{name}.", fields[name], EXAMPLE)
-        return make_section(cls, "", fields, EXAMPLE)
+        sgd = make_section(SGD, "sgd.", config["sgd"], EXAMPLE)
+        mesh = make_section(MeshConfig, "mesh.", config["mesh"], EXAMPLE)
+        return make_section(cls, "", dict(config.items()) | {"sgd": sgd, "mesh": mesh}, EXAMPLE)
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from tqdm import tqdm
 
 from igpt.data.batches import Drops
-from igpt.data.examples import SPLITS, Source, Split, few_labels
+from igpt.data.examples import SPLITS, Source, few_labels
 from igpt.interop.load import Pretrained
 from igpt.loss import vote, wilson_interval
 from igpt.probe.config import ProbeConfig
@@ -69,12 +69,10 @@ class Probe:
     def __init__(self, config: ProbeConfig, source: Source, layers: list[int], mesh: Mesh, folder: Path):
         self.config, self.source, self.layers, self.mesh, self.folder = config, source, layers, mesh, folder
 
-    def splits(self) -> list[Split]:
-        return [getattr(self.source, name) for name in SPLITS]
-
     def pixels(self) -> list[Features]:
         """The pixels of each split, as features of layer 0."""
-        return self._kept("pixels", [raw_pixels(split, self.source.channels) for split in self.splits()], [0])
+        streams = [raw_pixels(split, self.source.channels) for split in self.source.splits().values()]
+        return self._kept("pixels", streams, [0])
 
     def features(self, pretrained: Pretrained) -> list[Features]:
         """The features of each split; a network with BERT's objective sees masked images, as in its training.
@@ -88,7 +86,7 @@ class Probe:
             drops = [Drops(rate, masks, config.seed) for masks in (1, config.eval_masks, config.eval_masks)]
         streams = [
             stream_features(model, split, pretrained.palette, config.batch_size, self.mesh, self.layers, masks)
-            for split, masks in zip(self.splits(), drops, strict=True)
+            for split, masks in zip(self.source.splits().values(), drops, strict=True)
         ]
         return self._kept("features", streams, self.layers)
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from igpt.errors import UserError
-from igpt.files import write_text
+from igpt.files import write_json
 from igpt.plots import probe_curve
 
 
@@ -33,7 +33,7 @@ def validation_loss(directory: Path, step: int) -> dict:
 def write_results(results: dict, workdir: Path) -> None:
     """Writes probe.json and probe.png. Raises UserError, with the table of results, if that fails."""
     try:
-        write_text(workdir / "probe.json", json.dumps(results, indent=2) + "\n")
+        write_json(workdir / "probe.json", results, indent=2)
         probe_curve(results, workdir / "probe.png")
     except OSError as error:
         reason = f"{error.strerror}. The results:\n{table(results)}"

@@ -91,7 +91,7 @@ def test_matrix_products_that_read_float32_are_counted():
 
 def traced_step(config, mesh):
     """The abstract state, the train step's jaxpr and the network, without compiling."""
-    program = compiled.build_program(config, mesh)
+    program = compiled.build_program(config := compiled.Config.of(config), mesh)
     batch = compiled.abstract_batch(config, program.model, mesh)
     with jax.set_mesh(mesh):
         return program.abstract, program.train_step.trace(program.abstract, batch).jaxpr.jaxpr, program.model

@@ -63,7 +63,7 @@ def compiler(monkeypatch):
     def compile_plan(config, topology):
         one = predicted[config.mesh.tensor, config.mesh.fsdp, config.train.accumulate, config.model.remat]
         stub.compiled.append(one)
-        plan = {"topology": topology, "mesh": dict(config.mesh), "remat": one.remat, "accumulate": one.accumulate}
+        plan = {"topology": topology, "mesh": vars(config.mesh), "remat": one.remat, "accumulate": one.accumulate}
         plan |= {"peak_share": 1.5 - one.seconds / 100, "slices": config.mesh.dcn_data}
         estimate = {"step_seconds": one.seconds * stub.slowdown(one), "mfu_causal": 0.5}
         return plan | {"split": one[:4], "fits": stub.fits(one), "estimate": estimate}
