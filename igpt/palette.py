@@ -34,6 +34,11 @@ class Palette:
     def vocab_size(self) -> int:
         return len(self.centers)
 
+    @property
+    def channels(self) -> int:
+        """1 if every colour is grey, else 3."""
+        return 1 if (self.centers == self.centers[:, :1]).all() else 3
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image of this size: one token for each pixel."""
         return height, width

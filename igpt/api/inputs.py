@@ -54,12 +54,11 @@ def checked_prompt(config: ImageGPTConfig, input_ids, mask, max_length, max_new_
     if mask is not None and not np.all(np.asarray(as_array("attention_mask", mask))):
         raise UserError("attention_mask has zeros, but generate cannot skip inputs; give prompts of one length")
     given = prompt.shape[1]
-    stop = given + max_new_tokens if max_new_tokens is not None else max_length or config.n_positions + 1
-    if not given < stop <= config.n_positions + 1:
-        raise UserError(
-            f"the prompt has {given} inputs and would be continued to {stop}; give a max_length above {given} and at "
-            f"most n_positions + 1, {config.n_positions + 1}"
-        )
+    most = config.n_positions + 1
+    stop = given + max_new_tokens if max_new_tokens is not None else max_length or most
+    if not given < stop <= most:
+        allowed = f"give a max_length above {given} and at most n_positions + 1, {most}"
+        raise UserError(f"the prompt has {given} inputs and would be continued to {stop}; {allowed}")
     return prompt, stop
 
 
@@ -91,9 +90,7 @@ def whole_numbers(name: str, x, count: int, shape: tuple[int, ...] | None = None
     if isinstance(x, jax.core.Tracer):
         return x
     x = np.asarray(x)
-    outside = (x < 0) | (x >= count)
-    if also is not None:
-        outside &= x != also
+    outside = ((x < 0) | (x >= count)) & (x != also)  # every number differs from None
     if outside.any():
         allowed = f"0..{count - 1}" + ("" if also is None else f" or {also}")
         raise UserError(f"{name} has the value {x[outside][0]}; give {allowed}")

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from igpt.api.forward import IGNORED, Cache, Inputs, Options, forward
+from igpt.api.forward import IGNORED, Cache, Options, forward
 from igpt.api.inputs import as_array, checked_inputs, checked_prompt, padded, whole_numbers
 from igpt.attention import resolve_backend
 from igpt.errors import UserError
@@ -164,10 +164,8 @@ class ImageGPTPreTrainedModel:
         dropout_key, a PRNG key, turns dropout on. Raises UserError for arguments that do not fit.
         """
         if encoder_hidden_states is not None or encoder_attention_mask is not None:
-            raise UserError(
-                "cross-attention is not supported, because transformers' own applies a wrong mask and fails with its "
-                "defaults; leave encoder_hidden_states and encoder_attention_mask out"
-            )
+            # transformers' own applies a wrong mask, and fails with its defaults.
+            raise UserError("cross-attention is not supported: omit encoder_hidden_states and encoder_attention_mask")
         config, past = self.config, past_key_values
         inputs = checked_inputs(
             config, past, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, head_mask
@@ -186,24 +184,15 @@ class ImageGPTPreTrainedModel:
             tied_head=self.head == "pixels" and config.tie_word_embeddings,
             problem="" if labels is None else self._problem(labels),
         )
-        output = self._run(inputs, past, options, self.params if params is None else params, dropout_key)
-        return output if chosen(return_dict, "return_dict") else output.to_tuple()
-
-    def _checked_labels(self, labels, batch: int, length: int):
-        raise UserError("ImageGPTModel has no head and takes no labels; use a class with a head")
-
-    def _problem(self, labels) -> str:
-        return "next_token"
-
-    def _run(self, inputs: Inputs, past: Cache | None, options: Options, params: dict, key) -> ModelOutput:
-        """Pads the inputs, runs the compiled program, and cuts its outputs to the real positions."""
+        params = self.params if params is None else params
         length, past_length = inputs.shape[1], 0 if past is None else past.length
         inputs, past = padded(inputs, past, self.config.n_positions, label_positions=self.head == "pixels")
         cached = None if past is None else (past.keys, past.values)
-        results = forward(self._graph, params, inputs, cached, past_length, length, options, key)
+        results = forward(self._graph, params, inputs, cached, past_length, length, options, dropout_key)
 
+        # The padding of the outputs is cut off.
         logits, hidden_states, attentions = (results.get(name) for name in ("logits", "hidden_states", "attentions"))
-        return ModelOutput(
+        output = ModelOutput(
             loss=results.get("loss"),
             logits=logits[:, :length] if self.head == "pixels" else logits,
             last_hidden_state=results["last_hidden_state"][:, :length] if self.head == "none" else None,
@@ -211,6 +200,13 @@ class ImageGPTPreTrainedModel:
             hidden_states=hidden_states and tuple(x[:, :length] for x in hidden_states),
             attentions=attentions and tuple(x[:, :, :length, : past_length + length] for x in attentions),
         )
+        return output if chosen(return_dict, "return_dict") else output.to_tuple()
+
+    def _checked_labels(self, labels, batch: int, length: int):
+        raise UserError("ImageGPTModel has no head and takes no labels; use a class with a head")
+
+    def _problem(self, labels) -> str:
+        return "next_token"
 
 
 class ImageGPTModel(ImageGPTPreTrainedModel):

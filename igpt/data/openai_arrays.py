@@ -33,8 +33,7 @@ def open_openai(prefix: str) -> Source:
         images = DecodedTokens(tokens, palette, path, (side, side))
         images[:1000]  # finds the palette of another data set now; the other tokens are checked when they are read
         splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
-    grey = bool((palette.centers == palette.centers[:, :1]).all())
-    return Source(f"openai:{prefix}", *splits, channels=1 if grey else 3, palette=palette)
+    return Source(f"openai:{prefix}", *splits, channels=palette.channels, palette=palette)
 
 
 def _map_tokens(path: str) -> np.ndarray:

@@ -39,11 +39,9 @@ SAME_FIELD = {  # fields of ModelConfig: the fields of ImageGPTConfig that have 
     "scale_scores_by_layer": "scale_attn_by_inverse_layer_idx",
 }
 
-ARCHITECTURES = {  # a model's head: the class that transformers has for it
-    "pixels": "ImageGPTForCausalImageModeling",
-    "classes": "ImageGPTForImageClassification",
-    "none": "ImageGPTModel",
-}
+ARCHITECTURES = dict(  # a model's head: the class that transformers has for it
+    pixels="ImageGPTForCausalImageModeling", classes="ImageGPTForImageClassification", none="ImageGPTModel"
+)
 
 
 @dataclasses.dataclass(init=False, eq=False, repr=False)
@@ -93,8 +91,7 @@ class ImageGPTConfig:
         if isinstance(settings["id2label"], dict):
             settings["num_labels"] = len(settings["id2label"])
         self.other = {name: settings.pop(name) for name in list(settings) if name not in DEFAULTS}
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(settings)
         self.check()
 
     def __getattr__(self, name):  # Python calls it only for names that are not set
@@ -119,8 +116,7 @@ class ImageGPTConfig:
         """Raises UserError for a field whose value no network could have."""
         for names, holds, allowed in RULES:
             for name in names:
-                value = getattr(self, name)
-                if not holds(value):
+                if not holds(value := getattr(self, name)):
                     raise UserError(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -153,11 +149,10 @@ class ImageGPTConfig:
             raise UserError(f"model_type is {reprlib.repr(model_type)}; only {cls.model_type!r} models can be loaded")
         config = cls.__new__(cls)
         config._set({name: value for name, value in settings.items() if name != "model_type"})
-        if overrides:
-            cls(**overrides)  # refuses misspelt names and bad values
-            for name, value in overrides.items():
-                setattr(config, name, value)
-            config.check()
+        cls(**overrides)  # refuses misspelt names and bad values
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        config.check()
         return config
 
     @classmethod
@@ -192,10 +187,9 @@ def _is_from_0(value) -> bool:
 
 KNOWN_ACTIVATIONS = (*ACTIVATIONS, *SAME_ACTIVATION)
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels")
 BOOLEANS = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 RULES = (  # names of fields, the condition on their values, and the same condition in words
-    (SIZES, _is_whole, "a positive whole number"),
+    (["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels"], _is_whole, "a positive whole number"),
     (["n_layer"], lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}"),
     (["vocab_size"], lambda value: value >= 2, "at least 2: a colour and the start of sequence"),
     (["n_inner"], lambda value: value is None or _is_whole(value), "None or a positive whole number"),
@@ -224,13 +218,11 @@ def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -
 
 def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
     """The configuration with which transformers computes the same as `model`; `head` is a key of ARCHITECTURES."""
-    config = ImageGPTConfig(
+    return ImageGPTConfig(
         **{theirs: getattr(model, ours) for ours, theirs in SAME_FIELD.items()},
         vocab_size=model.vocab_size + 1,
         n_inner=None if model.mlp_width == 4 * model.width else model.mlp_width,
         activation_function=model.activation,
         architectures=[ARCHITECTURES[head]],
+        num_labels=model.num_classes if head == "classes" else DEFAULTS["num_labels"],
     )
-    if head == "classes":
-        config.num_labels = model.num_classes
-    return config

@@ -115,10 +115,9 @@ def _without_prefix(tensors: dict[str, Tensor], errors: list[str]) -> dict[str, 
 def _head_of(config: ImageGPTConfig, tensors: dict[str, Tensor]) -> str:
     """The head that the configuration names; else, as in OpenAI's directories on the hub, the one in `tensors`."""
     named = config.other.get("architectures")
-    for head, architecture in ARCHITECTURES.items():
-        if isinstance(named, list) and architecture in named:
-            return head
-    return next((head for head, name in HEADS.items() if name in tensors), "none")
+    heads = [head for head, kind in ARCHITECTURES.items() if isinstance(named, list) and kind in named]
+    heads += [head for head, name in HEADS.items() if name in tensors]
+    return heads[0] if heads else "none"
 
 
 def named_tensors(params: dict, model: ModelConfig, prefix: str = BASE) -> dict[str, np.ndarray]:

@@ -32,16 +32,12 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(
-            f'there is no directory {ref}; if it is a model on the hub, pip install "igpt[hub]" to fetch it'
-        ) from None
+        raise UserError(f'there is no directory {ref}; to fetch a model of the hub, pip install "igpt[hub]"') from None
     try:
         for patterns in WEIGHT_FILES:
             folder = Path(snapshot_download(str(ref), revision=revision, allow_patterns=[*CONFIG_FILES, *patterns]))
             if any(folder.glob(patterns[0])):
                 break
     except Exception as error:  # the library and the network raise many types
-        raise UserError(
-            f"there is no directory {ref}, and the hub did not deliver a model of that name: {first_line(error)}"
-        ) from None
+        raise UserError(f"there is no directory {ref}, and the hub sent no such model: {first_line(error)}") from None
     return folder

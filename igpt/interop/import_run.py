@@ -38,18 +38,17 @@ def import_directory(
     if not is_huggingface(directory):
         raise UserError(f"{ref} is not a Hugging Face directory: its config.json has no model_type; give another")
     weights = hf_weights.open_directory(directory)
-    processor = _square_processor(clusters, weights.model.seq_len) if clusters else processor_of(directory)
+    positions = weights.model.seq_len
+    side = math.isqrt(positions)
+    if not clusters:
+        processor = processor_of(directory)
+    elif side * side == positions:
+        processor = ImageGPTImageProcessor(clusters=Palette.load(clusters).centers.tolist(), size=side)
+    else:
+        raise UserError(f"{positions} positions are no square: write a preprocessor_config.json with size and clusters")
     config, palette = config_of_weights(directory, weights, processor), processor.palette()
     origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
     return _write_run(out, config, palette, weights.read(), origin | {"weights": weights.dtype})
-
-
-def _square_processor(clusters: str | Path, seq_len: int) -> ImageGPTImageProcessor:
-    """An image processor for square images of `seq_len` pixels, with the palette of the file `clusters`."""
-    side = math.isqrt(seq_len)
-    if side * side != seq_len:
-        raise UserError(f"{seq_len} positions are no square: write a preprocessor_config.json with size and clusters")
-    return ImageGPTImageProcessor(clusters=Palette.load(clusters).centers.tolist(), size=side)
 
 
 def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
@@ -68,13 +67,10 @@ def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | P
     if size is not None:
         openai.check_size(size, model, prefix)
     if palette.vocab_size != model.vocab_size:
-        raise UserError(
-            f"{clusters} has {palette.vocab_size} colours, but the network of {prefix} has {model.vocab_size}; "
-            "give the clusters that it was trained with"
-        )
-    grey = bool((palette.centers == palette.centers[:, :1]).all())
+        problem = f"{clusters} has {palette.vocab_size} colours, but the network of {prefix} has {model.vocab_size}"
+        raise UserError(f"{problem}; give the clusters that it was trained with")
     side = math.isqrt(model.seq_len)
-    config = Config.of_network(model, (side, side), channels=1 if grey else 3)
+    config = Config.of_network(model, (side, side), channels=palette.channels)
     params = read_params(variables, openai.targets(variables), abstract_params(model))
     return _write_run(out, config, palette, params)
 
@@ -127,10 +123,8 @@ def _report(pretrained: Pretrained, made: Path) -> str:
     ]
     if model.pixel_head and model.causal:
         lines.append(f"  igpt sample --model={made} --num=16 --out=samples.png")
-    lines.append(
-        f"  python eval_probe.py --config=configs/probe_digits.py --config.source=npz:images.npz --model={made} "
-        f"--workdir={made}/probe"
-    )
+    probe = "python eval_probe.py --config=configs/probe_digits.py --config.source=npz:images.npz"
+    lines.append(f"  {probe} --model={made} --workdir={made}/probe")
     if not model.causal:
         lines.append("trained with the BERT objective: it can be probed, but not sampled")
     return "\n".join(lines)

@@ -51,7 +51,12 @@ def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> 
     pretrained = outline(directory)
     graph, params = nnx.split(pretrained.model)
     abstract = with_shardings(nnx.to_pure_dict(params), mesh or one_device())
-    params, step = params_of(directory, abstract, step)
+    if not is_huggingface(directory):
+        params, step = checkpoint.restore_params(directory, abstract, step)
+    elif step is None:
+        params, step = hf_weights.open_directory(directory).read(abstract), 0
+    else:
+        raise UserError(f"{ref} is a Hugging Face directory: it has no checkpoint of step {step}; leave it out")
     return pretrained._replace(model=nnx.merge(graph, params), step=step)
 
 
@@ -87,10 +92,8 @@ def data_settings(config: Config, **changes) -> DataConfig:
 def processor_of(directory: Path) -> ImageGPTImageProcessor:
     """The image processor of a Hugging Face directory. UserError if it has no clusters."""
     if not (directory / "preprocessor_config.json").is_file():
-        raise UserError(
-            f"{directory} has no preprocessor_config.json, and so no palette; give one with igpt "
-            f"import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
-        )
+        command = f"igpt import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
+        raise UserError(f"{directory} has no preprocessor_config.json, and so no palette; give one with {command}")
     processor = ImageGPTImageProcessor.from_pretrained(directory)
     if processor.clusters is None:
         raise UserError(f"{directory}/preprocessor_config.json has no 'clusters', and so no palette; add them")
@@ -99,31 +102,21 @@ def processor_of(directory: Path) -> ImageGPTImageProcessor:
 
 def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> Config:
     """Our configuration of a Hugging Face model. UserError if its parts do not fit each other, or not our network."""
+    size, model = (processor.size["height"], processor.size["width"]), weights.model
+    usual = (processor.do_rescale, processor.rescale_factor, processor.do_normalize) == (True, 1 / 255, True)
     if weights.config.tie_word_embeddings:
-        raise UserError(
-            f"{directory} uses its embedding, start of sequence included, as its head; our network has a separate "
-            "head. Use such a model through igpt.api"
-        )
-    size, clusters = (processor.size["height"], processor.size["width"]), processor.clusters
-    if math.prod(size) != weights.model.seq_len:
-        raise UserError(
-            f"{directory}: the processor makes images of {size[0]} x {size[1]}, the model has {weights.model.seq_len} "
-            "positions; set 'size' in preprocessor_config.json to a height and a width with that product"
-        )
-    if len(clusters) != weights.model.vocab_size:
-        raise UserError(
-            f"{directory}: the processor has {len(clusters)} clusters, the model {weights.model.vocab_size} colours "
-            "(vocab_size less the start of sequence); give the clusters that it was trained with"
-        )
-    units = (processor.do_rescale, processor.rescale_factor, processor.do_normalize)
-    if units != (True, 1 / 255, True) or not processor.image_mean == processor.image_std == [0.5] * 3:
-        raise UserError(
-            f"{directory}: the processor's clusters are in unusual units (do_rescale, rescale_factor, do_normalize, "
-            "image_mean, image_std); a palette has the default units, byte / 127.5 - 1. Convert the clusters, or use "
-            "the model through igpt.api"
-        )
-    grey = bool((clusters == clusters[:, :1]).all())
-    return Config.of_network(weights.model, size, channels=1 if grey else 3)
+        problem = "its head is its embedding, but our network has a separate head; use such a model through igpt.api"
+    elif math.prod(size) != model.seq_len:
+        makes = f"the processor makes images of {size[0]} x {size[1]}, the model has {model.seq_len} positions"
+        problem = f"{makes}; set 'size' in preprocessor_config.json to a height and a width with that product"
+    elif len(processor.clusters) != model.vocab_size:
+        has = f"the processor has {len(processor.clusters)} clusters, the model {model.vocab_size} colours"
+        problem = f"{has} (vocab_size less the start of sequence); give the clusters that it was trained with"
+    elif not usual or not processor.image_mean == processor.image_std == [0.5] * 3:
+        problem = "the clusters are in unusual units; convert them to byte / 127.5 - 1, or load the model with igpt.api"
+    else:
+        return Config.of_network(model, size, channels=processor.palette().channels)
+    raise UserError(f"{directory}: {problem}")
 
 
 def palette_of(directory: Path) -> Palette:
@@ -134,19 +127,8 @@ def palette_of(directory: Path) -> Palette:
 def check_palette_size(palette: Palette, config: Config, path) -> None:
     """Raises UserError unless the palette has as many colours as the model's vocabulary."""
     if palette.vocab_size != config.palette.colors:
-        raise UserError(
-            f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}; "
-            f"set palette.colors={palette.vocab_size} or give a palette of that size"
-        )
-
-
-def params_of(directory: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
-    """The parameters with the shardings of `abstract`, and their step."""
-    if not is_huggingface(directory):
-        return checkpoint.restore_params(directory, abstract, step)
-    if step is not None:
-        raise UserError(f"{directory} is a Hugging Face directory: it has no checkpoint of step {step}; leave it out")
-    return hf_weights.open_directory(directory).read(abstract), 0
+        problem = f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}"
+        raise UserError(f"{problem}; set palette.colors={palette.vocab_size} or give a palette of that size")
 
 
 def starting_params(ref: str, mesh: Mesh) -> dict:
@@ -166,30 +148,22 @@ def check_same_network(ref: str, config: Config) -> None:
     The run may add a classifier, and may leave out either head.
     """
     theirs, ours = (parameter_fields(one.model) for one in (config_of(resolve(ref)), config))
-    differing = [
-        f"{name} is {theirs[name]} there, {ours[name]} here"
-        for name in ours
-        if theirs[name] != ours[name] and name not in ("num_classes", "pixel_head")
-    ]
-    if differing:
-        raise UserError(f"init_from={ref} has another network: {'; '.join(differing)}; change the config to match")
+    names = [name for name in ours if theirs[name] != ours[name] and name not in ("num_classes", "pixel_head")]
+    if names:
+        differing = "; ".join(f"{name} is {theirs[name]} there, {ours[name]} here" for name in names)
+        raise UserError(f"init_from={ref} has another network: {differing}; change the config to match")
     classes = theirs["num_classes"]
     if classes and ours["num_classes"] not in (0, classes):
-        raise UserError(
-            f"init_from={ref} has a classifier of {classes} classes, model.num_classes is {ours['num_classes']}; set "
-            f"model.num_classes={classes}, or start from the model that it was fine-tuned from"
-        )
+        problem = f"has a classifier of {classes} classes, model.num_classes is {ours['num_classes']}"
+        remedy = f"set model.num_classes={classes}, or start from the model that it was fine-tuned from"
+        raise UserError(f"init_from={ref} {problem}; {remedy}")
     if ours["pixel_head"] and not theirs["pixel_head"]:
-        raise UserError(
-            f"init_from={ref} has no head for pixels; set model.pixel_head=False and objective.generative=0 to learn "
-            "classes only, or start from a model that has one"
-        )
+        remedy = "set model.pixel_head=False and objective.generative=0 to learn classes only"
+        raise UserError(f"init_from={ref} has no head for pixels; {remedy}, or start from a model that has one")
 
 
 def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -> None:
     """Raises UserError if `other`, the palette of images or tokens for a model, is not that model's `palette`."""
     if other is not None and not np.array_equal(palette.centers, other.centers):
-        raise UserError(
-            f"{whose} has another palette than {origin}, whose network knows only its own colours; use {origin}'s "
-            "palette: igpt prepare --palette prepares tokens with it"
-        )
+        remedy = f"use {origin}'s palette: igpt prepare --palette prepares tokens with it"
+        raise UserError(f"{whose} has another palette than {origin}, whose network knows no other; {remedy}")

@@ -4,7 +4,7 @@ A table gives every tensor that a file must have its `Target` among our paramete
 targets' dims its number. hf_weights.py has the table of Hugging Face's names, openai.py the table of TensorFlow's.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,16 +69,12 @@ def stacked(table: dict[str, Target], prefix: str, depth: int) -> dict[str, Targ
 
 
 def check_tensors(
-    found: dict[str, Tensor],
-    table: dict[str, Target],
-    sizes: dict[str, int],
-    floats: Collection[str],
-    problem: str,
-    errors: Sequence[str] = (),
+    found: dict[str, Tensor], table: dict[str, Target], sizes: dict, floats: Collection, problem: str, errors=()
 ) -> None:
     """Raises one UserError that lists every tensor that is missing, mis-shaped, unknown, or not of a type in `floats`.
 
-    problem: the message's first line. errors: what the caller has found; it comes first in the list.
+    sizes: the number for each letter of the targets' dims. problem: the message's first line. errors: messages that the
+    caller has found; they come first in the list.
     """
     errors = list(errors)
     for name, target in table.items():
@@ -122,17 +118,13 @@ def read_params(found: dict[str, Tensor], table: dict[str, Target], abstract: di
         for name, target in table.items():
             if target.path == path and name in found:
                 target.fill(values, found[name].read())
-        params[path] = _to_devices(values, getattr(leaves[path], "sharding", None))
+        if (sharding := getattr(leaves[path], "sharding", None)) is None:
+            array = jax.device_put(values)
+        else:
+            array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+        params[path] = jax.block_until_ready(array)  # a copy that is still going on would keep `values` in memory
         del values  # otherwise it would stay in memory while the next leaf is made
     return unflatten_dict(params)
-
-
-def _to_devices(values: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        array = jax.device_put(values)
-    else:
-        array = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-    return jax.block_until_ready(array)  # a copy that is still going on would keep `values` in memory
 
 
 def abstract_params(model: ModelConfig) -> dict:

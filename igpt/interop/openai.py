@@ -4,6 +4,7 @@ The shapes of the variables determine the network. `-bert` checkpoints have no s
 names, shapes and meanings: OpenAI's src/model.py. OpenAI's encoded images are the data source `openai:PREFIX`.
 """
 
+import functools
 import math
 import os
 import re
@@ -48,10 +49,9 @@ def find_prefix(given: str | Path) -> Path:
     if f"{prefix.name}.index" not in beside:
         folder = path if path.is_dir() else prefix.parent
         there = ", ".join(str(file.with_suffix("")) for file in sorted(folder.glob("*.index")))
-        raise UserError(
-            f"there is no TensorFlow checkpoint {given}, because there is no {prefix}.index; give the path that its "
-            f"files have in common, such as model.ckpt-1000000 (in {folder}: {there or 'none'})"
-        )
+        problem = f"there is no TensorFlow checkpoint {given}, because there is no {prefix}.index"
+        remedy = "give the path that its files have in common, such as model.ckpt-1000000"
+        raise UserError(f"{problem}; {remedy} (in {folder}: {there or 'none'})")
     # Every shard's name ends in the number of shards, so the names of some show which others are missing.
     totals = {found[2] for name in beside if name.startswith(f"{prefix.name}.data-") and (found := FILES.search(name))}
     expected = [[f"{prefix.name}.data-{i:05d}-of-{total}" for i in range(int(total))] for total in totals]
@@ -70,17 +70,13 @@ def open_checkpoint(prefix: Path) -> dict[str, Tensor]:
         import tensorflow as tf
     except ImportError:
         raise UserError(f'{prefix} is a TensorFlow checkpoint; reading it needs: pip install "igpt[tfds]"') from None
-    reader = _or_user_error(prefix, tf.train.load_checkpoint, str(prefix))
-    shapes = _or_user_error(prefix, reader.get_variable_to_shape_map)
-    dtypes = _or_user_error(prefix, reader.get_variable_to_dtype_map)
-
-    def variable(name: str) -> Tensor:
-        def read():
-            return _or_user_error(prefix, reader.get_tensor, name)
-
-        return Tensor(tuple(shapes[name]), dtypes[name].name, prefix, read)
-
-    return {name: variable(name) for name in sorted(shapes)}
+    read = functools.partial(_or_user_error, prefix)
+    reader = read(tf.train.load_checkpoint, str(prefix))
+    shapes, dtypes = read(reader.get_variable_to_shape_map), read(reader.get_variable_to_dtype_map)
+    return {
+        name: Tensor(tuple(shapes[name]), dtypes[name].name, prefix, functools.partial(read, reader.get_tensor, name))
+        for name in sorted(shapes)
+    }
 
 
 def _or_user_error(prefix: Path, read: Callable, *args):

@@ -15,7 +15,6 @@ from igpt.errors import UserError
 
 LAYOUTS = ("channels_first", "channels_last", "none")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-DEEP_MODES = ("I", "F")  # more than 8 bits a channel, as are "I;16", "I;16B" and so on
 
 
 def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) -> tuple[list[np.ndarray], list[bool]]:
@@ -29,44 +28,36 @@ def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) ->
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"input_data_format is {layout!r}; choose one of {', '.join(LAYOUTS)}, or None to infer it")
-    arrays, layouts = [], []
-    for image in _single_images(images):
-        decoded = isinstance(image, Image.Image)
-        arrays.append(_decoded(image, convert_rgb) if decoded else _as_numpy(image))
-        layouts.append("channels_last" if decoded else layout)
+    arrays = list(_arrays(images, layout, convert_rgb))
     if not arrays:
         raise UserError("no images were given; a PIL image, an array, or a list of them is needed")
-    is_float = [array.dtype.kind == "f" for array in arrays]
-    up_to_one = all(array.max(initial=0) <= 1 for array in arrays if array.dtype.kind == "f")
-    batches = [
-        _rgb(_with_channels_last(_bytes(array, up_to_one), place)) for array, place in zip(arrays, layouts, strict=True)
-    ]
-    return batches, [up_to_one and floats for floats in is_float]
+    up_to_one = all(array.max(initial=0) <= 1 for array, _ in arrays if array.dtype.kind == "f")
+    batches = [_rgb(_bytes(array, up_to_one), place) for array, place in arrays]
+    return batches, [up_to_one and array.dtype.kind == "f" for array, _ in arrays]
 
 
-def _single_images(images) -> Iterator:
-    """The PIL images and arrays in nested lists. A nested list of numbers is one array."""
+def _arrays(images, layout: str | None, convert_rgb: bool) -> Iterator[tuple[np.ndarray, str | None]]:
+    """The images in nested lists, each with the layout of its array. A nested list of numbers is one array."""
     if isinstance(images, str | bytes | os.PathLike):
         raise UserError(f"{str(images)[:80]!r} is a name, not an image; open it first: PIL.Image.open(...)")
-    if isinstance(images, Image.Image) or hasattr(images, "__array__"):
-        yield images
+    if isinstance(images, Image.Image):
+        yield _decoded(images, convert_rgb), "channels_last"
+    elif hasattr(images, "__array__"):
+        yield _as_numpy(images), layout
     elif isinstance(images, list | tuple):
         innermost = images
         while isinstance(innermost, list | tuple) and len(innermost):
             innermost = innermost[0]
         if isinstance(innermost, int | float | np.generic):
             try:
-                yield np.asarray(images)
+                yield np.asarray(images), layout
                 return
             except ValueError:  # the lists differ in length, and may be images of different sizes
                 pass
         for image in images:
-            yield from _single_images(image)
+            yield from _arrays(image, layout, convert_rgb)
     else:
-        raise UserError(
-            f"an image cannot be a {type(images).__name__}; give PIL images, numpy, jax or torch arrays, nested lists "
-            "of numbers, or lists of these"
-        )
+        raise UserError(f"an image cannot be a {type(images).__name__}; give PIL images, arrays, or lists of numbers")
 
 
 def _as_numpy(image) -> np.ndarray:
@@ -81,7 +72,7 @@ def _as_numpy(image) -> np.ndarray:
 def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
     """A PIL image -> uint8 [H, W, 3 or 4]; in modes of more than 8 bits, the unchanged numbers [H, W]."""
     try:
-        if image.mode in DEEP_MODES or image.mode.startswith("I;16"):
+        if image.mode.startswith(("I", "F")):  # more than 8 bits a channel: I, I;16, I;16B and so on, and F
             numbers = np.asarray(image)
             # Pillow opens some 16-bit files in its 32-bit mode.
             deep = image.mode == "I" and numbers.size and numbers.min() >= 0 and 255 < numbers.max() <= 65535
@@ -109,23 +100,22 @@ def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
         return scale_to_bytes(pixels)
     if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 255):
         allowed = "[0, 1], or whole numbers in 0..255" if kind == "f" else "0..255"
-        raise UserError(
-            f"pixels are {pixels.dtype} from {pixels.min()} to {pixels.max()}; {allowed} is allowed: scale them first"
-        )
+        raise UserError(f"pixels are {pixels.dtype} from {pixels.min()} to {pixels.max()}; scale them to {allowed}")
     if kind == "f":
         pixels = pixels.astype(np.float64)
         if up_to_one:
             return np.round(pixels * 255).astype(np.uint8)
         if not (pixels == np.round(pixels)).all():
-            raise UserError(
-                f"pixels are floats with fractions, up to {pixels.max()}; all floats of a call must be in [0, 1], or "
-                "whole numbers in 0..255: divide by 255 or round them first"
-            )
+            largest = pixels.max()
+            raise UserError(f"floats up to {largest} have fractions; give all in [0, 1], or whole numbers in 0..255")
     return pixels.astype(np.uint8)
 
 
-def _with_channels_last(pixels: np.ndarray, layout: str | None) -> np.ndarray:
-    """[H, W], or with layout "none" [N, H, W], or [(N,) C, H, W], or [(N,) H, W, C] -> [N, H, W, C]."""
+def _rgb(pixels: np.ndarray, layout: str | None) -> np.ndarray:
+    """[H, W], or with layout "none" [N, H, W], or [(N,) C, H, W], or [(N,) H, W, C] -> [N, H, W, 3].
+
+    Grey is repeated, transparency is laid on white.
+    """
     shape = list(pixels.shape)
     grey = pixels.ndim == 2 or (pixels.ndim == 3 and layout == "none")
     if not (grey or pixels.ndim in (3, 4)) or (pixels.ndim == 4 and layout == "none"):
@@ -133,21 +123,14 @@ def _with_channels_last(pixels: np.ndarray, layout: str | None) -> np.ndarray:
     if grey:
         pixels = pixels[..., None]
     elif layout is None and shape[-3] not in CHANNELS and shape[-1] not in CHANNELS:
-        raise UserError(
-            f"no axis of {shape} has 1, 3 or 4 channels; for grey images without a channel axis give a list of [H, W] "
-            "arrays, or input_data_format='none'"
-        )
+        raise UserError(f"no axis of {shape} has 1, 3 or 4 channels; for grey images give input_data_format='none'")
     elif layout == "channels_first" or (layout is None and shape[-3] in CHANNELS):
         pixels = np.moveaxis(pixels, -3, -1)
     if pixels.shape[-1] not in CHANNELS:
         raise UserError(f"with {layout}, shape {shape} has {pixels.shape[-1]} channels; 1, 3 or 4 are allowed")
     if 0 in shape:
         raise UserError(f"an image array has shape {shape}, and so no pixels")
-    return pixels if pixels.ndim == 4 else pixels[None]
-
-
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """[N, H, W, 1 | 3 | 4] -> [N, H, W, 3]: grey is repeated, transparency is laid on white."""
+    pixels = pixels if pixels.ndim == 4 else pixels[None]
     if pixels.shape[-1] == 1:
         return np.repeat(pixels, 3, axis=-1)
     return lay_on_white(pixels) if pixels.shape[-1] == 4 else pixels

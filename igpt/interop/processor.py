@@ -14,6 +14,7 @@ import reprlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -37,10 +38,9 @@ class BatchFeature(dict):
     """The result of a processor: a dict with its keys as attributes."""
 
     def __getattr__(self, name: str):
-        try:
+        if name in self:
             return self[name]
-        except KeyError:
-            raise AttributeError(f"there is no {name!r}, only {', '.join(self)}") from None
+        raise AttributeError(f"there is no {name!r}, only {', '.join(self)}")
 
 
 class ImageGPTImageProcessor:
@@ -49,34 +49,20 @@ class ImageGPTImageProcessor:
     clusters [V, 3]: the palette, in the units of normalised pixels ([-1, 1] by default). size: {"height", "width"}, a
     number or (height, width); images are stretched to it. resample: a filter of PIL, by enum or number. image_mean,
     image_std: a number or three. do_convert_rgb: images become RGB whatever it is; True also lays on white the colour
-    that an RGB file names transparent. None gives the default. `extra` keeps unknown names, and to_dict returns them.
-    Raises UserError, with the setting's name, for an invalid value.
+    that an RGB file names transparent. None gives the default, which SETTINGS lists. `extra` keeps unknown names, and
+    to_dict returns them. Raises UserError, with the setting's name, for an invalid value.
     """
 
     model_input_names = ("input_ids",)
 
-    def __init__(
-        self,
-        clusters=None,
-        do_resize=True,
-        size=None,
-        resample=Image.Resampling.BILINEAR,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=None,
-        image_std=None,
-        do_color_quantize=True,
-        do_convert_rgb=None,
-        **extra,
-    ):
-        given = locals()
+    def __init__(self, clusters=None, **settings):
+        given = settings | {"clusters": clusters}
         for name in SETTINGS:
-            setattr(self, name, checked(name, given[name]))
-        for name in extra:
+            setattr(self, name, checked(name, given.pop(name, None)))
+        for name in given:
             if similar := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.85):
                 raise UserError(f"the image processor has no {name!r}; did you mean {similar[0]!r}?")
-        self.extra = extra
+        self.extra = given
 
     def __call__(self, images, **overrides) -> BatchFeature:
         return self.preprocess(images, **overrides)
@@ -106,7 +92,7 @@ class ImageGPTImageProcessor:
         data_format: the position of the channels in pixel_values, "channels_first" or "channels_last".
         """
         given = locals()
-        chosen = {name: getattr(self, name) if given.get(name) is None else given[name] for name in SETTINGS}
+        chosen = {name: getattr(self, name) if given[name] is None else given[name] for name in SETTINGS}
         settings = SimpleNamespace(**{name: checked(name, value) for name, value in chosen.items()})
         if settings.do_color_quantize and settings.clusters is None:
             raise UserError("do_color_quantize is True without clusters; give them [V, 3], or do_color_quantize=False")
@@ -140,11 +126,7 @@ class ImageGPTImageProcessor:
     @classmethod
     def from_pretrained(cls, ref, *, revision=None, **overrides) -> "ImageGPTImageProcessor":
         """Reads preprocessor_config.json. `ref` is that file, its directory, or a hub id with a `revision`."""
-        path = Path(ref)
-        if not path.exists():
-            path = Path(resolve(ref, revision))
-        if path.is_dir():
-            path = path / FILE_NAME
+        path = Path(ref) if Path(ref).is_file() else resolve(ref, revision) / FILE_NAME
         settings = read_json(path)
         try:
             return cls.from_dict(settings, **overrides)
@@ -169,8 +151,7 @@ class ImageGPTImageProcessor:
 
     def to_dict(self) -> dict:
         """Every setting as a JSON value. do_convert_rgb and clusters are left out if they are None."""
-        named = {name: checked(name, getattr(self, name)) for name in SETTINGS}
-        named = {name: value for name, value in named.items() if value is not None}
+        named = {name: value for name in SETTINGS if (value := checked(name, getattr(self, name))) is not None}
         if self.clusters is not None:
             named["clusters"] = named["clusters"].tolist()
         return self.extra | named | {"image_processor_type": "ImageGPTImageProcessor"}
@@ -234,29 +215,24 @@ def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -
     levels = np.repeat((np.arange(256.0) * scale).astype(np.float32)[:, None], 3, axis=1)
     if settings.do_normalize:
         levels = (levels - np.float32(settings.image_mean)) / np.float32(settings.image_std)
-    values = np.empty((len(batch), 3, *batch.shape[1:3]), np.float32)
-    for channel in range(3):
-        values[:, channel] = levels[:, channel][batch[..., channel]]
-    return values if data_format == "channels_first" else np.ascontiguousarray(np.moveaxis(values, 1, -1))
+    channels = [levels[:, channel][batch[..., channel]] for channel in range(3)]
+    return np.stack(channels, axis=1 if data_format == "channels_first" else -1)
 
 
 def _returned(batches: list[np.ndarray], kind: str | None):
     """Batches as the requested tensors. Only the list, kind None, can hold images of different sizes."""
-    match kind:
-        case None:
-            return [image for batch in batches for image in batch]
-        case "np":
-            return batches[0]
-        case "jax":
-            import jax.numpy as jnp
-
-            return jnp.asarray(batches[0])
-        case "pt":
-            try:  # torch is optional: nothing else in this module needs it
-                import torch
-            except ImportError:
-                raise UserError("return_tensors='pt' needs torch: pip install torch") from None
-            return torch.from_numpy(batches[0])
+    if kind is None:
+        return [image for batch in batches for image in batch]
+    if kind == "np":
+        return batches[0]
+    if kind == "jax":
+        return jnp.asarray(batches[0])
+    if kind == "pt":
+        try:  # torch is optional: nothing else in this module needs it
+            import torch
+        except ImportError:
+            raise UserError("return_tensors='pt' needs torch: pip install torch") from None
+        return torch.from_numpy(batches[0])
     raise UserError(f"return_tensors is {kind!r}; choose None, 'np', 'jax' or 'pt'")
 
 
@@ -281,10 +257,8 @@ def _number(name, value):
 
 
 def _three_numbers(name, value):
-    try:
-        numbers = list(value) if np.ndim(value) else [value] * 3
-    except (TypeError, ValueError):
-        numbers = []
+    numbers = np.asarray(value, object).tolist()  # a list, or a scalar as it is
+    numbers = numbers if isinstance(numbers, list) else [numbers] * 3
     if len(numbers) != 3:
         raise UserError(f"{name} is {reprlib.repr(value)}; a number or three, one for each channel, are needed")
     numbers = [_number(name, number) for number in numbers]
@@ -301,10 +275,8 @@ def _size(name, value):
         lengths = list(value) if isinstance(value, list | tuple) else [value] * 2
     whole = all(isinstance(length, int | np.integer) and not isinstance(length, bool) for length in lengths)
     if len(lengths) != 2 or not whole or min(lengths) < 1 or math.prod(map(int, lengths)) > MAX_PIXELS:
-        raise UserError(
-            f"{name} is {reprlib.repr(value)}; give {{'height': h, 'width': w}}, (h, w) or one number for both, up to "
-            f"{MAX_PIXELS:,} pixels. Image GPT resizes to an exact size, so shortest_edge and the like are not allowed"
-        )
+        allowed = f"{{'height': h, 'width': w}}, (h, w) or one number for both, up to {MAX_PIXELS:,} pixels"
+        raise UserError(f"{name} is {reprlib.repr(value)}; give {allowed}: images are resized to exactly that")
     return {"height": int(lengths[0]), "width": int(lengths[1])}
 
 
@@ -322,9 +294,8 @@ def _clusters(name, value):
     except (TypeError, ValueError, RuntimeError):
         clusters = np.empty(0, object)  # rows of different lengths, or no rows
     if clusters.dtype.kind not in "iuf" or clusters.shape[1:] != (3,) or not 1 <= len(clusters) <= MAX_COLORS:
-        raise UserError(
-            f"{name} are {clusters.dtype} {list(clusters.shape)}; numbers [V, 3], V from 1 to {MAX_COLORS}, are needed"
-        )
+        found = f"{clusters.dtype} {list(clusters.shape)}"
+        raise UserError(f"{name} are {found}; numbers [V, 3], V from 1 to {MAX_COLORS}, are needed")
     if not (np.abs(clusters) <= MAX_NUMBER).all():
         raise UserError(f"{name} are not finite: they run from {clusters.min()} to {clusters.max()}")
     return clusters.astype(np.float64)

@@ -8,6 +8,7 @@ tensors is refused first. Then torch's weights_only loader, which executes nothi
 
 import io
 import json
+import math
 import os
 import pickletools
 import re
@@ -39,18 +40,13 @@ def list_tensors(directory: Path, errors: list[str]) -> dict[str, Tensor]:
     Raises UserError when there are no weights, or when a file is damaged. A `Tensor.dtype` is a key of FLOATS, or the
     file's own name of another type.
     """
-    for index, single, list_file in (
-        ("model.safetensors.index.json", "model.safetensors", _list_safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _list_pickle),
-    ):
+    for single, list_file in (("model.safetensors", _list_safetensors), ("pytorch_model.bin", _list_pickle)):
         if (directory / single).is_file():
             return list_file(directory / single)
-        if (directory / index).is_file():
-            return _list_shards(directory / index, list_file, errors)
-    raise UserError(
-        f"{directory} has no weights: model.safetensors, pytorch_model.bin, or shards of either with their index.json "
-        "can be read; convert other formats with transformers' save_pretrained"
-    )
+        if (index := directory / f"{single}.index.json").is_file():
+            return _list_shards(index, list_file, errors)
+    needed = "model.safetensors, pytorch_model.bin, or shards of either with their index.json are needed"
+    raise UserError(f"{directory} has no weights: {needed}; convert other formats with transformers' save_pretrained")
 
 
 def _list_shards(index: Path, list_file: Callable, errors: list[str]) -> dict[str, Tensor]:
@@ -86,14 +82,12 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a sound safetensors file ({error}); fetch it again") from None
 
     def tensor(entry: dict) -> Tensor:
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        shape, dtype, start = entry["shape"], entry["dtype"], 8 + length + entry["data_offsets"][0]
 
         def read() -> np.ndarray:  # not a memory map: its pages would count as this process's memory
-            dtype = np.dtype(FLOATS[entry["dtype"]])
-            flat = np.fromfile(path, dtype, (stop - start) // dtype.itemsize, offset=start)
-            return flat.reshape(entry["shape"])
+            return np.fromfile(path, FLOATS[dtype], math.prod(shape), offset=start).reshape(shape)
 
-        return Tensor(tuple(entry["shape"]), entry["dtype"], path, read)
+        return Tensor(tuple(shape), dtype, path, read)
 
     return {name: tensor(entry) for name, entry in header.items() if name != "__metadata__"}
 
@@ -123,10 +117,8 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
     def tensor(value) -> Tensor:
-        def read() -> np.ndarray:
-            return value.detach().to(torch.float32).numpy()
-
-        return Tensor(tuple(value.shape), names.get(value.dtype, str(value.dtype)), path, read)
+        dtype = names.get(value.dtype, str(value.dtype))
+        return Tensor(tuple(value.shape), dtype, path, lambda: value.detach().to(torch.float32).numpy())
 
     return {name: tensor(value) for name, value in state.items()}
 

@@ -202,7 +202,7 @@ def test_an_error_of_the_hub_becomes_one_line(hub, error):
     with pytest.raises(UserError) as caught:
         igpt.load("someone/something")
     assert str(caught.value) == (
-        "there is no directory someone/something, and the hub did not deliver a model of that name: "
+        "there is no directory someone/something, and the hub sent no such model: "
         + {OSError: "offline", ValueError: "no such repository", RuntimeError: "RuntimeError"}[type(error)]
     )
 

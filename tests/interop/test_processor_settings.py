@@ -85,7 +85,7 @@ def test_the_signature_is_the_documented_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": {"shortest_edge": 32}}, "size.*shortest_edge.*exact size"),
+        ({"size": {"shortest_edge": 32}}, "size.*shortest_edge.*height.*width.*exactly"),
         ({"size": 0}, "size is 0"),
         ({"size": (1 << 13, 1 << 12)}, "16,777,216"),
         ({"size": "32"}, "size is '32'"),
@@ -126,7 +126,7 @@ def test_an_invalid_setting_is_refused_and_named(settings, message):
         (np.zeros((7, 5, 5), np.uint8), "no axis.*input_data_format='none'"),
         (np.zeros(5, np.uint8), r"shape \[5\]"),
         (np.zeros((1, 1, 5, 5, 3), np.uint8), r"shape \[1, 1, 5, 5, 3\]"),
-        (np.full((5, 5, 3), 256), "int64 from 256 to 256; 0..255 is allowed"),
+        (np.full((5, 5, 3), 256), "int64 from 256 to 256; scale them to 0..255"),
         (np.full((5, 5, 3), -1), "from -1"),
         (np.full((5, 5, 3), np.nan), "from nan to nan"),
         (np.full((5, 5, 3), -0.5), "from -0.5"),
