@@ -55,14 +55,28 @@ class ImageGPTImageProcessor:
 
     model_input_names = ("input_ids",)
 
-    def __init__(self, clusters=None, **settings):
-        given = settings | {"clusters": clusters}
+    def __init__(
+        self,
+        clusters=None,
+        do_resize=True,
+        size=None,
+        resample=Image.Resampling.BILINEAR,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=None,
+        image_std=None,
+        do_color_quantize=True,
+        do_convert_rgb=None,
+        **extra,
+    ):
+        given = locals()
         for name in SETTINGS:
-            setattr(self, name, checked(name, given.pop(name, None)))
-        for name in given:
+            setattr(self, name, checked(name, given[name]))
+        for name in extra:
             if similar := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.85):
                 raise UserError(f"the image processor has no {name!r}; did you mean {similar[0]!r}?")
-        self.extra = given
+        self.extra = extra
 
     def __call__(self, images, **overrides) -> BatchFeature:
         return self.preprocess(images, **overrides)
