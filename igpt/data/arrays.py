@@ -16,13 +16,12 @@ def of_arrays(images: np.ndarray, labels: np.ndarray | None, settings: DataConfi
     if channels == 1:
         images = np.repeat(images[..., None], 3, axis=-1)
     preprocess = Preprocess.of(settings)
-    resized = preprocess.kind == "crop" or (preprocess.kind == "shrink" and images.shape[1:3] != preprocess.size)
-    if resized:
+    stored = ArrayImages(images)
+    if preprocess.kind == "crop" or (preprocess.kind == "shrink" and images.shape[1:3] != preprocess.size):
         named = [(image, f"image {i} of {settings.source}") for i, image in enumerate(images)]
-        whole = Split(EncodedImages(named, preprocess), labels)
-    else:
-        whole = Split(ArrayImages(images), labels)
-    return Source(settings.source, *map(whole.take, split_indices(len(images), settings)), channels)
+        stored = EncodedImages(named, preprocess)
+    parts = split_indices(len(images), settings)
+    return Source(settings.source, *map(Split(stored, labels).take, parts), channels)
 
 
 def split_indices(count: int, settings: DataConfig, has_test=False, what="images") -> list[np.ndarray]:
@@ -77,10 +76,8 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise UserError(f"{path}: 'images' has shape {list(images.shape)}; [N, H, W] or [N, H, W, 3] is needed")
     if labels is not None:
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UserError(
-                f"{path}: 'labels' is {labels.dtype} {list(labels.shape)}; integers [{len(images)}] are needed, "
-                "one for every image"
-            )
+            found = f"{labels.dtype} {list(labels.shape)}"
+            raise UserError(f"{path}: 'labels' is {found}; integers [{len(images)}] are needed, one for every image")
         labels = labels.astype(np.int32)
     return images, labels
 

@@ -75,9 +75,7 @@ class Drops:
         return draws[rows] >= self.rate
 
     def of_images(self, indices: np.ndarray, length: int) -> Bool[np.ndarray, "n M T"]:
-        draws = [
-            np.random.default_rng((self.seed, 4, index)).random((self.masks, length), np.float32) for index in indices
-        ]
+        draws = [np.random.default_rng((self.seed, 4, i)).random((self.masks, length), np.float32) for i in indices]
         return np.stack(draws) >= self.rate
 
 
@@ -91,16 +89,13 @@ class EpochOrder:
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         epochs, within = np.divmod(positions, self.count)
         indices = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
+        for epoch in np.unique(epochs).tolist():
+            newest, order = self._newest  # read at once, because other threads may replace it
+            if newest != epoch:
+                order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.count)
+                self._newest = (epoch, order)
+            indices[epochs == epoch] = order[within[epochs == epoch]]
         return indices
-
-    def _order(self, epoch: int) -> np.ndarray:
-        cached, order = self._newest
-        if cached != epoch:
-            order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.count)
-            self._newest = (epoch, order)
-        return order
 
 
 class TrainBatches:
@@ -113,10 +108,8 @@ class TrainBatches:
     def __init__(
         self, split: Split, tokenizer, batch_size: int, seed: int, augmentation: Augmentation, rows: Rows, drops=None
     ):
-        if batch_size > len(split):
-            raise UserError(
-                f"train.batch_size is {batch_size}, but there are only {len(split)} training images; lower it"
-            )
+        if batch_size > (count := len(split)):
+            raise UserError(f"train.batch_size is {batch_size}, but there are only {count} training images; lower it")
         self.split, self.tokenizer, self.batch_size = split, tokenizer, batch_size
         self.seed, self.augmentation, self.rows, self.drops = seed, augmentation, rows, drops
         self.black = int(tokenizer.encode(np.zeros((1, 1, 3), np.uint8)).item())
@@ -130,9 +123,7 @@ class TrainBatches:
             grids = self.split.images.grids(indices)
             tokens = self.augmentation(grids, rng, self.rows, self.batch_size, self.black)
         else:
-            draws = None
-            if self.split.images.crops_at_random:
-                draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
+            draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
             images, indices = self.split.read(indices, draws)
             tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
         batch = _batch(tokens, self.split.labels, indices)

@@ -22,7 +22,6 @@ class Images(abc.ABC):
 
     dtype = np.dtype(np.uint8)
     shape: tuple[int, int, int, int]
-    crops_at_random = False  # whether `read` uses its `draws`
     palette: Palette | None = None  # of images stored as tokens, which `grids` returns
     unreadable: Mapping[int, str] = MappingProxyType({})  # index -> why that image cannot be read
 
@@ -30,7 +29,8 @@ class Images(abc.ABC):
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns images [n, H, W, 3] and their indices, which differ from `indices` where an image was replaced.
 
-        `draws` [n, 3] in [0, 1) choose random training crops; without them images are as evaluation sees them.
+        `draws` [n, 3] in [0, 1) choose the crops of training where images are cropped. Without them images are as
+        evaluation sees them.
         """
 
     @abc.abstractmethod
@@ -80,7 +80,6 @@ class EncodedImages(Images):
         self.files, self.preprocess, self.channels, self.skip = files, preprocess, channels, skip
         self.indices = np.arange(len(files)) if indices is None else indices
         self.shape = (len(self.indices), *preprocess.size, 3)
-        self.crops_at_random = preprocess.kind == "crop"
         self.unreadable = {}
 
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -109,8 +108,7 @@ class EncodedImages(Images):
                         raise UserError(f"{error}. data.on_unreadable=skip passes over such images") from None
                     self.unreadable[index] = str(error)
             index = (index + 1) % len(self)
-        first = self.unreadable[min(self.unreadable)]
-        raise UserError(f"none of {len(self)} images can be read; the first: {first}")
+        raise UserError(f"none of {len(self)} images can be read; the first: {self.unreadable[min(self.unreadable)]}")
 
 
 class DecodedTokens(Images):
@@ -133,10 +131,8 @@ class DecodedTokens(Images):
         """Returns the tokens themselves, int32 [..., H, W]."""
         tokens = self.tokens[index]
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.palette.vocab_size):
-            raise UserError(
-                f"{self.path}: tokens run from {tokens.min()} to {tokens.max()}; its palette has "
-                f"0..{self.palette.vocab_size - 1}"
-            )
+            found = f"tokens run from {tokens.min()} to {tokens.max()}"
+            raise UserError(f"{self.path}: {found}; its palette has 0..{self.palette.vocab_size - 1}")
         return tokens.astype(np.int32).reshape(*tokens.shape[:-1], *self.shape[1:3])
 
 

@@ -24,7 +24,7 @@ class ImagePaths:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Path, str]:
+    def __getitem__(self, index: int | np.integer) -> tuple[Path, str]:
         return Path(self.paths[index]), printable(self.paths[index])
 
 
@@ -52,14 +52,9 @@ def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
         raise UserError(f"there is no folder {folder}")
     here, others = _pictures(folder, deep=False)
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    by_class = []
-    for path in classes:
-        pictures, more = _pictures(path, deep=True)
-        by_class.append(pictures)
-        others += more
-    names = [printable(path.name) for path in classes]
-    empty = [name for name, pictures in zip(names, by_class, strict=True) if not pictures]
-    found = sum(map(len, by_class))
+    listed = [_pictures(path, deep=True) for path in classes]
+    names, counts = [printable(path.name) for path in classes], [len(pictures) for pictures, _ in listed]
+    found, others = sum(counts), others + sum(more for _, more in listed)
     if others:
         print(f"{folder}: passed over {others} files that are no pictures by their names, or links to folders")
     if here and found:
@@ -71,15 +66,15 @@ def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
         raise UserError(f"{folder} has no pictures: files ending in {', '.join(SUFFIXES)} are read")
     if here:
         return here, None
-    if empty:
+    if empty := [name for name, count in zip(names, counts, strict=True) if not count]:
         raise UserError(f"{folder} has classes without pictures: {', '.join(empty[:10])}; remove or fill them")
     if {name.lower() for name in names} <= NO_CLASSES:
         raise UserError(
             f"the sub-folders of {folder} are {', '.join(names)}, which name splits; sub-folders are classes here: "
             f"open folder:{folder / classes[0].name}, or move the classes of all together and set data.split_file"
         )
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(pictures) for pictures in by_class])
-    return [path for pictures in by_class for path in pictures], labels
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return [path for pictures, _ in listed for path in pictures], labels
 
 
 def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
@@ -93,12 +88,10 @@ def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
         folders[:] = [name for name in folders if deep and not name.startswith(".")]
         others += sum(os.path.islink(os.path.join(where, name)) for name in folders)  # unread: links can form cycles
         for name in names:
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(SUFFIXES):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 found.append(os.path.join(where, name))
             else:
-                others += 1
+                others += not name.startswith(".")
     return sorted(found), others
 
 
@@ -119,13 +112,9 @@ def read_split_file(path: Path, folder: Path, images: list[str]) -> list[np.ndar
             continue
         name, _, split = (text.strip() for text in line.rpartition(","))
         if split not in parts or name not in position or name in seen:
-            why = (
-                f"{split!r} is no split; {', '.join(SPLITS)} are"
-                if split not in parts
-                else f"{name!r} was named before"
-                if name in seen
-                else f"there is no picture {name!r} in {folder}"
-            )
+            why = f"{name!r} was named before" if name in seen else f"there is no picture {name!r} in {folder}"
+            if split not in parts:
+                why = f"{split!r} is no split; {', '.join(SPLITS)} are"
             raise UserError(f"{path}, line {number}: {why}; lines read 'path,split'")
         seen.add(name)
         parts[split].append(position[name])

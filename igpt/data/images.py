@@ -92,9 +92,8 @@ def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
     pixels = image.width * image.height
     most = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
     if pixels > most:
-        raise UnreadableImage(
-            f"{name} has {image.width} x {image.height} pixels; at most {most:,} are opened: shrink it first"
-        )
+        size = f"{image.width} x {image.height}"
+        raise UnreadableImage(f"{name} has {size} pixels; at most {most:,} are opened: shrink it first")
     scans = content.count(b"\xff\xda")  # may count a few too many: metadata can hold these bytes by chance
     if image.format in ("JPEG", "MPO") and scans * pixels > MAX_SCANNED:
         raise UnreadableImage(f"{name} would be drawn in {scans} passes, which takes minutes: save it again")
@@ -170,18 +169,15 @@ class Preprocess:
         Raises UnreadableImage for an image of another size where the kind is "none".
         """
         height, width = self.size
-        resample = FILTERS[self.filter]
-        match self.kind:
-            case "none":
-                if image.size != (width, height):
-                    raise UnreadableImage(
-                        f"{name} has {image.height} x {image.width} pixels, data.image_size is {height} x {width}; set "
-                        "data.preprocess to shrink or crop"
-                    )
-            case "shrink":
-                image = image.resize((width, height), resample, box=_centred(image.size, width / height))
-            case "crop":
-                image = self._square(image, draws).resize((width, height), resample)
+        if self.kind == "shrink":
+            image = image.resize((width, height), FILTERS[self.filter], box=_centred(image.size, width / height))
+        elif self.kind == "crop":
+            image = self._square(image, draws).resize((width, height), FILTERS[self.filter])
+        elif image.size != (width, height):
+            raise UnreadableImage(
+                f"{name} has {image.height} x {image.width} pixels, data.image_size is {height} x {width}; set "
+                "data.preprocess to shrink or crop"
+            )
         return np.asarray(image)
 
     def _square(self, image: Image.Image, draws) -> Image.Image:

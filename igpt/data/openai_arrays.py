@@ -53,10 +53,8 @@ def _openai_labels(path: str, count: int) -> np.ndarray | None:
     labels = map_array(path)
     kinds = {1: "iu", 2: "iufb"}.get(labels.ndim, "")
     if labels.dtype.kind not in kinds or len(labels) != count:
-        raise UserError(
-            f"{path} is {labels.dtype} {list(labels.shape)}; integers [{count}] or one-hot rows [{count}, C] are "
-            "needed, one for every image"
-        )
+        found = f"{labels.dtype} {list(labels.shape)}"
+        raise UserError(f"{path} is {found}; integers [{count}] or one-hot rows [{count}, C] are needed")
     if labels.ndim == 1:
         return labels.astype(np.int32)
     classes = np.empty(count, np.int32)

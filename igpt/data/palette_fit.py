@@ -44,8 +44,7 @@ def sample_pixels(images, most: int, seed: int) -> tuple[np.ndarray, int]:
     at_once = max(1, PIXELS_AT_ONCE // (height * width))
     with tqdm(total=len(chosen), unit="image", desc="sample", dynamic_ncols=True, disable=None) as bar:
         for start in range(0, len(chosen), at_once):
-            read = images[chosen[start : start + at_once]]
-            read = read.reshape(len(read), -1, 3)
+            read = images[chosen[start : start + at_once]].reshape(-1, height * width, 3)
             for row, image in enumerate(read, start):
                 pixels[row] = image if of_each == len(image) else image[rng.choice(len(image), of_each, replace=False)]
             bar.update(len(read))
@@ -81,8 +80,7 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "pale
     with tqdm(total=MOST_ITERATIONS, unit="iteration", desc="k-means", dynamic_ncols=True, disable=None) as bar:
         for _ in range(0, MOST_ITERATIONS, ITERATIONS_AT_ONCE):
             kmeans = KMeans(colors, init=centers, n_init=1, max_iter=ITERATIONS_AT_ONCE, tol=0, random_state=seed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
                 centers = kmeans.fit(points, sample_weight=counts).cluster_centers_
             before, error = error, kmeans.inertia_ / counts.sum() / 3 * 127.5**2
             bar.set_postfix_str(f"mean squared error {error:.3f}", refresh=False)
@@ -95,8 +93,7 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "pale
 def of_centers(centers: np.ndarray) -> Palette:
     """The palette of centres [V, 3], sorted from dark to light, so that their order does not matter."""
     centers = np.clip(centers, -1.0, 1.0)
-    brightness = centers.sum(axis=1)
-    return Palette(centers[np.lexsort((*centers.T[::-1], brightness))].astype(np.float32))
+    return Palette(centers[np.lexsort((*centers.T[::-1], centers.sum(axis=1)))].astype(np.float32))
 
 
 def quantisation_error(palette: Palette, pixels: np.ndarray) -> tuple[float, float]:

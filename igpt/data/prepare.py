@@ -11,7 +11,6 @@ again. Images are prepared as evaluation sees them: --preprocess=crop takes the 
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -20,26 +19,22 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from igpt.command import Parser, at_least
 from igpt.data.examples import SPLITS, ArrayImages, Source
-from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path
-from igpt.data.settings import DataConfig
+from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path, shard_rows
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
-from igpt.files import read_json, whole, write_array, write_text
+from igpt.files import read_json, whole, write_array, write_json, write_text
 from igpt.palette import Palette
 
 PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
-Shard = tuple[str, int]  # split, number
 
 
 def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 8192, workers: int = 1) -> dict:
@@ -49,14 +44,13 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
     """
     palette, folder = Palette.load(palette_path), Path(out)
     source = open_source(settings, is_command=True)
-    sizes = {name: len(split) for name, split in source.splits().items()}
     plan = {
         "format": 1,
         "data": json.loads(json.dumps(settings)),
         "palette_sha256": fingerprint(palette),
         "vocab_size": palette.vocab_size,
         "shard_images": shard_images,
-        "images": sizes,
+        "images": {name: len(split) for name, split in source.splits().items()},
         "labels": source.train.labels is not None,
     }
     try:
@@ -64,24 +58,18 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
 
-    images_of = {
-        (name, number): min(shard_images, size - number * shard_images)
-        for name, size in sizes.items()
-        for number in range(count_shards(size, shard_images))
-    }
-    missing = [shard for shard in images_of if not _is_finished(folder, *shard, plan)]
-    total, left = sum(images_of.values()), sum(images_of[shard] for shard in missing)
+    shards = [(name, number) for name in SPLITS for number in range(count_shards(plan, name))]
+    missing = [shard for shard in shards if not _is_finished(folder, *shard, plan)]
+    total, left = sum(plan["images"].values()), sum(len(shard_rows(plan, *shard)) for shard in missing)
     # One process encodes an array in memory quickly, and each further process would hold a copy of it.
     workers = 1 if isinstance(source.train.images, ArrayImages) else min(workers, len(missing))
     with tqdm(total=total, initial=total - left, unit="image", smoothing=0.1, dynamic_ncols=True) as bar:
         if workers > 1:
-            job = DataConfig.of(settings), folder, shard_images
-            _write_in_processes(missing, workers, bar.update, job)
+            _write_in_processes(missing, workers, bar, folder)
         else:
-            writer = ShardWriter(source, palette, folder, shard_images)
             for shard in missing:
-                writer.write(*shard, bar.update)
-    return sizes | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
+                _write_shard(source, palette, plan, folder, *shard, bar.update)
+    return plan["images"] | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
 
 
 def _begin(folder: Path, plan: dict, palette: Palette) -> None:
@@ -90,7 +78,7 @@ def _begin(folder: Path, plan: dict, palette: Palette) -> None:
         raise UserError(f"--out={folder} is a file; name a new directory")
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {f"{PLAN}.partial"}:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+        write_json(folder / PLAN, plan)
     elif not (folder / PLAN).is_file():
         raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")
     ours, theirs = _flat(plan), _flat(read_json(folder / PLAN))
@@ -109,54 +97,38 @@ def _flat(plan: dict) -> dict:
 
 
 def _is_finished(folder: Path, name: str, number: int, plan: dict) -> bool:
-    with contextlib.suppress(UserError):  # a damaged shard is written again
-        if shard_path(folder, name, number, "tokens").is_file():
-            map_shard(folder, name, number, plan)
-            return True
+    with contextlib.suppress(UserError):  # a shard that is missing or damaged
+        map_shard(folder, name, number, plan)
+        return True
     return False
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardWriter:
-    """Writes shards of a source, each wholly or not at all. Memory holds the tokens of one shard, but few images."""
+def _write_shard(source: Source, palette: Palette, plan: dict, folder: Path, name: str, number: int, advance) -> None:
+    """Writes one shard, complete or not at all. Memory holds the tokens of the shard, but few of its images.
 
-    source: Source
-    palette: Palette
-    folder: Path
-    shard_images: int
-
-    def write(self, name: str, number: int, advance: Callable[[int], None]) -> None:
-        """Writes one shard. Calls `advance` with the number of images done since its last call."""
-        split, size = self.source.splits()[name], self.shard_images
-        asked = np.arange(number * size, min((number + 1) * size, len(split)))
-        height, width = self.source.image_size
-        at_once = max(1, PIXELS_AT_ONCE // (height * width))
-        tokens, readable = np.empty((len(asked), height * width), np.uint16), np.empty(len(asked), bool)
-        for start in range(0, len(asked), at_once):
-            some = slice(start, start + at_once)
-            grids, used = split.encode(self.palette, asked[some])
-            tokens[some], readable[some] = grids.reshape(len(grids), -1), used == asked[some]
-            advance(len(grids))
-        kept = asked[readable]
-        if len(kept) < len(asked):
-            unreadable = split.images.unreadable
-            reasons = [f"{unreadable[i]}\n" for i in asked if i in unreadable]
-            with _shard_file(shard_path(self.folder, name, number, "unreadable").with_suffix(".txt")) as file:
-                file.write("".join(reasons).encode())
-        if split.labels is not None:
-            labels = np.asarray(split.labels[kept], np.int32)
-            with _shard_file(shard_path(self.folder, name, number, "labels")) as file:
-                write_array(file, labels)
-        # Last, because a shard that has its tokens is finished.
-        with _shard_file(shard_path(self.folder, name, number, "tokens")) as file:
-            write_array(file, tokens[readable])
-
-
-@contextlib.contextmanager
-def _shard_file(path: Path) -> Iterator[BinaryIO]:
+    Calls `advance` with the number of images done since its last call. Raises UserError for a file that cannot be
+    written.
+    """
+    split, (height, width) = source.splits()[name], source.image_size
+    rows = np.array(shard_rows(plan, name, number))
+    at_once = max(1, PIXELS_AT_ONCE // (height * width))
+    tokens, readable = np.empty((len(rows), height * width), np.uint16), np.empty(len(rows), bool)
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        grids, used = split.encode(palette, rows[some])
+        tokens[some], readable[some] = grids.reshape(len(grids), -1), used == rows[some]
+        advance(len(grids))
+    labels = None if split.labels is None else np.asarray(split.labels[rows[readable]], np.int32)
     try:
-        with whole(path) as file:
-            yield file
+        if not readable.all():
+            path, reasons = shard_path(folder, name, number, "unreadable").with_suffix(".txt"), split.images.unreadable
+            write_text(path, "".join(f"{reasons[i]}\n" for i in rows if i in reasons))
+        # The tokens come last, because a shard that has its tokens is finished.
+        for kind, array in (("labels", labels), ("tokens", tokens[readable])):
+            if array is not None:
+                path = shard_path(folder, name, number, kind)
+                with whole(path) as file:
+                    write_array(file, array)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. What is finished stays: make room, and run the same "
@@ -164,20 +136,19 @@ def _shard_file(path: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def _write_in_processes(shards: list[Shard], workers: int, advance: Callable[[int], None], job: tuple) -> None:
+def _write_in_processes(shards: list[tuple[str, int]], workers: int, bar: tqdm, folder: Path) -> None:
     """Writes the shards in several processes, which end when this function or this process ends, in whatever way."""
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locks that other threads hold
-    written, shown = spawn.RawArray("q", len(shards)), 0  # images done of each shard
+    written, before = spawn.RawArray("q", len(shards)), bar.n  # images done of each shard
     theirs, ours = spawn.Pipe(duplex=False)
     # The workers exit when `ours` is closed, or this process is killed. The pool then waits for them.
     with futures.ProcessPoolExecutor(workers, spawn, _start_worker, (theirs, written)) as pool, ours:
         try:
             with _interrupts_blocked():
-                pending = {pool.submit(_write_shard, job, *shard) for shard in enumerate(shards)}
+                pending = {pool.submit(_write_in_worker, folder, *shard) for shard in enumerate(shards)}
             while pending:
                 done, pending = futures.wait(pending, 0.2, futures.FIRST_EXCEPTION)
-                shown, before = sum(written), shown
-                advance(shown - before)
+                bar.update(before + sum(written) - bar.n)
                 for future in done:
                     future.result()
         except (BrokenProcessPool, MemoryError):
@@ -207,19 +178,20 @@ def _start_worker(theirs, written) -> None:
     threading.Thread(target=lambda: theirs.poll(None) and os._exit(1), daemon=True).start()
 
 
-def _write_shard(job: tuple, place: int, shard: Shard) -> None:
+def _write_in_worker(folder: Path, place: int, shard: tuple[str, int]) -> None:
     """Writes one shard in a worker process, and counts its images at its place in the shared array."""
 
     def advance(count: int) -> None:
         _written[place] += count
 
-    _worker_writer(*job).write(*shard, advance)
+    _write_shard(*_opened_in_worker(folder), folder, *shard, advance)
 
 
 @functools.cache
-def _worker_writer(settings: DataConfig, folder: Path, shard_images: int) -> ShardWriter:
+def _opened_in_worker(folder: Path) -> tuple[Source, Palette, dict]:
+    plan = read_json(folder / PLAN)
     with contextlib.redirect_stdout(io.StringIO()):  # the command itself prints the same
-        return ShardWriter(load_source(settings), Palette.load(folder / "palette.npy"), folder, shard_images)
+        return load_source(plan["data"]), Palette.load(folder / "palette.npy"), plan
 
 
 def add_arguments(parser: Parser) -> None:
@@ -231,27 +203,20 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepares a source with the flags of the command line."""
+    """Prepares a source with the flags of the command line. Prints what was written, and the command to run next."""
     settings = source_settings(args)
     counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers)
-    print(describe(counts, DataConfig.of(settings), args.out))
-
-
-def describe(counts: dict, settings: DataConfig, out: str) -> str:
-    """What was written, and the command to run next."""
-    lines = [f"wrote {out}: " + ", ".join(f"{counts[name]} images for {name}" for name in SPLITS)]
+    print(f"wrote {args.out}: " + ", ".join(f"{counts[name]} images for {name}" for name in SPLITS))
     if counts["unreadable"]:
-        lists = sorted(Path(out).glob("*.unreadable.txt"))
-        named = ", ".join(map(str, lists[:3]))
-        lines.append(f"passed over {counts['unreadable']} that cannot be read, named in {named}")
-    height, width = settings.image_size
+        named = ", ".join(map(str, sorted(Path(args.out).glob("*.unreadable.txt"))[:3]))
+        print(f"passed over {counts['unreadable']} that cannot be read, named in {named}")
+    height, width = settings["image_size"]
     flags = {
         "config": "configs/digits.py",
-        "workdir": f"runs/{Path(out).absolute().name}",
-        "config.data.source": f"tokens:{out}",
+        "workdir": f"runs/{Path(args.out).absolute().name}",
+        "config.data.source": f"tokens:{args.out}",
         "config.data.image_size": f"({height},{width})",
-        "config.data.channels": settings.channels,
-        "config.palette.colors": Palette.load(Path(out) / "palette.npy").vocab_size,
+        "config.data.channels": settings["channels"],
+        "config.palette.colors": Palette.load(Path(args.out) / "palette.npy").vocab_size,
     }
-    command = " ".join(shlex.quote(f"--{name}={value}") for name, value in flags.items())
-    return "\n".join([*lines, "next:", f"  python train.py {command}"])
+    print("next:\n  python train.py", *(shlex.quote(f"--{name}={value}") for name, value in flags.items()))

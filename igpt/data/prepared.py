@@ -21,19 +21,14 @@ class Shards:
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = [part.view(np.ndarray) for part in parts]  # indexing an np.memmap costs more than reading
         self.starts = np.cumsum([0, *map(len, parts)])
+        self.rows = np.arange(self.starts[-1])
         self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        if isinstance(index, slice):
-            index = np.arange(len(self))[index]
-        index = np.asarray(index, np.int64)
-        wrong = (index < -len(self)) | (index >= len(self))
-        if wrong.any():
-            raise IndexError(f"index {index[wrong].flat[0]} is out of bounds for {len(self)} rows")
-        index = np.where(index < 0, index + len(self), index)
+        index = self.rows[index]  # slices become arrays, and an index that is out of bounds raises IndexError
         part = np.searchsorted(self.starts, index, side="right") - 1
         within = index - self.starts[part]
         if not index.ndim:
@@ -56,13 +51,11 @@ def open_prepared(folder: str) -> Source:
         raise UserError(f"{folder}: palette.npy is not the palette that the tokens were made with; prepare it again")
     splits = []
     for name in SPLITS:
-        numbers = range(count_shards(plan["images"][name], plan["shard_images"]))
+        numbers = range(count_shards(plan, name))
         for i in numbers:
             if not shard_path(directory, name, i, "tokens").is_file():
-                raise UserError(
-                    f"{folder} is unfinished: shard {i + 1} of {len(numbers)} of {name} is missing; run the command "
-                    "that prepares it again and it goes on"
-                )
+                what = f"shard {i + 1} of {len(numbers)} of {name} is missing"
+                raise UserError(f"{folder} is unfinished: {what}; run the command that prepares it again to continue")
         shards = [map_shard(directory, name, i, plan) for i in numbers]
         tokens = Shards([tokens for tokens, _ in shards])
         labels = np.concatenate([labels for _, labels in shards]) if plan["labels"] else None
@@ -78,50 +71,46 @@ def _check_plan(plan: dict, path: Path) -> None:
     counts += size if isinstance(size, list) and len(size) == 2 else [None]
     counts += [images.get(name) for name in SPLITS] if isinstance(images, dict) else [None]
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
+    whole = whole and isinstance(plan.get("labels"), bool) and isinstance(plan.get("palette_sha256"), str)
     if plan.get("format") != 1 or not whole or data.get("channels") not in (1, 3):
-        raise UserError(f"{path} is damaged or not ours; prepare it again")
-    if not isinstance(plan.get("labels"), bool) or not isinstance(plan.get("palette_sha256"), str):
         raise UserError(f"{path} is damaged or not ours; prepare it again")
 
 
 def map_shard(folder: Path, name: str, number: int, plan: dict) -> tuple[np.ndarray, np.ndarray | None]:
     """Maps a shard's tokens uint16 [n, T] and labels int32 [n]. Raises UserError unless they match the plan."""
-    height, width = plan["data"]["image_size"]
-    most = min(plan["shard_images"], plan["images"][name] - number * plan["shard_images"])
-    least = 0 if plan["data"].get("on_unreadable") == "skip" else most
     again = "run the command that prepared it again, which rewrites the shard"
 
-    def mapped(kind: str) -> np.ndarray:
+    def mapped(kind: str, dtype: type, row: tuple[int, ...], least: int, most: int) -> np.ndarray:
+        path = shard_path(folder, name, number, kind)
         try:
-            return map_array(str(shard_path(folder, name, number, kind)))
+            array = map_array(str(path))
         except UserError as error:
             raise UserError(f"{str(error).removesuffix('; fetch it again')}; {again}") from None
+        if array.dtype != dtype or array.shape[1:] != row or not array.ndim or not least <= len(array) <= most:
+            count = ", ".join(map(str, (most if least else f"up to {most}", *row)))
+            found = f"{array.dtype} {list(array.shape)}"
+            raise UserError(f"{path} is {found}; {np.dtype(dtype)} [{count}] is needed: {again}")
+        return array
 
-    tokens = mapped("tokens")
-    path = shard_path(folder, name, number, "tokens")
-    if tokens.dtype != np.uint16 or tokens.shape[1:] != (height * width,) or not least <= len(tokens) <= most:
-        count = most if least else f"up to {most}"
-        raise UserError(
-            f"{path} is {tokens.dtype} {list(tokens.shape)}; uint16 [{count}, {height * width}] is needed: {again}"
-        )
-    if not plan["labels"]:
-        return tokens, None
-    labels = mapped("labels")
-    if labels.dtype != np.int32 or labels.shape != tokens.shape[:1]:
-        path = shard_path(folder, name, number, "labels")
-        raise UserError(
-            f"{path} is {labels.dtype} {list(labels.shape)}; int32 [{len(tokens)}] is needed, one for every image: "
-            f"{again}"
-        )
-    return tokens, labels
+    height, width = plan["data"]["image_size"]
+    most = len(shard_rows(plan, name, number))
+    least = 0 if plan["data"].get("on_unreadable") == "skip" else most
+    tokens = mapped("tokens", np.uint16, (height * width,), least, most)
+    return tokens, mapped("labels", np.int32, (), len(tokens), len(tokens)) if plan["labels"] else None
 
 
 def fingerprint(palette: Palette) -> str:
     return hashlib.sha256(palette.centers.tobytes()).hexdigest()
 
 
-def count_shards(images: int, shard_images: int) -> int:
-    return -(-images // shard_images)
+def count_shards(plan: dict, name: str) -> int:
+    return -(-plan["images"][name] // plan["shard_images"])
+
+
+def shard_rows(plan: dict, name: str, number: int) -> range:
+    """The indices of a shard's images in their split, those that cannot be read included."""
+    start = number * plan["shard_images"]
+    return range(start, min(start + plan["shard_images"], plan["images"][name]))
 
 
 def shard_path(folder: Path, split: str, number: int, kind: str) -> Path:

@@ -5,7 +5,7 @@ import dataclasses
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.fields import make_section
+from igpt.fields import check_at_least, check_choice, make_section
 
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 CHOICES = {
@@ -14,7 +14,6 @@ CHOICES = {
     "pad_mode": ("constant", "edge", "reflect"),
     "on_unreadable": ("stop", "skip"),
 }
-LEAST = {"split_seed": 0, "pad": 0, "labels_per_class": 0, "subset_seed": 0, "threads": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class DataConfig:
     """
 
     source: str
-    image_size: tuple[int, int]  # height, width
+    image_size: tuple[int, ...]  # height, width
     channels: int
     validation_fraction: float = 0.1
     test_fraction: float = 0.2
@@ -36,7 +35,7 @@ class DataConfig:
     flip: bool = False
     augment_probability: float = 1.0
     preprocess: str = "none"
-    short_side: tuple[int, int] = (256, 384)
+    short_side: tuple[int, ...] = (256, 384)  # smallest, largest
     crop: int = 224
     filter: str = "bicubic"
     split_file: str = ""
@@ -47,44 +46,26 @@ class DataConfig:
     threads: int = 1
 
     def __post_init__(self):
-        for name in ("image_size", "short_side"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        size, sides = self.image_size, self.short_side
-        fractions = self.validation_fraction, self.test_fraction
-        checks = [
-            (
-                len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size),
-                f"image_size is {size}; give (height, width), such as '(28,28)'",
-            ),
-            (self.channels in (1, 3), f"channels is {self.channels}; choose 1 (grey) or 3 (colour)"),
-            (
-                min(fractions) >= 0.0 and sum(fractions) < 1.0,
-                f"validation_fraction is {fractions[0]} and data.test_fraction {fractions[1]}; neither is negative, "
-                "and something must remain for training",
-            ),
-            (
-                0.0 <= self.augment_probability <= 1.0,
-                f"augment_probability is {self.augment_probability}; it must lie between 0 and 1",
-            ),
-            (
-                len(sides) == 2 and 1 <= self.crop <= sides[0] <= sides[1],
-                f"crop is {self.crop} and data.short_side {sides}; a crop must fit into the shorter side, whose least "
-                "length comes first",
-            ),
-            (
-                not self.split_file or self.source.startswith("folder:"),
-                f"split_file is {self.split_file}, but only folder:PATH is split by a file; empty it",
-            ),
-        ]
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            checks.append((value in allowed, f"{name} is {value!r}; choose {', '.join(allowed[:-1])} or {allowed[-1]}"))
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            checks.append((value >= least, f"{name} is {value}; it must be at least {least}"))
-        for holds, message in checks:
-            if not holds:
-                raise UserError(f"data.{message}")
+        check_choice(self, "data.", channels=(1, 3), **CHOICES)
+        check_at_least(self, "data.", split_seed=0, pad=0, labels_per_class=0, subset_seed=0, threads=1)
+        check_at_least(self, "data.", validation_fraction=0, test_fraction=0, augment_probability=0)
+        size, sides, held_out = self.image_size, self.short_side, self.validation_fraction + self.test_fraction
+        if len(size) != 2 or min(size) < 1:
+            raise UserError(f"data.image_size is {size}; give (height, width), such as '(28,28)'")
+        if held_out >= 1:
+            raise UserError(
+                f"data.validation_fraction and data.test_fraction add up to {held_out}; they must leave images for "
+                "training, so the sum must be below 1"
+            )
+        if self.augment_probability > 1:
+            raise UserError(f"data.augment_probability is {self.augment_probability}; it must lie between 0 and 1")
+        if len(sides) != 2 or not 1 <= self.crop <= sides[0] <= sides[1]:
+            raise UserError(
+                f"data.crop is {self.crop} and data.short_side {sides}; give (smallest, largest) for the shorter side, "
+                "and a crop that fits into the smallest"
+            )
+        if self.split_file and not self.source.startswith("folder:"):
+            raise UserError(f"data.split_file is {self.split_file}, but only folder:PATH is split by a file; empty it")
 
     @classmethod
     def of(cls, settings) -> "DataConfig":

@@ -44,12 +44,6 @@ class Records:
             self.known[number] = record["label"]
         return record["image"], name
 
-    def labels(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns labels int32 in the shape of `numbers`. Reads only records whose labels are not known yet."""
-        for number in np.unique(numbers[self.known[numbers] == UNREAD]):
-            self[int(number)]
-        return self.known[numbers]
-
 
 class Labels:
     """Labels int32 [N] of some records, read when they are indexed by a number, a slice or an array."""
@@ -65,9 +59,11 @@ class Labels:
         return len(self.numbers)
 
     def __getitem__(self, index) -> np.ndarray | np.int32:
-        numbers = self.numbers[index]
-        labels = self.records.labels(np.atleast_1d(numbers))
-        return labels if np.ndim(numbers) else labels[0]
+        numbers, known = self.numbers[index], self.records.known
+        asked = np.unique(numbers)
+        for number in asked[known[asked] == UNREAD].tolist():
+            self.records[number]  # keeps the label in `known`
+        return known[numbers]
 
     def classes(self) -> np.ndarray:
         """The classes that the data set declares and those of its first records. Reads all if none are declared.
@@ -92,15 +88,11 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
     """
     source_name = settings.source
     builder = prepared_builder(name, settings.data_dir)
-    labelled = _check_features(source_name, builder)
+    features = _image_and_label(source_name, builder)
+    labelled = "label" in features
     if "train" not in builder.info.splits:
         found = ", ".join(builder.info.splits) or "none"
         raise UserError(f"{source_name} has no split 'train' to learn from; it has {found}: choose another data set")
-
-    # Only these features are decoded. tfds.decode.PartialDecoding would do the same, but imports TensorFlow.
-    features = tfds.features.FeaturesDict(
-        {key: builder.info.features[key] for key in (("image", "label") if labelled else ("image",))}
-    )
 
     def read(split: str) -> Records:
         try:
@@ -115,19 +107,18 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
     for official in ("test", "validation"):
         if official in builder.info.splits and builder.info.splits[official].num_examples:
             test = read(official)
-            if not labelled or test.labels(np.array([0]))[0] >= 0:
+            if not labelled or Labels(test, np.arange(1))[0] >= 0:
                 break
     else:
         test = None
-    what = f"training records of {source_name}"
-    parts = [(train, numbers) for numbers in split_indices(len(train), settings, test is not None, what)]
+    numbers = split_indices(len(train), settings, test is not None, f"training records of {source_name}")
     if test is not None:
-        parts[2] = test, np.arange(len(test))
+        numbers[2] = np.arange(len(test))
     preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
     splits = []
-    for records, numbers in parts:
-        images = EncodedImages(records, preprocess, settings.channels, skip, numbers)
-        splits.append(Split(images, Labels(records, numbers) if labelled else None))
+    for records, some in zip((train, train, train if test is None else test), numbers, strict=True):
+        images = EncodedImages(records, preprocess, settings.channels, skip, some)
+        splits.append(Split(images, Labels(records, some) if labelled else None))
     return Source(source_name, *splits, settings.channels)
 
 
@@ -162,8 +153,7 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
     except ImportError:
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow (reading does not): "
-            'pip install "igpt[tfds]", then run this again; or set data.data_dir to where it is prepared as '
-            f"{ARRAY_RECORD.value}"
+            f'pip install "igpt[tfds]" and repeat it, or set data.data_dir to where its {ARRAY_RECORD.value} files are'
         ) from None
     try:
         # The prepared files in Google's bucket have another format.
@@ -174,22 +164,22 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
             return  # another process was faster
         raise UserError(
             f"tfds:{name} could not be prepared in {builder.data_dir}: {type(error).__name__}: {error}\n"
-            "Mend that and run this again, or set data.data_dir to where the data set is prepared as "
-            f"{ARRAY_RECORD.value}."
+            f"Repair that and run this again, or set data.data_dir to where its {ARRAY_RECORD.value} files are."
         ) from error
 
 
-def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether there are labels. Raises UserError unless examples are an image, with one integer label or without."""
-    features = dict(builder.info.features)
+def _image_and_label(name: str, builder: tfds.core.DatasetBuilder) -> tfds.features.FeaturesDict:
+    """The features that are read: an image and, where there is one, an integer label. Raises UserError for others.
+
+    tfds.decode.PartialDecoding would also select them, but imports TensorFlow.
+    """
+    features = {key: feature for key, feature in builder.info.features.items() if key in ("image", "label")}
     image, label = features.get("image"), features.get("label")
-    found = ", ".join(features)
     if not isinstance(image, tfds.features.Image):
+        found = ", ".join(builder.info.features)
         raise UserError(f"{name} has no images under the name 'image'; it has {found}: choose another data set")
     if image.np_dtype not in (np.uint8, np.uint16):
         raise UserError(f"{name} has images of {np.dtype(image.np_dtype)}; 8 or 16 bit integers are read")
-    if label is None:
-        return False
-    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+    if label is not None and (label.shape != () or not np.issubdtype(label.np_dtype, np.integer)):
         raise UserError(f"{name} has a feature 'label' that is no single integer but {label}: choose another data set")
-    return True
+    return tfds.features.FeaturesDict(features)
