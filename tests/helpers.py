@@ -110,11 +110,19 @@ def read_arrays(workdir, step):
     return found
 
 
+def learn_with_heads(config):
+    """Weighs the losses of the heads that the config's model has, as a run must."""
+    pixels, classes = float(config.model.pixel_head), float(config.model.num_classes > 0)
+    config.objective.update(generative=pixels, classification=classes or 1.0 - pixels)
+    return config
+
+
 def write_run_config(path, **model):
     """Writes a run directory's config and palette, no checkpoint; returns the config."""
     config = base.get_config()
     config.palette.colors = 17
     config.model.update(dict(width=16, depth=2, num_heads=4) | model)
+    learn_with_heads(config)
     path.mkdir(exist_ok=True)
     save_config(Config.of(config), path)
     GREY_PALETTE.save(path / "palette.npy")

@@ -153,7 +153,7 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
     except ImportError:
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow (reading does not): "
-            f'pip install "igpt[tfds]" and run this again, or set data.data_dir to a prepared one'
+            f'pip install "igpt[tfds]" and repeat it, or set data.data_dir to where its {ARRAY_RECORD.value} files are'
         ) from None
     try:
         # The prepared files in Google's bucket have another format.

@@ -170,7 +170,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing_half_written(pictures, palet
             {"image_size": (8, 5), "preprocess": "shrink"},
             r"data\.image_size is \[7, 5\] there, \[8, 5\] here; data\.pre",
         ),
-        ({"split_seed": 1}, r"prepared otherwise: data\.split_seed is 0 there, 1 here\. Name a new"),
+        ({"split_seed": 1}, r"prepared otherwise: data\.split_seed is None there, 1 here\. Name a new"),
         ({"source": "npz"}, r"data\.source is 'folder:.*' there, 'npz:.*' here"),
         ({"palette": 1}, r"palette_sha256 is"),
         ({"shard_images": 12}, r"shard_images is 11 there, 12 here"),

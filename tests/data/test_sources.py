@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 
 import train
+from igpt.config import Config
 from igpt.data import sources
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
 from igpt.data.examples import ArrayImages, DecodedTokens, Split
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.probe.features import raw_pixels
-from igpt.run.directory import load_config
+from igpt.run.directory import RunDirectory, load_config
 from tests.helpers import assert_trees_equal, load_source, splits_of
 
 
@@ -142,7 +143,8 @@ def test_a_palette_that_is_given_comes_before_that_of_the_source(write_openai, t
     source = load_source(f"openai:{write_openai()}")
     Palette(np.zeros((17, 3), np.float32)).save(tmp_path / "mine.npy")
     tiny_config.palette.path, tiny_config.palette.colors = str(tmp_path / "mine.npy"), 17
-    assert not train.find_palette(tiny_config, None, source).centers.any()
+    config = Config.of(tiny_config, trains=True)
+    assert not train.choose_palette(config, RunDirectory(tmp_path / "run", config), source).centers.any()
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,12 @@ READ = """
 import sys
 import numpy as np
 from igpt.data.batches import eval_batches
-from igpt.data.images import Preprocess
+from igpt.data.settings import DataConfig
 from igpt.data.tfds import open_tfds
 from igpt.palette import Palette
 
-source = open_tfds("photos", sys.argv[1], (0.2, 0.1), 4, Preprocess((7, 5), "shrink"), 3, False)
+fields = dict(validation_fraction=0.2, test_fraction=0.1, split_seed=4, preprocess="shrink", data_dir=sys.argv[1])
+source = open_tfds("photos", DataConfig("tfds:photos", (7, 5), 3, **fields))
 palette = Palette(np.random.default_rng(3).uniform(-1, 1, (17, 3)).astype(np.float32))
 batches = list(eval_batches(source.test, palette, 3))
 assert not [name for name in sys.modules if name.partition(".")[0] in ("tensorflow", "torch")]

@@ -21,7 +21,15 @@ from igpt.run.directory import check_resumable
 from igpt.sample import sample_images
 from igpt.sharding import make_mesh
 from igpt.state import create_state
-from tests.helpers import RUN_MODEL, default_optimizer, hf_model, save_hf_model, save_states, write_run_config
+from tests.helpers import (
+    RUN_MODEL,
+    default_optimizer,
+    hf_model,
+    learn_with_heads,
+    save_hf_model,
+    save_states,
+    write_run_config,
+)
 
 
 def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
@@ -103,24 +111,24 @@ def test_a_run_may_add_a_classifier_and_leave_out_either_head(tmp_path):
     config = write_run_config(tmp_path, num_classes=5)
     for heads in (dict(num_classes=5), dict(num_classes=0), dict(pixel_head=False, num_classes=5)):
         config.model.update(heads)
-        check_same_network(str(tmp_path), Config.of(config))
+        check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
     config.model.num_classes = 3
     with pytest.raises(UserError, match=r"classifier of 5 classes, model\.num_classes is 3; set model\.num_classes=5"):
-        check_same_network(str(tmp_path), Config.of(config))
+        check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
     config = write_run_config(tmp_path, pixel_head=False)
     config.model.num_classes = 7
-    check_same_network(str(tmp_path), Config.of(config))
+    check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
     config.model.pixel_head = True
     with pytest.raises(UserError, match="has no head for pixels"):
-        check_same_network(str(tmp_path), Config.of(config))
+        check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
     config = write_run_config(tmp_path)
-    check_same_network(str(tmp_path), Config.of(config))
+    check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
     config.model.width, config.data.image_size = 32, (4, 4)
     with pytest.raises(UserError, match="another network: width is 16 there, 32 here; seq_len is 64 there, 16 here"):
-        check_same_network(str(tmp_path), Config.of(config))
+        check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +153,10 @@ def test_a_hugging_face_directory_has_no_steps(hf):
 
 def test_weights_may_come_from_a_hugging_face_directory(hf):
     config = igpt.load(hf).config
-    check_same_network(str(hf), Config.of(config))
+    check_same_network(str(hf), Config.of(learn_with_heads(config)))
     config.model.use_bias = False
     with pytest.raises(UserError, match="another network: use_bias is True there, False here"):
-        check_same_network(str(hf), Config.of(config))
+        check_same_network(str(hf), Config.of(learn_with_heads(config)))
 
 
 @pytest.fixture
