@@ -32,7 +32,7 @@ from igpt.run.flags import parse_with_config
 from igpt.sharding import check_batch_size, shardings
 
 
-def run(config: ConfigDict | ProbeConfig, ref: str, workdir: str | Path) -> dict:
+def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) -> dict:
     """Probes layers of the model `ref`; returns the results, which it also writes to workdir/probe.json.
 
     Raises UserError: for mistakes before anything is computed, for unreadable images and full disks as they occur.

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from igpt.model import ImageGPT
 from igpt.sharding import process_rows, replicate, shardings
 from igpt.state import run_batches
 
-FeatureBatches = Iterator[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]  # with the labels of the images
+FeatureBatches = Iterable[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]  # with the labels of the images
 
 
 def stream_features(

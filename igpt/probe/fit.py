@@ -37,7 +37,7 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
         name, values = "C", sorted(config.inverse_penalties)
         classifiers = fit_lbfgs(*examples, values, config.max_iter, mesh)
     else:
-        name, values = "learning_rate", sorted(config.sgd.learning_rates)
+        name, values = "learning_rate", tuple(sorted(config.sgd.learning_rates))
         classifiers = fit_sgd(*examples, dataclasses.replace(config.sgd, learning_rates=values), config.seed, mesh)
 
     def correct(features, labels) -> Bool[np.ndarray, "R N"]:

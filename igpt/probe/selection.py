@@ -38,7 +38,7 @@ def chosen_layers(layers: Sequence[int], depth: int) -> list[int]:
     return sorted({int(layer) for layer in layers}) or list(range(depth + 1))
 
 
-def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str) -> Source:
+def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str | Path) -> Source:
     """The chosen images, by default those of the model's training. UserError if they or their labels do not fit."""
     fraction = config.validation_fraction if config.validation_fraction >= 0 else None
     changes = dict(source=config.source, preprocess=config.preprocess, data_dir=config.data_dir)

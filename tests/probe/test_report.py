@@ -38,10 +38,10 @@ def test_a_full_disk_still_prints_the_results(monkeypatch, tmp_path):
     write_results(RESULTS, tmp_path)
     assert json.loads((tmp_path / "probe.json").read_text()) == RESULTS and (tmp_path / "probe.png").exists()
 
-    def full(path, text):
+    def full(path, content, indent):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(report, "write_text", full)
+    monkeypatch.setattr(report, "write_json", full)
     with pytest.raises(UserError, match="cannot be written any more: No space left on device") as raised:
         write_results(RESULTS, tmp_path)
     assert table(RESULTS) in str(raised.value)
