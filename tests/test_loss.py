@@ -7,7 +7,16 @@ import optax
 import pytest
 from flax import nnx
 
-from igpt.loss import bits_per_dim, cross_entropy, dropped_pixels, make_loss, marginal_entropy, next_pixel, vote
+from igpt.loss import (
+    bits_per_dim,
+    cross_entropy,
+    dropped_pixels,
+    make_loss,
+    marginal_entropy,
+    next_pixel,
+    vote,
+    wilson_interval,
+)
 from tests.helpers import TINY_MODEL, random_model, random_tokens
 
 
@@ -129,3 +138,9 @@ def test_a_tie_is_broken_at_random_and_equally_in_every_batch():
     assert set(winners) == {0, 3} and 240 < (winners == 0).sum() < 360
     for start, stop in ((0, 1), (7, 12), (100, 600)):
         np.testing.assert_array_equal(vote(classes[:, start:stop], 5), winners[start:stop])
+
+
+def test_the_interval_is_wilsons():
+    np.testing.assert_allclose(wilson_interval(50, 100), (0.4038, 0.5962), atol=1e-4)
+    low, high = wilson_interval(100, 100)
+    assert 0.96 < low < high <= 1.0

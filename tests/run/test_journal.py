@@ -8,7 +8,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from igpt.flops import PEAK_FLOPS, train_flops_per_image
-from igpt.loss import wilson_interval
 from igpt.model import ModelConfig
 from igpt.run.journal import Speed, Writer
 
@@ -109,9 +108,3 @@ def test_speed_is_images_over_time_and_an_unknown_device_has_no_mfu(monkeypatch)
     now[0] += 2.0
     read = speed.read(1)
     assert np.isclose(read["perf/mfu"], 4 * train_flops_per_image(config) / 1e12 / jax.device_count())
-
-
-def test_the_interval_is_wilsons():
-    np.testing.assert_allclose(wilson_interval(50, 100), (0.4038, 0.5962), atol=1e-4)
-    low, high = wilson_interval(100, 100)
-    assert 0.96 < low < high <= 1.0
