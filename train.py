@@ -7,7 +7,7 @@
         --config.data.image_size="(28,28)" --config.palette.colors=256
 
 The same command with the same --workdir resumes the run. configs/base.py explains every field. At SIGTERM the run saves
-and exits with code 75. On several hosts, start the same command on each: docs/pods.md.
+a checkpoint and exits with code 75. To use several hosts, start the same command on each of them (docs/pods.md).
 """
 
 import dataclasses
@@ -46,27 +46,28 @@ from igpt.state import TrainProgram, TrainState, build_program, run_batches
 
 
 def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = False) -> dict:
-    """Trains to config.train.steps and returns the last evaluation's metrics (empty if the run had already finished).
+    """Trains until step config.train.steps. Returns the last evaluation's metrics ({} if the run was already finished).
 
-    Raises UserError for a mistake, before anything is written, and for an unreadable image when it is met;
-    NonFiniteError if training diverges, PreemptedError after SIGTERM, once saved, StorageError if it cannot save.
+    Raises UserError for a mistake in the input, before it writes any file, and for an unreadable image, when it reads
+    the image. Raises NonFiniteError if training diverges, and StorageError if the run cannot be saved. After SIGTERM it
+    saves the run and raises PreemptedError.
     """
     config = Config.of(config, trains=True)
-    run = RunDirectory(workdir, config, start_over)  # fresh or resumed; writes nothing yet
+    run = RunDirectory(workdir, config, start_over)  # a fresh or a resumed run; this line writes no file
     train, mesh = config.train, config.mesh.make()
 
-    # Images become tokens; a batch is a function of (seed, step).
+    # The palette turns the source's images into tokens. The seed and the step determine every batch.
     source = finetune.labelled(open_source(config.data), config)
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
 
-    # Shapes, shardings and compiled steps: the same program that igpt plan compiles.
+    # The program has the shapes, the shardings and the compiled steps. `igpt plan` compiles the same program.
     program = build_program(config, mesh)
 
-    # Values: 1. this run's newest sound checkpoint; 2. config.init_from; 3. a fresh start.
+    # Initial values come from 1. this run's newest undamaged checkpoint; 2. config.init_from; 3. random initialisation.
     state, origin = starting_state(config, run, program)
 
-    # From here on the run writes.
+    # From here on the run writes files.
     with StopSignal() as signal, run.opened(palette) as checkpoints, storage_errors(run.path), jax.set_mesh(mesh):
         describe(run.path, origin, config, program.model, state, mesh, source, palette)
         started = time.perf_counter()
@@ -74,10 +75,10 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
         with Journal(run, checkpoints, program.model, source, int(state.opt_state.skipped)) as journal, profile:
             evaluator = Evaluator(config, run, program, source, palette, journal, signal)
             step, last_step = run.first_step, run.last_step
-            if run.evaluation_is_missing:  # the run was stopped before or during it
+            if run.evaluation_is_missing:  # an earlier start was stopped before or during the evaluation
                 evaluator(state.params, step)
                 if not run.evaluation_is_missing:
-                    checkpoints.save(state, step)  # again, with the result of the evaluation
+                    checkpoints.save(state, step)  # saves the step again, now with the evaluation's result
                 last_step = step if signal.requested() else run.last_step
 
             steps = batches.iterate(run.first_step, last_step, config.data.threads)
@@ -85,13 +86,13 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
                 profile.before(step)
                 state, metrics = program.train_step(state, to_devices(batch, train.batch_size, mesh))
                 profile.after(step, state)
-                journal.add(step, metrics)  # reads the step before: the device never waits
+                journal.add(step, metrics)  # reads the metrics of the previous step, so that the device never waits
 
                 stopping = signal.requested()
                 intervals = (train.eval_every, train.sample_every, train.checkpoint_every)
                 if not (stopping or any(train.is_due(step, every) for every in intervals)):
                     continue
-                journal.settle()  # a bad step is neither evaluated nor saved
+                journal.settle()  # raises if this step diverged, so that it is neither evaluated nor saved
 
                 is_new = not stopping and evaluator(state.params, step)
                 stopping = signal.requested()
@@ -116,9 +117,9 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
 
 
 def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette:
-    """The palette of: 1. the resumed run; 2. config.init_from; 3. palette.path; 4. the source's tokens; 5. a new fit.
+    """The first palette that exists: the resumed run's, init_from's, palette.path's, the source tokens', or a new fit.
 
-    Raises UserError if the palette of a model differs from the one of the file or of the source's tokens.
+    Raises UserError if the palette has a wrong size, or if init_from, palette.path and tokens have different palettes.
     """
     resumed, init_from, path = run.palette(), config.init_from, config.palette.path
     if resumed:
@@ -152,7 +153,7 @@ def training_batches(config: Config, source: Source, palette: Palette, mesh) -> 
 
 
 def evaluation_drops(config: Config) -> Drops | None:
-    """BERT's masks in evaluation: several, which vote, where there are classes; None for next pixels."""
+    """BERT's masks for evaluation: one, or several that vote if there are classes. None for a causal model."""
     if config.model.causal:
         return None
     masks = config.objective.eval_masks if config.model.num_classes else 1
@@ -160,7 +161,7 @@ def evaluation_drops(config: Config) -> Drops | None:
 
 
 def starting_state(config: Config, run: RunDirectory, program: TrainProgram) -> tuple[TrainState, str]:
-    """The state that training starts from, and where it comes from in words."""
+    """Returns the state that training starts from, and a short text that names its origin."""
     if (state := run.restore(program)) is not None:
         return state, f"resumed after step {run.first_step}"
     if not config.init_from:
@@ -175,7 +176,7 @@ def starting_state(config: Config, run: RunDirectory, program: TrainProgram) -> 
 
 @dataclasses.dataclass
 class Evaluator:
-    """Evaluates and samples after a step, as each is due. `latest` holds the metrics of the last evaluation."""
+    """Evaluates and draws samples after the steps where they are due. `latest` has the last evaluation's metrics."""
 
     config: Config
     run: RunDirectory
@@ -187,9 +188,9 @@ class Evaluator:
     latest: dict = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: dict, step: int) -> bool:
-        """Returns whether the checkpoint of this step must be saved: it is the best one, or training ends early.
+        """Returns whether this step must be saved, because it is the best one or because training ends early.
 
-        At SIGTERM the evaluation is left to the resumed run.
+        SIGTERM interrupts the evaluation; the resumed run then repeats it.
         """
         train, progress, improved = self.config.train, self.run.progress, False
         if progress.evaluated_step < step and train.is_due(step, train.eval_every):
@@ -210,7 +211,7 @@ class Evaluator:
 
 
 def evaluate(config: Config, program: TrainProgram, params: dict, source: Source, palette, signal) -> dict | None:
-    """eval/...: means over every validation image; None if SIGTERM came meanwhile."""
+    """Returns the metrics eval/..., which are means over all validation images, or None if SIGTERM interrupts it."""
     batch_size, mesh, sums = config.train.eval_batch_size, program.mesh, []
     rows = process_rows(batch_size, mesh)
     batches = eval_batches(source.validation, palette, batch_size, rows, evaluation_drops(config))
@@ -228,7 +229,7 @@ def evaluate(config: Config, program: TrainProgram, params: dict, source: Source
 
 
 def test_classifier(config: Config, run: RunDirectory, program: TrainProgram, source: Source, palette) -> dict:
-    """test/...: the test accuracy of the best checkpoint. Writes finetune.json and confusion.png."""
+    """Returns the metric test/accuracy of the best checkpoint. Writes finetune.json and confusion.png."""
     with storage_errors(run.path):
         params, step = checkpoint.restore_params(run.path, program.abstract.params)
         drops, batch_size = evaluation_drops(config), config.train.eval_batch_size
@@ -240,7 +241,7 @@ def test_classifier(config: Config, run: RunDirectory, program: TrainProgram, so
 
 
 def parser() -> Parser:
-    """The flags besides --config."""
+    """Returns the parser of all flags except --config."""
     parser = Parser("train.py", __doc__)
     parser.add_argument(
         "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"

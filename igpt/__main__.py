@@ -14,7 +14,7 @@ from igpt import __version__
 from igpt.command import Parser
 from igpt.errors import UserError, reported
 
-COMMANDS = {  # name -> module, and one line of help
+COMMANDS = {  # sub-command -> (module, one line of help)
     "sample": ("igpt.sample", "sample images from a model, or complete given images"),
     "evaluate": ("igpt.evaluate", "measure the loss and the accuracy of a model on a data set"),
     "palette": ("igpt.data.palette_fit", "fit a palette of colours to a source of images"),
@@ -26,7 +26,7 @@ COMMANDS = {  # name -> module, and one line of help
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one sub-command. A user's mistake ends with one message and exit code 2."""
+    """Runs one sub-command. For a user's mistake, it prints one message and exits with code 2."""
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     with reported():
         if name in ("-h", "--help"):
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         elif name == "--version":
             print(f"igpt {__version__}")
         elif name in COMMANDS:
-            module = importlib.import_module(COMMANDS[name][0])  # only this one, because imports take seconds
+            module = importlib.import_module(COMMANDS[name][0])  # imports only one sub-command: imports take seconds
             parser = Parser(f"igpt {name}", module.__doc__)
             module.add_arguments(parser)
             if name == "plan":

@@ -1,10 +1,10 @@
-"""Multi-head attention: one function with several back ends, which agree in value and gradient.
+"""Multi-head attention: one function with several back ends, which compute the same values and gradients.
 
 Layout: q, k and v are [B, T, N, K]. Scores are q.k / sqrt(K), and their softmax is computed in float32. Under a causal
 mask, position t attends to positions 0..t (Chen et al. 2020, section 2.2; OpenAI's src/model.py, `attn`).
 
-- `reference`: all T x T scores at once. Read this one first; the tests compare the others with it.
-- `chunked`: block by block in plain JAX, for any device (igpt/chunked.py).
+- `reference`: all T x T scores at once. Read this back end first; the tests compare the other back ends with it.
+- `chunked`: one block of scores after the other, in plain JAX, for any device (igpt/chunked.py).
 - `cudnn`: NVIDIA's fused kernel, for bfloat16 on GPUs.
 - `splash`: JAX's fused kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention).
 """
@@ -21,15 +21,15 @@ from igpt.chunked import Heads
 from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn", "splash")
-SPLASH_BLOCKS = (512, 256, 128)  # allowed queries and keys in a block of `splash`; the largest that divides T is used
+SPLASH_BLOCKS = (512, 256, 128)  # block sizes for `splash`, in positions; it uses the largest that divides T
 
 
 def attention(
     q: Heads, k: Heads, v: Heads, *, backend: str, causal: bool = True, dropout: float = 0.0, key: Array | None = None
 ) -> Heads:
-    """Softmax attention by the named back end. `dropout` on the attention weights needs `reference` and a key.
+    """Softmax attention with the given back end. Dropout of attention weights needs the back end `reference` and a key.
 
-    `splash` needs T in whole blocks. For other lengths, as sampling has them, it computes what `chunked` computes.
+    `splash` needs a T that whole blocks fill. For other lengths, which sampling uses, `chunked` runs instead.
     """
     if key is not None and dropout > 0.0:
         check_dropout(backend, dropout)
@@ -39,7 +39,7 @@ def attention(
             return _splash(q, k, v, causal)
         case "chunked" | "splash" if q.shape[1] > chunked.BLOCK:
             return chunked.chunked_attention(q, k, v, causal)
-        case "reference" | "chunked" | "splash":  # a single block has nothing to skip and nothing to save
+        case "reference" | "chunked" | "splash":  # with a single block, `chunked` would save neither time nor memory
             return _reference(q, k, v, causal)
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
@@ -60,7 +60,7 @@ def _reference(q, k, v, causal, dropout=0.0, key=None):
 
 
 def _splash(q, k, v, causal, interpret=False):
-    """The TPU's kernel on each device's own examples and heads, because the compiler cannot partition a kernel.
+    """Runs the TPU kernel on each device's own examples and heads, because the compiler cannot partition a kernel.
 
     `interpret` emulates the kernel on any device, slowly.
     """
@@ -73,7 +73,7 @@ def _splash(q, k, v, causal, interpret=False):
 
 
 def _splash_local(q, k, v, causal, interpret):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and only TPUs need it
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # the import is slow, and only TPUs need it
 
     length, heads = q.shape[1:3]
     mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
@@ -89,7 +89,7 @@ def _splash_local(q, k, v, causal, interpret):
 def attend_to_cache(
     q: Float[Array, "B N K"], keys: Float[Array, "B N T K"], values: Float[Array, "B N T K"], position: Array | int
 ) -> Float[Array, "B N K"]:
-    """One query for each sequence, at `position`, against the cached positions 0..position."""
+    """Attention of one query per sequence, at `position`, to the cached keys and values of positions 0..position."""
     scores = jnp.einsum("bnk,bntk->bnt", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -97,8 +97,8 @@ def attend_to_cache(
 
 
 def resolve_backend(name: str, device, dtype: str, head_size: int, seq_len: int) -> str:
-    """The fastest back end for this jax.Device if `name` is "auto", else `name`. UserError if `name` cannot run."""
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0" with CUDA, "gfx90a" with ROCm, else absent
+    """The fastest back end for a jax.Device if `name` is "auto", else `name`. Raises UserError if `name` cannot run."""
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0" on CUDA, "gfx90a" on ROCm, "" on other devices
     ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
     cudnn_can = device.platform == "gpu" and ampere and dtype == "bfloat16" and head_size % 8 == 0 and head_size <= 128
     whole_blocks = seq_len % SPLASH_BLOCKS[-1] == 0
@@ -118,12 +118,12 @@ def resolve_backend(name: str, device, dtype: str, head_size: int, seq_len: int)
 
 
 def block_size(length: int) -> int:
-    """Positions in a block, for `splash` if it can divide the length into whole blocks, else for `chunked`."""
+    """The block size of `splash` in positions, or that of `chunked` if no block size of `splash` divides the length."""
     return next((size for size in SPLASH_BLOCKS if length % size == 0), chunked.BLOCK)
 
 
 def check_dropout(backend: str, dropout: float) -> None:
-    """Raises UserError for dropout on attention weights with a back end that never stores these weights."""
+    """Raises UserError if `dropout` is positive and the back end never stores the attention weights."""
     if dropout > 0.0 and backend != "reference":
         remedy = "set model.attention='reference' or model.attention_dropout=0"
         raise UserError(f"model.attention_dropout is {dropout}, which the {backend!r} back end cannot do; {remedy}")

@@ -1,4 +1,4 @@
-"""Attention block by block, with memory that grows with T instead of T x T; blocks above a causal diagonal are skipped.
+"""Attention in blocks: memory grows with T instead of T x T, and blocks above the causal diagonal are skipped.
 
 FlashAttention without a fused kernel (Dao et al. 2022, 2023): the forward pass keeps a running softmax over blocks of
 keys, and the backward pass computes the scores again. Layout: q, k and v are [B, T, N, K].
@@ -12,13 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "B T N K"]  # queries, keys, values or outputs
-BLOCK = 256  # positions: a block has so many queries and as many keys; benchmarks/attention.py compares sizes
-ATTENTION_OUTPUT = "attention"  # the checkpoint_name of what the backward pass needs; REMAT in igpt/model.py reads it
+BLOCK = 256  # number of queries, and of keys, in a block; benchmarks/attention.py compares block sizes
+ATTENTION_OUTPUT = "attention"  # checkpoint_name of the arrays that the backward pass needs; see REMAT in igpt/model.py
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def chunked_attention(q: Heads, k: Heads, v: Heads, causal: bool) -> Heads:
-    """Softmax attention by blocks of BLOCK queries and BLOCK keys."""
+    """Softmax attention, computed in blocks of BLOCK queries and BLOCK keys."""
     return _forward(q, k, v, causal)[0]
 
 
@@ -26,7 +26,7 @@ def _forward(q, k, v, causal):
     q_blocks, k_blocks, v_blocks = map(_blocks, (q, k, v))
 
     def step(carry, pair):
-        out, peak, total = carry  # unnormalised output, largest score and sum of exponentials of each query so far
+        out, peak, total = carry  # each query's unnormalised output, largest score, sum of exponentials so far
         i, j = pair
         scores = _block_scores(q_blocks[i], k_blocks[j], i, j, q.shape[1], causal)
         new_peak = jnp.maximum(peak[i], scores.max(axis=-1))
@@ -48,7 +48,7 @@ def _forward(q, k, v, causal):
 def _backward(causal, residuals, d_out):
     q, k, v, out, log_total = residuals
     q_blocks, k_blocks, v_blocks, d_out_blocks = map(_blocks, (q, k, v, d_out))
-    # The softmax subtracts each query's out . d_out from the gradients of all of its weights.
+    # The gradient of the softmax subtracts each query's dot product out . d_out from the gradients of its weights.
     along = _blocks(jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True))[..., 0].swapaxes(2, 3)
 
     def step(carry, pair):
@@ -72,13 +72,13 @@ chunked_attention.defvjp(_forward, _backward)
 
 
 def _block_pairs(count: int, causal: bool) -> tuple[Array, Array]:
-    """Indices (query block, key block) of all blocks with a visible pair: the lower triangle under a causal mask."""
+    """Indices (query block, key block) of all block pairs to compute: the lower triangle if attention is causal."""
     pairs = [(i, j) for i in range(count) for j in range(i + 1 if causal else count)]
     return tuple(map(jnp.array, zip(*pairs, strict=True)))
 
 
 def _block_scores(q, k, i, j, length, causal):
-    """Float32 scores of query block i against key block j. Masks later keys and the padding of the last block."""
+    """Float32 scores of query block i and key block j. Masks the last block's padding and, if causal, later keys."""
     scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     query, key = i * BLOCK + jnp.arange(BLOCK)[:, None], j * BLOCK + jnp.arange(BLOCK)[None]
     visible = (key <= query) & (key < length) if causal else key < length
@@ -99,5 +99,5 @@ def _unblock(blocks, length):
 
 
 def _per_query(x):
-    """[B, N, T] -> [B, T, N, 1], to scale the rows of an output."""
+    """[B, N, T] -> [B, T, N, 1], so that the result can scale an output [B, T, N, K]."""
     return x.swapaxes(1, 2)[..., None]

@@ -1,4 +1,4 @@
-"""How every command of this project parses its flags: the sub-commands of `igpt`, train.py and eval_probe.py."""
+"""The flag parser that all commands use: the sub-commands of `igpt`, train.py and eval_probe.py."""
 
 import argparse
 import re
@@ -8,7 +8,7 @@ from igpt.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as help, without abbreviated flags. It raises UserError for a mistake."""
+    """An argparse parser with `text` as its help. It allows no abbreviated flags and raises UserError for a mistake."""
 
     def __init__(self, prog: str, text: str):
         as_written = argparse.RawDescriptionHelpFormatter
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of at least `least`."""
+    """Returns an argparse type that accepts whole numbers of at least `least`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text):
@@ -32,7 +32,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-SHARED = {  # flags of several commands, which have the same help and the same default in each
+SHARED = {  # flags that several commands have, with the same help and the same default in each command
     "model": dict(required=True, help="a run directory, a Hugging Face directory or a hub id"),
     "step": dict(type=int, help="the checkpoint to use (default: the newest; after fine-tuning, the best)"),
     "batch_size": dict(type=at_least(1), default=64, help="images per batch (default 64)"),
@@ -45,6 +45,6 @@ SHARED = {  # flags of several commands, which have the same help and the same d
 
 
 def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Adds the named flags of SHARED."""
+    """Adds to the parser the flags of SHARED that have these names."""
     for name in names:
         parser.add_argument(f"--{name}", **SHARED[name])

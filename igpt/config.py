@@ -1,7 +1,7 @@
-"""A run's configuration: one frozen dataclass a section, made from the ConfigDict of a config file once, and checked.
+"""A run's configuration. Each section is a frozen dataclass, made from the ConfigDict of a config file and checked.
 
-configs/base.py explains every field. The sections live beside the code that they configure: DataConfig in
-data/settings.py, ModelConfig in model.py, OptimConfig in optim.py, MeshConfig in sharding.py; the others are here.
+configs/base.py explains every field. Some sections are defined beside the code that they configure: DataConfig in
+data/settings.py, ModelConfig in model.py, OptimConfig in optim.py, MeshConfig in sharding.py. The others are here.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from igpt.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class PaletteConfig:
-    """Which colours the tokens stand for."""
+    """The palette: the number of its colours, a file to load it from, and the largest number of pixels for a fit."""
 
     colors: int
     path: str = ""
@@ -32,7 +32,7 @@ class PaletteConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the loss is made of."""
+    """The weights of the two losses, and BERT's masks."""
 
     generative: float = 1.0
     classification: float = 0.0
@@ -75,7 +75,7 @@ class TrainConfig:
         check_choice(self, "train.", on_bad_step=("stop", "skip"))
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many steps, and after the last one, happens after `step`."""
+        """Whether an action is due after `step`. It is due after every `every` steps, and after the last step."""
         return step == self.steps or step % every == 0
 
 
@@ -88,12 +88,12 @@ SECTIONS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
 }
-OF_TRAINING = ("optim", "train", "mesh")  # the sections that a model from elsewhere lacks
+OF_TRAINING = ("optim", "train", "mesh")  # the sections that only training reads; an imported model has none of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole configuration. `model` may hold "auto" in dtype and attention; `network` settles them for a device."""
+    """The full configuration of a run. model.dtype and model.attention may be "auto", which `network` replaces."""
 
     data: DataConfig
     palette: PaletteConfig
@@ -114,7 +114,7 @@ class Config:
             self._check_heads()
 
     def _check_heads(self) -> None:
-        """Raises UserError unless each weight of the loss has its head, and each head a weight."""
+        """Raises UserError for a loss without head, a classifier without a loss, or `patience` without a classifier."""
         generative, classification = self.objective.generative, self.objective.classification
         if generative and not self.model.pixel_head:
             raise UserError(
@@ -135,10 +135,10 @@ class Config:
 
     @classmethod
     def of(cls, values: "Mapping | Config", trains: bool = False) -> "Config":
-        """From a ConfigDict or nested dict; a Config is returned as it is.
+        """Makes a Config from a ConfigDict or a nested dict. Returns a Config unchanged.
 
-        Raises UserError naming a field that is unknown, missing, or has a value that makes no sense. `trains`: the
-        sections that only training reads must be there, too.
+        With `trains`, the sections that only training reads are required, too. Raises UserError, which names the field,
+        for an unknown field, a missing field, or an impossible value.
         """
         if isinstance(values, cls):
             return values
@@ -149,21 +149,21 @@ class Config:
         fields = dict(values.items())
         for name in (name for name in SECTIONS if name in fields and name != "model"):
             fields[name] = make_section(SECTIONS[name], f"{name}.", fields[name])
-        height, width = fields["data"].image_size  # the palette's grid has a token a pixel
+        height, width = fields["data"].image_size  # one token for each pixel
         derived = dict(vocab_size=fields["palette"].colors, seq_len=height * width)
         fields["model"] = make_section(ModelConfig, "model.", dict(fields["model"].items()) | derived)
         return make_section(cls, "", fields)
 
     @classmethod
     def of_network(cls, model: ModelConfig, image_size: tuple[int, int], channels: int) -> "Config":
-        """The configuration of a network that was not trained here: it has no data source and no training."""
+        """The configuration of an imported network. It has no data source and none of the sections of training."""
         model = dataclasses.replace(model, dtype="auto", attention="auto")
         return cls(DataConfig("", image_size, channels), PaletteConfig(model.vocab_size), model)
 
     def network(self, device=None) -> ModelConfig:
-        """The network on a device, by default this machine's first: every "auto" is settled.
+        """The model section with each "auto" replaced by the best choice for a device (default: JAX's first device).
 
-        Raises UserError for an attention back end that cannot run there.
+        Raises UserError if the attention back end cannot run on the device.
         """
         device = device or jax.devices()[0]
         model, dtype = self.model, self.model.dtype
@@ -173,13 +173,13 @@ class Config:
         return dataclasses.replace(model, dtype=dtype, attention=attention)
 
     def to_dict(self) -> dict:
-        """Nested dicts as config.json holds them. Vocabulary and sequence length follow from palette and data."""
+        """Nested dicts, as in config.json. They lack vocab_size and seq_len, which palette and image size determine."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         fields["model"] = {k: v for k, v in fields["model"].items() if k not in ("vocab_size", "seq_len")}
         return fields
 
     def flat(self) -> dict:
-        """{"section.field": value} of all fields."""
+        """All fields in one dict: {"section.field": value}."""
         flat = {}
         for name, value in self.to_dict().items():
             flat |= {f"{name}.{field}": item for field, item in value.items()} if name in SECTIONS else {name: value}

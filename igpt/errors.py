@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again later"; every process of a run ends with it
+PREEMPTED = 75  # exit code of every process of a preempted run; EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 class UserError(Exception):
@@ -22,34 +22,34 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-    """A disk is full, or cannot be read or written any more."""
+    """A disk is full, or a file on it cannot be read or written any more."""
 
     exit_code = 1
 
 
 class MissingProcessError(UserError):
-    """Not all processes of a run came together."""
+    """Some processes of a run did not connect to process 0."""
 
     exit_code = 1
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name if it has none."""
+    """The first line of an error's message, or the name of the error's type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def reported():
-    """Prints a `UserError` as one message on stderr, without a traceback, and exits with its code."""
+    """Prints a `UserError` as one message on stderr, without a traceback, and exits with the error's `exit_code`."""
     try:
         yield
     except UserError as error:
-        with contextlib.suppress(OSError):  # a full disk may also hold the log
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
             print(f"{error.label}: {error}", file=sys.stderr)
         _exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        _exit(130)  # what a shell reports for SIGINT
+        _exit(130)  # the exit code that shells report for SIGINT
     except Exception:
         if not _is_one_of_several():
             raise
@@ -64,7 +64,7 @@ def _is_one_of_several() -> bool:
 
 
 def _exit(code: int) -> None:
-    """Exits. If one of several processes failed: with os._exit, since a normal exit waits in JAX's shutdown barrier."""
+    """Exits. If one of several processes failed, it calls os._exit: sys.exit would wait at JAX's shutdown barrier."""
     if code != PREEMPTED and _is_one_of_several():
         with contextlib.suppress(OSError):
             sys.stdout.flush()

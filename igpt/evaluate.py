@@ -3,8 +3,8 @@
     igpt evaluate --model=runs/digits
     igpt evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
 
-The result of the second can be compared with OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. The command
-uses all devices. With several processes, start it in each of them.
+Compare the second command's loss with OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. The command uses all
+devices. With several processes, start the command in each process.
 """
 
 import jax
@@ -29,8 +29,8 @@ from igpt.state import run_batches
 def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:
     """Means over the images of a split: loss (nats per token, with its standard error), accuracy (with its interval).
 
-    A network with BERT's objective predicts the dropped positions of each of `masks` masks, which vote on the class.
-    `mesh` is the mesh onto which the model was loaded.
+    A BERT network runs once for each of `masks` masks: it predicts the dropped positions, and the masks vote on the
+    class. `mesh` is the mesh that the model was loaded onto. Raises UserError if no head of the model can be tested.
     """
     mesh = mesh or one_device()
     batch_size += -batch_size % batch_shards(mesh)
@@ -76,7 +76,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args) -> None:
-    """Evaluates a model with the options of the command line; prints the results and writes them to --json."""
+    """Evaluates a model with the options of the command line. Prints the results and writes them to the file --json."""
     cluster.join_from(args)
     directory = resolve(args.model)
     shapes = outline(directory)

@@ -1,4 +1,4 @@
-"""Sections of a configuration as frozen dataclasses: every field is known, has its type and lies in its range."""
+"""Makes the sections of a configuration, which are frozen dataclasses. Checks each field's name, type and range."""
 
 import dataclasses
 import difflib
@@ -14,11 +14,11 @@ Section = TypeVar("Section")
 def make_section(
     kind: type[Section], name: str, values: Mapping | Section, example: str = "configs/base.py"
 ) -> Section:
-    """The dataclass `kind` from the fields of a ConfigDict or dict; an instance of `kind` is returned as it is.
+    """Makes the dataclass `kind` from the fields of a ConfigDict or dict. Returns an instance of `kind` unchanged.
 
-    `name` is the section's prefix in messages, such as "data." or ""; `example` is a file with all fields. Lists become
-    tuples. Raises UserError for an unknown field, suggesting the nearest, for a missing one, and for a value of another
-    type.
+    `name` is the section's prefix in error messages, such as "data." or "". `example` is a file with all fields. Lists
+    become tuples. Raises UserError for a missing field, for a value of a wrong type, and for an unknown field; then it
+    suggests the field with the most similar name.
     """
     if isinstance(values, kind):
         return values
@@ -53,7 +53,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def check_at_least(settings: Any, name: str, /, **least: float) -> None:
-    """Raises UserError for the first field below its smallest value; NaN is below every value."""
+    """Raises UserError for the first field that is NaN or smaller than the smallest value allowed for it."""
     for field, smallest in least.items():
         value = getattr(settings, field)
         if not value >= smallest:
@@ -61,7 +61,7 @@ def check_at_least(settings: Any, name: str, /, **least: float) -> None:
 
 
 def check_choice(settings: Any, name: str, /, **allowed: tuple) -> None:
-    """Raises UserError for the first field whose value is not among those allowed."""
+    """Raises UserError for the first field whose value is not one of the values allowed for it."""
     for field, choices in allowed.items():
         value = getattr(settings, field)
         if value not in choices:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, directories that are new, and JSON of strangers."""
+"""Writes files and new directories completely or not at all. Reads JSON from untrusted files."""
 
 import contextlib
 import errno
@@ -14,15 +14,15 @@ import numpy as np
 from igpt.errors import StorageError, UserError
 
 MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
-MAX_JSON_DEPTH = 32  # deeper nesting could be read, but not copied or written
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing raises these
+MAX_JSON_DEPTH = 32  # Python can read deeper nesting, but cannot copy or write it
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # error numbers that only writing causes
 
 
 @contextlib.contextmanager
 def whole(path: Path | str) -> Iterator[BinaryIO]:
-    """A binary file to write, which gets its name when the block ends; if the block fails, `path` is unchanged.
+    """Opens a temporary binary file to write, and renames it to `path` when the block ends.
 
-    Raises OSError.
+    If the block fails, `path` is unchanged. Raises OSError if the file cannot be written.
     """
     partial = Path(f"{path}.partial")
     try:
@@ -36,25 +36,25 @@ def whole(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes UTF-8 text, complete or not at all. Raises OSError."""
+    """Writes UTF-8 text completely or not at all. Raises OSError if the file cannot be written."""
     with whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Writes an array as .npy. On a full disk it raises OSError, where np.save silently loses the end of the array."""
+    """Writes an array as .npy. On a full disk it raises OSError, but np.save silently loses the end of the array."""
     header = np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(file, header)
     file.write(np.ascontiguousarray(array).data)
 
 
 def write_json(path: Path | str, content: dict, indent: int = 1) -> None:
-    """Writes a JSON object, complete or not at all. Raises OSError."""
+    """Writes a JSON object completely or not at all. Raises OSError if the file cannot be written."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a stranger's file of bounded size. Raises UserError if it is missing, too large or damaged."""
+    """Reads a JSON object from an untrusted file. Raises UserError if the file is missing, too large or damaged."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file")
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_workdir(workdir: str | Path) -> Path:
-    """The workdir as a path. Raises UserError unless this process can write there."""
+    """Returns `workdir` as a Path. Raises UserError if this process cannot write to it."""
     if "://" in str(workdir):
         raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
     workdir = Path(workdir)
@@ -90,7 +90,7 @@ def check_workdir(workdir: str | Path) -> Path:
 
 @contextlib.contextmanager
 def storage_errors(workdir: Path):
-    """Turns an OSError of a run's files or data into a StorageError."""
+    """Raises StorageError if the block, which reads or writes files of a run or its data, raises OSError."""
     try:
         yield
     except OSError as error:
@@ -102,7 +102,7 @@ def storage_errors(workdir: Path):
 
 
 def check_new(out: str | Path) -> None:
-    """Raises UserError unless `out` is free: absent, or an empty directory. Nothing that exists is overwritten."""
+    """Raises UserError if `out` exists and is not an empty directory, so that no file is overwritten."""
     if "://" in str(out):
         raise UserError(f"--out={out} is a bucket; write to a local or mounted path")
     out = Path(out)
@@ -115,7 +115,7 @@ def check_new(out: str | Path) -> None:
 
 
 def write_new(out: str | Path, write: Callable[[Path], None]) -> Path:
-    """Calls `write` with a folder beside `out`, then renames the folder. If `write` fails, nothing is left."""
+    """Calls `write` with a new folder, then renames this folder to `out`. If `write` fails, it removes the folder."""
     out = Path(out).absolute()
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # no other process uses this name
     try:
@@ -123,7 +123,7 @@ def write_new(out: str | Path, write: Callable[[Path], None]) -> Path:
         try:
             write(partial)
             if out.exists():
-                out.rmdir()  # `check_new` made sure that it is empty
+                out.rmdir()  # `check_new` made sure that `out` is empty
             os.rename(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Fine-tuning: a classifier on the pooled final norm, trained with the whole network (Chen et al. 2020, section 2.3).
 
-The network's head is `model.num_classes`, the joint objective `igpt.loss.make_loss`, early stopping
-`igpt.run.checkpoint.Progress`; train.py has the loop. Here is what comes before the first step and after the last.
+Other modules have the classifier (igpt/model.py), the joint loss (igpt/loss.py), early stopping
+(igpt/run/checkpoint.py) and the loop (train.py). This module prepares labels and parameters, and tests the result.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from igpt.state import run_batches
 
 
 def labelled(source: Source, config: Config) -> Source:
-    """The source with `data.labels_per_class` training images a class (0: all).
+    """The source with only `data.labels_per_class` training images of each class (0: all images).
 
-    Raises UserError if the labels do not suit the classifier.
+    Raises UserError if labels are missing, or if they do not fit the number of classes.
     """
     if config.objective.classification:
         tested = [source.test] if source.test.labels is not None else []
@@ -55,7 +55,7 @@ def confusion(
     batch_size: int,
     mesh: Mesh,
 ) -> Int[np.ndarray, "C C"]:
-    """How many test images of each true class (row) were given each class (column). With `drops`, the masks vote."""
+    """The test confusion matrix: rows are true classes, columns are predictions. With `drops`, masks vote."""
 
     @jax.jit
     def count(params, batch):
@@ -72,7 +72,7 @@ def confusion(
 
 
 def report(workdir: Path, counts: Int[np.ndarray, "C C"], details: dict) -> dict:
-    """Writes finetune.json and confusion.png: test accuracy with its 95 % interval, and the confusion matrix."""
+    """Writes test accuracy, its 95 % interval and the confusion matrix to finetune.json, and draws confusion.png."""
     correct, total = int(np.trace(counts)), int(counts.sum())
     results = details | {
         "test_accuracy": correct / total,

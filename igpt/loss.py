@@ -13,14 +13,14 @@ from igpt.model import pool
 
 
 def next_pixel(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B"]:
-    """Mean negative log-likelihood of an image's tokens (Chen et al. 2020, section 2.1). No palette id is padding."""
+    """Mean negative log-likelihood of an image's tokens (Chen et al. 2020, section 2.1). No token is padding."""
     return jnp.mean(cross_entropy(logits, tokens), axis=-1)
 
 
 def dropped_pixels(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], keep: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """BERT's loss: the mean over an image's dropped positions (section 2.1), or 0 if no position is dropped."""
+    """BERT's loss: the mean loss over an image's dropped positions (section 2.1), or 0 if no position is dropped."""
     dropped = 1.0 - keep
     return jnp.sum(cross_entropy(logits, tokens) * dropped, axis=-1) / jnp.maximum(jnp.sum(dropped, axis=-1), 1.0)
 
@@ -28,7 +28,7 @@ def dropped_pixels(
 def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """-log softmax(logits)[target], in float32."""
     logits = logits.astype(jnp.float32)
-    # A masked sum picks the target's logit. XLA fuses it, while a gather needs a scatter in the backward pass.
+    # A masked sum selects the target's logit. XLA fuses this sum; a gather would need a scatter in the backward pass.
     is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - target
@@ -37,10 +37,10 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
 def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: float = 0.0) -> Callable:
     """Returns loss(params, batch, key), which maps a batch to a dict of arrays [B].
 
-    "loss" is `generative` x the pixel loss + `classification` x the cross-entropy of the labels (section 2.3). The dict
-    also has both parts and the "accuracy". A part with weight zero is not computed. A BERT batch has M masks for each
-    image, `keep` [B, M, T]: the pixel loss then covers dropped pixels, both losses are averaged over the masks, and the
-    masks vote on the class. With a key, dropout is on.
+    "loss" is `generative` x the pixel loss + `classification` x the cross-entropy of the labels (section 2.3). With
+    classification, the dict also has both parts and the "accuracy". A part whose weight is 0 is not computed. A BERT
+    batch has M masks for each image, `keep` [B, M, T]. The pixel loss is then the mean over dropped pixels, both losses
+    are averaged over the masks, and the masks vote on the class. Dropout is on if there is a key.
     """
 
     def under_mask(model, batch, keep, key):
@@ -76,9 +76,9 @@ def masks_of(batch: dict) -> list[Bool[Array, "B T"] | None]:
 
 
 def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:
-    """The class that most masks chose. On a tie, the tied class of the earliest mask wins.
+    """The class that most masks chose. If several classes tie, the class among them that the earliest mask chose wins.
 
-    So ties are broken at random, as the masks are (section 4.6), but independently of the rest of the batch.
+    The masks are random, so that ties are broken at random (section 4.6), but independently of the rest of the batch.
     """
     # Mask i weighs 1 + 2^-(i+2): earlier masks win ties but never outvote a majority.
     weights = 1.0 + 0.5 ** jnp.arange(2, len(classes) + 2)
@@ -86,12 +86,12 @@ def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:
 
 
 def bits_per_dim(nats_per_token: float, tokens: int, height: int, width: int, channels: int) -> float:
-    """Bits for each byte of the image. Palettes lose colours, so compare only models with the same palette."""
+    """Bits per byte of the image. A palette loses colours, so that only models with the same palette are comparable."""
     return nats_per_token * tokens / (np.log(2) * height * width * channels)
 
 
 def marginal_entropy(tokens: Int[np.ndarray, "N T"], vocab_size: int) -> float:
-    """Entropy of each position's colour histogram, in nats, averaged: the loss of the best model without context."""
+    """The mean entropy of the positions' colour histograms, in nats: the loss of the best model without context."""
     counts = np.stack([np.bincount(column, minlength=vocab_size) for column in tokens.T])
     frequency = counts / len(tokens)
     return float(-np.sum(frequency * np.log(np.where(counts > 0, frequency, 1.0))) / tokens.shape[1])

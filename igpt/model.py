@@ -1,4 +1,4 @@
-"""The iGPT transformer. It reads tokens and returns logits, pooled features of every layer, or one cached decode step.
+"""The iGPT transformer. From tokens it computes logits, pooled features of every layer, or a decode step with a cache.
 
 Architecture: Chen et al. 2020, section 2.2, in the exact form of OpenAI's release (src/model.py). Dims: B batch,
 T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
@@ -20,7 +20,7 @@ from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice
 from igpt.sharding import replicate, shard_batch, shard_cache
 
-# Sizes: Chen et al. 2020, table 2. Heads: OpenAI's README. XL's were never published; 24 (head size 128) is our choice.
+# Sizes: Chen et al. 2020, table 2. Heads: OpenAI's README. XL's heads are unpublished; we chose 24 heads of size 128.
 PRESETS = {
     "s": dict(width=512, depth=24, num_heads=8, seq_len=1024),
     "m": dict(width=1024, depth=36, num_heads=8, seq_len=1024),
@@ -34,19 +34,19 @@ _ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 
 
 def _products_and_attention(primitive, *inputs, **params):
-    is_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # this kernel does not name its outputs
+    is_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's kernel gives its outputs no name
     return is_cudnn or _PRODUCTS(primitive, *inputs, **params) or _ATTENTION(primitive, *inputs, **params)
 
 
-REMAT = {  # what each block stores for the backward pass, which computes everything else again
-    "none": None,  # everything
-    "minimal": _products_and_attention,  # outputs of products with parameters and of attention, nothing elementwise
+REMAT = {  # the results that each block stores for the backward pass, which computes all other results again
+    "none": None,  # all results
+    "minimal": _products_and_attention,  # outputs of products with parameters and of attention; no elementwise results
     "dots": _PRODUCTS,  # outputs of products with parameters
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input
 }
 
-ACTIVATIONS = {  # of the mlp. The paper's is quick_gelu; Hugging Face's configurations may name the others
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # in OpenAI's src/model.py `gelu2`
+ACTIVATIONS = {  # activations of the mlp. The paper uses quick_gelu; Hugging Face's configurations may use the others
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # `gelu2` in OpenAI's src/model.py
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -57,27 +57,27 @@ ACTIVATIONS = {  # of the mlp. The paper's is quick_gelu; Hugging Face's configu
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """All that defines the network. Raises UserError, which names the field, for a value that cannot work."""
+    """All fields that define the network. Raises UserError, which names the field, for an impossible value."""
 
     width: int
     depth: int
     num_heads: int
     vocab_size: int = 512
     seq_len: int = 1024
-    mlp_width: int = 0  # 0: four times the width
-    use_bias: bool = False  # the paper and OpenAI: none; Hugging Face: biases
-    embedding_dropout: float = 0.0  # the paper: no dropout; Hugging Face: 0.1 each
+    mlp_width: int = 0  # 0 means four times the width
+    use_bias: bool = False  # the paper and OpenAI's code use no biases; Hugging Face's models have biases
+    embedding_dropout: float = 0.0  # the paper uses no dropout; Hugging Face's default is 0.1 for all three rates
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
     norm_epsilon: float = 1e-5
-    causal: bool = True  # False, for the BERT objective: no mask and no SOS; position i reads token i
-    pixel_head: bool = True  # False: no head over the palette
-    num_classes: int = 0  # C, of a linear classifier on the pooled final norm; 0: no classifier
+    causal: bool = True  # False for BERT: no causal mask and no SOS, and position i reads token i
+    pixel_head: bool = True  # False: the network has no head that predicts pixels
+    num_classes: int = 0  # C, the number of classes of a linear classifier on the pooled final norm; 0: no classifier
     activation: str = "quick_gelu"  # a key of ACTIVATIONS
-    scale_scores: bool = True  # by 1 / sqrt(K); only Hugging Face's configurations change this field and the next
-    scale_scores_by_layer: bool = False  # in addition by 1 / (l + 1)
-    dtype: str = "float32"  # of the computation; parameters are always float32
-    attention: str = "chunked"  # one of BACKENDS; Config.network replaces "auto" here and in dtype
+    scale_scores: bool = True  # multiplies scores by 1 / sqrt(K); only Hugging Face's models set this or the next field
+    scale_scores_by_layer: bool = False  # also multiplies the scores of layer l = 0, 1, ... by 1 / (l + 1)
+    dtype: str = "float32"  # dtype of the computation; parameters are always float32
+    attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces "auto" in this field and in dtype
     remat: str = "none"  # a key of REMAT
     scan_layers: bool = True  # True: one compiled block serves all layers; False: the layers are unrolled
 
@@ -102,7 +102,7 @@ class ModelConfig:
         return self.width // self.num_heads
 
     def query_scale(self, layer: Array | int) -> Array | float:
-        """Factor for the queries. Every back end divides scores by sqrt(K); the factor corrects that where needed."""
+        """A factor for the queries. Every back end divides scores by sqrt(K); this factor gives other scales."""
         scale = 1.0 if self.scale_scores else self.head_size**0.5
         return scale / (layer + 1) if self.scale_scores_by_layer else scale
 
@@ -112,20 +112,20 @@ class ModelConfig:
 
 
 class Norm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * gain, without centring and shift (OpenAI's src/model.py, `norm`)."""
+    """x / sqrt(mean(x^2) + eps) * gain, with no centring and no shift (OpenAI's src/model.py, `norm`)."""
 
     def __init__(self, width: int, epsilon: float):
         self.gain = nnx.Param(jnp.ones(width))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = x.astype(jnp.float32)  # a mean of squares loses too much in bfloat16
+        wide = x.astype(jnp.float32)  # a mean of squares loses too much precision in bfloat16
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * scale * jnp.broadcast_to(self.gain[...], x.shape)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """einsum(equation, x, kernel) + bias, computed in x's dtype from float32 parameters. Returns `out_dtype` or x's."""
+    """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given."""
 
     def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs):
         self.equation = equation
@@ -138,7 +138,7 @@ class Linear(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)). Init: OpenAI's src/model.py, `attn` and `mlp`."""
+    """x += attention(norm(x)); x += mlp(norm(x)). Initial values: as in OpenAI's src/model.py, `attn` and `mlp`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -157,8 +157,8 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
         """Returns the block's output and its BlockOutputs.
 
-        `attend(q, k, v, key)` is attention: from q, k and v, each [B, T, N, K], it returns the mixed values,
-        [B, T, N, K], and anything else that the caller wants from every layer (`BlockOutputs.extra`).
+        `attend(q, k, v, key)` computes attention. q, k, v and the mixed values that it returns are [B, T, N, K]. It
+        also returns any extra result that the caller wants from every layer (`BlockOutputs.extra`).
         """
         config = self.config
         normed = self.attention_norm(x)
@@ -184,14 +184,14 @@ class BlockOutputs(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all positions so far: one array for each layer, so that XLA updates each in place."""
+    """Keys and values of all positions so far. Each layer has its own array, so that XLA can update it in place."""
 
     keys: tuple[Float[Array, "B N T K"], ...]
     values: tuple[Float[Array, "B N T K"], ...]
 
 
 class ImageGPT(nnx.Module):
-    """The whole network. It holds parameters; every method is a pure function of them and its arguments."""
+    """The whole network. It holds the parameters. Every method is a pure function of parameters and arguments."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -199,15 +199,15 @@ class ImageGPT(nnx.Module):
         self.token_table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size + 1, config.width)))
         self.position_table = nnx.Param(0.01 * jax.random.normal(rngs.params(), (config.seq_len, config.width)))
         layer_keys = jax.random.split(rngs.params(), config.depth)
-        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(layer_keys)  # leaves [L, ...]
+        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(layer_keys)  # every leaf is [L, ...]
         self.final_norm = Norm(config.width, config.norm_epsilon)
-        # Zeros: the first prediction is uniform, the first loss ln V (Chen et al. 2020, appendix A.1).
+        # Zero kernels make the first prediction uniform and the first loss ln V (Chen et al. 2020, appendix A.1).
         D, V, C = config.width, config.vocab_size, config.num_classes
         self.head = Linear("btd,dv->btv", (D, V), 0.0, None, rngs) if config.pixel_head else None
         self.classifier = Linear("bd,dc->bc", (D, C), 0.0, None, rngs) if C else None
 
     def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
-        """Float32 logits of tokens[:, i] at position i, from tokens[:, :i] if causal. With a key, dropout is on."""
+        """Float32 logits. Position i predicts tokens[:, i], from tokens[:, :i] if causal. A key turns dropout on."""
         return self.logits(self.normed(tokens, key))
 
     def classify(self, tokens: Int[Array, "B T"], keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B C"]:
@@ -217,7 +217,7 @@ class ImageGPT(nnx.Module):
     def normed(
         self, tokens: Int[Array, "B T"], key: Array | None = None, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The final norm, which both heads read. Where `keep` is False (BERT), only the position is known."""
+        """The output of the final norm, which both heads read. Where `keep` is False (BERT), the token is hidden."""
         keys = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(self.inputs(tokens), keep=keep), self.config.embedding_dropout, keys[0])
         x, _ = self.run_blocks(x, keys[1])
@@ -226,9 +226,9 @@ class ImageGPT(nnx.Module):
     def features(
         self, tokens: Int[Array, "B T"], layers: Collection | None = None, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "l B D"]:
-        """f^l: the mean over positions of block l's normed input; f^L is that of the final norm (section 2.4).
+        """f^l, the mean over positions of block l's normed input, and f^L, the mean of the final norm (section 2.4).
 
-        `layers` selects the layers and their order; by default all l = L + 1. Blocks above the highest are skipped.
+        `layers` selects l layers and their order (default: all L + 1). Blocks above the highest selected are skipped.
         """
         depth = self.config.depth
         layers = range(depth + 1) if layers is None else layers
@@ -245,7 +245,7 @@ class ImageGPT(nnx.Module):
     def prefill(self, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
         """Reads `given` inputs (the SOS, then tokens). Returns the logits of the next token and a cache of length T.
 
-        Inputs from `given` on are padding; `decode` overwrites their cache entries.
+        The inputs at index `given` and above are padding; `decode` overwrites their cache entries.
         """
         x, outputs = self.run_blocks(self.embed(inputs))
         last = jax.lax.dynamic_slice_in_dim(x, given - 1, 1, axis=1)
@@ -257,7 +257,7 @@ class ImageGPT(nnx.Module):
     def decode(
         self, blocks: list[Block], token: Int[Array, "B"], position: Int[Array, ""], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads one more token, at `position` of the inputs. `blocks` are the result of `unstack_blocks`."""
+        """Reads one more input, the token at `position`. Returns the next logits. `unstack_blocks` makes `blocks`."""
         x = self.embed(token[:, None], position)
         keys, values = list(cache.keys), list(cache.values)
         for layer, block in enumerate(blocks):
@@ -272,7 +272,7 @@ class ImageGPT(nnx.Module):
         return self.logits(self.final_norm(x))[:, 0], KVCache(tuple(keys), tuple(values))
 
     def unstack_blocks(self) -> list[Block]:
-        """The blocks as a list, with kernels in the compute dtype: they are cast once, before a decode loop."""
+        """The blocks as a list. Kernels are cast to the compute dtype once, here, and not in every decode step."""
         graph, stacked = nnx.split(self.blocks)
 
         def cast(leaf):  # a norm's gain, [D], stays float32, as in the full forward pass
@@ -284,7 +284,7 @@ class ImageGPT(nnx.Module):
         ]
 
     def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """The model's inputs: SOS, x_0, ..., x_{T-2}, or for a model that is not causal x_0, ..., x_{T-1}."""
+        """The model's inputs: SOS, x_0, ..., x_{T-2} for a causal model, and x_0, ..., x_{T-1} for BERT."""
         if not self.config.causal:
             return tokens
         start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
@@ -293,11 +293,11 @@ class ImageGPT(nnx.Module):
     def embed(
         self, inputs: Int[Array, "B P"], first_position: Array | int = 0, keep: Bool[Array, "B P"] | None = None
     ) -> Float[Array, "B P D"]:
-        """Token plus position vectors, of inputs at first_position, first_position + 1, ...
+        """The sum of token and position vectors, for inputs at positions first_position, first_position + 1, ...
 
-        Where `keep` is False, the token's vector is zero, as in the released code's BERT (src/model.py).
+        Where `keep` is False, the token's vector is zero, as for BERT in OpenAI's src/model.py.
         """
-        # Both tables are small: all-gathering them first means that the lookup needs no communication.
+        # Both tables are small. They are all-gathered first, so that the lookup needs no communication.
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
         x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
         x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]
@@ -306,7 +306,7 @@ class ImageGPT(nnx.Module):
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
         if self.head is None:
             raise UserError("this model has no pixel head: it gives features, but can neither be sampled nor scored")
-        return self.head(normed, jnp.float32)  # accumulated in float32 and not rounded, for the softmax
+        return self.head(normed, jnp.float32)  # accumulated in float32, and not rounded to bfloat16 before the softmax
 
     def class_logits(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
         if self.classifier is None:
@@ -318,7 +318,7 @@ class ImageGPT(nnx.Module):
     ) -> tuple[Array, BlockOutputs]:
         """Runs all blocks, or the first `depth`. Returns the output and BlockOutputs stacked over layers, [L, B, ...].
 
-        `attend(q, k, v, key, of_layer)` replaces plain attention; `of_layer` is the layer's slice of `by_layer`.
+        `attend(q, k, v, key, of_layer)` replaces `self.attend`; `of_layer` is the layer's slice of `by_layer`.
         """
         config = self.config
         depth = config.depth if depth is None else depth
@@ -339,13 +339,13 @@ class ImageGPT(nnx.Module):
         return jax.lax.scan(run_block, x, (stacked, jnp.arange(depth), keys, by_layer), unroll=unroll)
 
     def attend(self, q, k, v, key, of_layer=None):
-        """Attention from every position to itself and earlier ones, or to all if the model is not causal."""
+        """Attention of every position to itself and to earlier positions, or to all if the model is not causal."""
         c = self.config
         return attention(q, k, v, backend=c.attention, causal=c.causal, dropout=c.attention_dropout, key=key), None
 
 
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:
-    """The mean over positions, in float32 because a sum of a thousand bfloat16 numbers loses the small ones."""
+    """The mean over positions, in float32, because a bfloat16 sum of a thousand numbers loses the small ones."""
     return jnp.mean(normed.astype(jnp.float32), axis=1)
 
 
@@ -356,6 +356,6 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def count_params(config: ModelConfig) -> int:
-    """The exact number of parameters, from shapes alone."""
+    """The exact number of parameters, computed from shapes without allocating arrays."""
     abstract = nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract)))

@@ -1,4 +1,4 @@
-"""Adam as the paper uses it (Chen et al. 2020, section 3.3), with its schedule, and a guard against bad steps."""
+"""Adam and its schedule as in the paper (Chen et al. 2020, section 3.3), and a guard that skips non-finite steps."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from igpt.sharding import path_of
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Adam and its schedule. Raises UserError naming the field when a value makes no sense."""
+    """The fields of Adam and its schedule. Raises UserError, which names the field, for an impossible value."""
 
     learning_rate: float
     warmup_steps: int
@@ -37,13 +37,13 @@ class OptimConfig:
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """The guarded optimizer of `steps` updates and its schedule, update number -> learning rate."""
+    """Returns the guarded optimizer for `steps` updates, and its schedule (update number -> learning rate)."""
     peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
     if optim.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, steps - warmup)
     else:
         decay = optax.constant_schedule(peak)
-    # From peak / (warmup + 1): a first update of zero would waste a batch.
+    # The warmup starts at peak / (warmup + 1), because an update with learning rate 0 would waste a batch.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     schedule = optax.join_schedules([rise, decay], [warmup]) if warmup else decay
 
@@ -56,7 +56,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> tuple[optax.GradientTransf
 
 
 class GuardState(NamedTuple):
-    """The optimizer's state, and how many updates were made and how many skipped."""
+    """The inner optimizer's state, the number of updates made, and the number of updates skipped."""
 
     inner: Any
     updates: Int[Array, ""]
@@ -64,9 +64,9 @@ class GuardState(NamedTuple):
 
 
 def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Leaves parameters and moments as they are where the loss or a gradient is not finite.
+    """Leaves parameters and moments unchanged if the loss or a gradient is not finite.
 
-    `update` needs the keyword `loss`. (optax.apply_if_finite applies a bad update in the end; this never does.)
+    `update` needs the keyword `loss`. (optax.apply_if_finite applies bad updates after many errors; this never does.)
     """
 
     def init(params):

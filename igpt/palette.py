@@ -3,7 +3,7 @@
     igpt palette --source=folder:photos --colors=512 --out=palette.npy
 
 A palette is V centres in [-1, 1]^3, where byte b stands for b / 127.5 - 1. A token is the index of the nearest
-centre. Images are [..., H, W, 3] uint8 and tokens [..., H, W] integers; raster order is a reshape away.
+centre. Images are [..., H, W, 3] uint8 and tokens are [..., H, W] integers; a reshape gives the raster order.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from igpt.files import whole, write_array
 
 
 class Palette:
-    """The first tokenizer: encode, decode, vocab_size, grid. Raises UserError for centres that cannot be a palette."""
+    """Turns images into tokens and back. Raises UserError if `centers` has a wrong shape, type or range."""
 
     def __init__(self, centers: np.ndarray):
         centers = np.asarray(centers)
@@ -38,33 +38,33 @@ class Palette:
         return 1 if (self.centers == self.centers[:, :1]).all() else 3
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image of this size: one token for each pixel."""
+        """The numbers of rows and columns of tokens for an image of this size. Every pixel becomes one token."""
         return height, width
 
     def encode(self, images: np.ndarray, dtype=np.int32) -> np.ndarray:
-        """[..., 3] uint8 -> [...] integers: argmin over centres of the float64 squared distance, the first on ties."""
+        """[..., 3] uint8 -> [...] integers: argmin over centres of the float64 squared distance. Ties: first centre."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[-1:] != (3,):
             raise UserError(f"encode takes uint8 images [..., 3], not {images.dtype} {list(images.shape)}")
         return self._table.encode(images, dtype)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """[...] int -> [..., 3] uint8 by the released rule round(127.5 (c + 1)), halves to even (src/run.py)."""
+        """[...] int -> [..., 3] uint8: round(127.5 (c + 1)), halves rounded to even, as in OpenAI's src/run.py."""
         tokens = np.asarray(tokens)
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             raise UserError(f"tokens run from {tokens.min()} to {tokens.max()}; allowed are 0..{self.vocab_size - 1}")
         return np.round(127.5 * (self.centers.astype(np.float64) + 1.0)).astype(np.uint8)[tokens]
 
     def save(self, path: Path | str) -> None:
-        """Writes float32 [V, 3] as .npy. Raises OSError and leaves no file if it cannot be written whole."""
+        """Writes float32 [V, 3] as .npy. If it cannot write the whole file, it raises OSError and leaves no file."""
         with whole(path) as file:
             write_array(file, self.centers)
 
     @classmethod
     def load(cls, path: Path | str) -> "Palette":
-        """Reads a .npy of shape [V, 3], such as `save` writes, or OpenAI's kmeans_centers.npy.
+        """Reads a .npy file of shape [V, 3]: one that `save` wrote, or OpenAI's kmeans_centers.npy.
 
-        Prints a warning if colours repeat. Such a palette is allowed, but no pixel gets the later copy.
+        Prints a warning if a colour repeats. Such a palette is allowed, but `encode` never uses the later copies.
         """
         try:
             palette = cls(np.load(path, allow_pickle=False))

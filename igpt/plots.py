@@ -14,10 +14,10 @@ from igpt.files import whole
 
 
 def image_grid(images: np.ndarray, columns: int = 0, min_side: int = 64, gap: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> one picture [.., .., 3], filled row by row.
+    """Puts images, uint8 [N, H, W, 3], row by row into one picture, uint8 [height, width, 3].
 
-    `columns` 0 makes the grid about square. Small images are enlarged by the smallest whole factor that brings their
-    longer side to at least `min_side` pixels.
+    With `columns` 0 the grid is about square. Small images are enlarged by the smallest whole factor that makes their
+    longer side at least `min_side` pixels long.
     """
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -32,13 +32,13 @@ def image_grid(images: np.ndarray, columns: int = 0, min_side: int = 64, gap: in
 
 
 def palette_picture(colors: np.ndarray, before: np.ndarray, after: np.ndarray, columns: int = 32) -> np.ndarray:
-    """The colours uint8 [V, 3], and below them images [N, H, W, 3] before and after quantisation.
+    """Draws the colours, uint8 [V, 3], and below them images [N, H, W, 3] before and after quantisation.
 
-    Rows of `columns` colours are sorted from dark to light, and the colours in a row by hue.
+    Each row has `columns` colours. The rows are sorted from dark to light, and the colours in a row by hue.
     """
     images = image_grid(np.concatenate([before, after]), columns=len(before), min_side=128)
     columns = min(columns, len(colors))
-    colors = colors[np.argsort(colors @ (0.299, 0.587, 0.114), kind="stable")]  # luma of ITU-R BT.601
+    colors = colors[np.argsort(colors @ (0.299, 0.587, 0.114), kind="stable")]  # brightness: the luma of ITU-R BT.601
     rows = [colors[start : start + columns] for start in range(0, len(colors), columns)]
     wide = max(1, (images.shape[1] - 4) // columns)
     high = min(wide, 64)
@@ -54,7 +54,7 @@ def palette_picture(colors: np.ndarray, before: np.ndarray, after: np.ndarray, c
 
 
 def check_writable(path) -> None:
-    """Raises UserError if no PNG can be written to `path`, before hours of work go into it."""
+    """Raises UserError if no PNG can be written to `path`. Call this function before a long computation."""
     folder = Path(path).absolute().parent
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"{path}: pictures are written as PNG; give a name that ends in .png")
@@ -63,13 +63,13 @@ def check_writable(path) -> None:
 
 
 def save_png(picture: np.ndarray, path) -> None:
-    """Writes uint8 [H, W, 3] as PNG. Raises OSError and leaves no file if it cannot be written whole."""
+    """Writes uint8 [H, W, 3] as PNG. If it cannot write the whole file, it raises OSError and leaves no file."""
     with whole(path) as file:
         Image.fromarray(picture).save(file, format="PNG")
 
 
 def confusion_picture(counts: np.ndarray, path) -> None:
-    """Draws a confusion matrix [C, C] of counts (true class, predicted class). Shades are shares of the true class."""
+    """Draws a confusion matrix of counts, [true class, predicted class]. Shades show shares of the true class."""
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     accuracy = np.trace(counts) / counts.sum()
     with _figure(path, width=6.0, height=5.4) as axes:
@@ -85,7 +85,7 @@ def confusion_picture(counts: np.ndarray, path) -> None:
 
 
 def probe_curve(results: dict, path) -> None:
-    """Draws the accuracy by layer from eval_probe.py's results, with 95 % intervals, and the baselines if present."""
+    """Draws the accuracy of each layer from eval_probe.py's results, with 95 % intervals, and baselines if present."""
     curves = (("pretrained", "pretrained", "tab:blue"), ("random_init", "random initialisation", "tab:gray"))
     with _figure(path, width=6.4, height=4.0) as axes:
         for name, label, color in curves:
@@ -106,8 +106,8 @@ def probe_curve(results: dict, path) -> None:
 
 @contextlib.contextmanager
 def _figure(path, width: float, height: float):
-    """The axes of a figure of this size in inches, which is then written as PNG. A notebook's back end is not used."""
-    from matplotlib.figure import Figure  # slow to import, and unlike pyplot without global state
+    """Yields the axes of a figure, and writes it as PNG when the block ends. The size is in inches."""
+    from matplotlib.figure import Figure  # slow to import; pyplot would use global state and a notebook's back end
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure.subplots()

@@ -4,10 +4,10 @@
     igpt sample --model=runs/digits --complete=test --keep=0.5 --num=7 --out=completions.png
     igpt sample --model=runs/faces --complete=photo.png --num=7 --out=completions.png
 
-A completion is one row of the picture: the given upper part, --num continuations, and the original.
+Each row of a picture of completions has the given upper part, --num continuations, and the original.
 
-Each device samples its own images, unless --tensor splits the model over several. With several processes, run this
-command in each of them; the first one writes the picture.
+Each device samples its own images, unless --tensor splits the model over several devices. With several processes, run
+this command in each process; process 0 writes the picture.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its logits. top_k 0 and top_p 1 keep all tokens; temperature 0 is greedy."""
+    """How to draw a token from logits. top_k 0 and top_p 1 keep all tokens; temperature 0 takes the likeliest token."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -49,14 +49,14 @@ class Sampling:
 
 
 def image_keys(seed: int, num: int, first: int = 0) -> Array:
-    """One key for each of the images first, first + 1, ... Image i of a seed is the same in every batch."""
+    """Random keys for `num` images, numbered from `first`. Image i depends on the seed and i, but not on its batch."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(num))
 
 
 def sample_tokens(
     model: ImageGPT, prefix: Int[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
 ) -> Int[Array, "B T"]:
-    """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One program on the device draws all."""
+    """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One compiled program draws all tokens."""
     length = model.config.seq_len
     if not model.config.causal:
         raise UserError("this model was trained with the BERT objective: it predicts masked pixels and cannot sample")
@@ -71,7 +71,7 @@ def continue_inputs(
 ) -> Int[Array, "B stop"]:
     """Continues rows of the model's inputs (the SOS, then tokens) until each has `stop` entries, at most T + 1.
 
-    `inputs` are padded to a power of two, and `stop` is not static, so that few compiled programs serve all lengths.
+    `inputs` are padded to a power of two, and `stop` is traced, so that a few compiled programs serve all lengths.
     """
     given = inputs.shape[1]
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
@@ -81,7 +81,7 @@ def continue_inputs(
 
 
 def padded_length(length: int, most: int) -> int:
-    """The next power of two, but not above `most`."""
+    """The smallest power of two that is at least `length`, but no more than `most`."""
     return min(1 << (length - 1).bit_length(), most)
 
 
@@ -114,9 +114,9 @@ def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """Keeps the top_k largest logits, then the smallest set of them with probability top_p; sets others to -inf.
+    """Keeps the top_k largest logits, then the fewest of them with total probability top_p. Sets the others to -inf.
 
-    Logits equal to the smallest kept one are kept too. Top-p is nucleus sampling (Holtzman et al. 2019).
+    Logits that equal the smallest kept logit are kept, too. Top-p is nucleus sampling (Holtzman et al. 2019).
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -131,16 +131,16 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
 
 
 def sample_images(pretrained: Pretrained, num: int, seed=0, sampling=Sampling(), batch_size=64) -> np.ndarray:
-    """`num` unconditional images, uint8 [num, H, W, 3]."""
+    """Samples `num` unconditional images, uint8 [num, H, W, 3]."""
     return _in_batches(pretrained, np.zeros((num, 0), np.int32), seed, sampling, batch_size)
 
 
 def complete_images(
     pretrained: Pretrained, images: np.ndarray, keep: float, num: int, seed=0, sampling=Sampling(), batch_size=64
 ) -> np.ndarray:
-    """`num` continuations of the upper part of each uint8 image [N, H, W, 3]: uint8 [N, num, H, W, 3].
+    """Samples `num` continuations, uint8 [N, num, H, W, 3], of the upper part of each image, uint8 [N, H, W, 3].
 
-    `keep` is the fraction of rows that is given; the model continues at least one row.
+    `keep` is the fraction of rows that is given. The model samples at least one row.
     """
     tokens = pretrained.palette.encode(images)
     given = tokens[:, : kept_rows(keep, tokens.shape[1])].reshape(len(images), -1)
@@ -149,14 +149,14 @@ def complete_images(
 
 
 def kept_rows(keep: float, rows: int) -> int:
-    """The number of upper rows that are given to a completion."""
+    """The number of upper rows that the model is given. Raises UserError unless `keep` is in [0, 1)."""
     if not 0.0 <= keep < 1.0:
         raise UserError(f"keep is {keep}; it is the fraction of the rows that is given, at least 0 and below 1")
     return min(round(keep * rows), rows - 1)
 
 
 def _in_batches(pretrained, prefix, seed, sampling, batch_size) -> np.ndarray:
-    """Samples in batches of `batch_size`, rounded up so that every device of the current mesh gets equally many images.
+    """Samples in batches. Rounds `batch_size` up so that all devices of the current mesh get equally many images.
 
     Copies of the last image fill the last batch, so that all batches have one shape and share one compiled program.
     """
@@ -208,7 +208,7 @@ def run(args) -> None:
 
 
 def _images_to_complete(args, data) -> np.ndarray:
-    """uint8 [N, H, W, 3]: the file that --complete names, or the first --images images of the test split."""
+    """Returns the image of the file --complete, or the first --images images of the test split: uint8 [N, H, W, 3]."""
     if args.complete != "test":
         return read_image(args.complete, *data.image_size, data.channels)[None]
     if not data.source:
@@ -219,8 +219,8 @@ def _images_to_complete(args, data) -> np.ndarray:
 def completion_picture(palette: Palette, images: np.ndarray, keep: float, continuations: np.ndarray) -> np.ndarray:
     """One row for each image: its given upper part, its continuations, and the original.
 
-    images: uint8 [N, H, W, 3], shown in the palette's colours, as the model reads them. continuations: what
-    `complete_images` returned for them and `keep`, [N, num, H, W, 3].
+    images: uint8 [N, H, W, 3]; they are drawn in the palette's colours, as the model reads them. continuations:
+    [N, num, H, W, 3], the result of `complete_images` for these images and `keep`.
     """
     originals = palette.decode(palette.encode(images))
     given = originals.copy()

@@ -1,7 +1,7 @@
-"""Where arrays live: one device mesh, and one table from parameter paths to mesh axes.
+"""How arrays are sharded: one device mesh, and one table that maps parameter paths to mesh axes.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and every large parameter with its Adam moments; `tensor`
-splits heads and mlp channels inside a block (Shoeybi et al. 2019). Their product is the number of devices.
+splits heads and mlp channels inside a block (Shoeybi et al. 2019). The product of the sizes is the number of devices.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from igpt.fields import check_at_least
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Path (as in "blocks.qkv.kernel") -> mesh axis of each dimension. An optimizer moment ends in its parameter's path,
-# so that one table serves both. Every leaf matches exactly one rule: see `spec_of`.
+# Path of a leaf (such as "blocks.qkv.kernel") -> mesh axis of each dimension. The path of an optimizer's moment ends in
+# its parameter's path, so that one table serves both. `spec_of` checks that each leaf matches exactly one rule.
 RULES = (
     (r"token_table", P(None, "fsdp")),  # [V+1, D]
     (r"position_table", P(None, "fsdp")),  # [T, D]
@@ -52,15 +52,15 @@ class MeshConfig:
         check_at_least(self, "mesh.", dcn_data=1, cpu_devices=0)
 
     def make(self, devices=None) -> Mesh:
-        """The mesh over all devices, or those given."""
+        """Makes the mesh over the given devices (default: all devices)."""
         return make_mesh(self.data, self.fsdp, self.tensor, devices, self.dcn_data)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, dcn_data: int = 1) -> Mesh:
-    """The mesh over all devices (or those given). One axis may be -1: whatever the others leave.
+    """Makes the mesh over the given devices (default: all). One axis may be -1: then it gets all remaining devices.
 
-    Of several slices, `dcn_data` is their number: the data axis then runs through one slice after the other, and only
-    its all-reduce of gradients leaves a slice. Devices without slices are taken a process at a time.
+    `dcn_data` is the number of slices. The data axis passes through one slice after the other, so that only the
+    all-reduce of gradients crosses slices. If devices have no slices, the devices of a process count as a slice.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
@@ -69,13 +69,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, dcn_
         return Mesh(_over_slices(sizes, dcn_data, devices), AXES, axis_types=types)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # a size is no product of the torus's sides, such as 2 on 4 x 4 x 8: split one
+    except NotImplementedError:  # no product of the torus's sides is this size, such as 2 on 4 x 4 x 8: split one side
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
 
 
 def _over_slices(sizes: dict[str, int], dcn_data: int, devices) -> np.ndarray:
-    """The devices in the order of the mesh, slice by slice along its first axis."""
+    """The devices as an array of the mesh's shape. The data axis passes through one slice after the other."""
     by_process = not hasattr(devices[0], "slice_index")
     slices = {device.process_index if by_process else device.slice_index for device in devices}
     if len(slices) != dcn_data or sizes["data"] % dcn_data:
@@ -93,7 +93,7 @@ def one_device() -> Mesh:
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
-    """The size of each axis of a mesh over so many devices, or UserError."""
+    """The size of each axis of a mesh over `devices` devices. Raises UserError if no such mesh exists."""
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -106,7 +106,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int
 
 
 def spec_of(path: str) -> P:
-    """The one rule for a leaf's path; UserError when none or several match."""
+    """The PartitionSpec of the rule that matches a leaf's path. Raises UserError unless exactly one rule matches."""
     found = [spec for pattern, spec in RULES if re.fullmatch(rf"(.*\.)?({pattern})", path)]
     if len(found) != 1:
         raise UserError(f"{len(found)} sharding rules match {path!r}, one must; amend RULES in igpt/sharding.py")
@@ -114,12 +114,12 @@ def spec_of(path: str) -> P:
 
 
 def path_of(key_path) -> str:
-    """A leaf's place in a tree as dotted names: ['params']['head']['kernel'] -> params.head.kernel."""
+    """The path of a leaf in a tree, as dotted names: ['params']['head']['kernel'] -> params.head.kernel."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
 
 
 def shardings(tree, mesh: Mesh | AbstractMesh):
-    """A NamedSharding for every leaf of a tree of (abstract) arrays, by RULES."""
+    """NamedShardings by RULES for a tree of (abstract) arrays. Raises UserError if an axis cannot split a dimension."""
 
     def sharding(key_path, leaf):
         path = path_of(key_path)
@@ -139,7 +139,7 @@ def batch_shards(mesh) -> int:
 
 
 def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
-    """Every device must get the same number of examples of every micro-batch."""
+    """Raises UserError unless every device gets the same number of examples of every micro-batch."""
     shards = batch_shards(mesh)
     parts = shards * accumulate
     if batch_size < 1 or accumulate < 1 or batch_size % parts:
@@ -149,16 +149,16 @@ def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh | A
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
-    """The rows of a global batch that this process's devices hold, ascending, so that it reads no others.
+    """Sorted indices of the rows of a global batch that this process's devices hold. The process reads only these rows.
 
-    They need not lie together: on a pod the mesh follows the torus, and a host is a block of it.
+    The indices may have gaps, because the mesh of a pod follows the torus, and a host holds a block of the torus.
     """
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held.values()]))
 
 
 def to_devices(batch: dict, batch_size: int, mesh: Mesh, axis: int = 0) -> dict:
-    """This process's rows of a batch, along `axis` in the order of `process_rows` -> global arrays, split by BATCH."""
+    """Makes global arrays, split by BATCH along `axis`, from this process's rows in the order of `process_rows`."""
     sharding = NamedSharding(mesh, P(*[None] * axis, *BATCH))
     mine = process_rows(batch_size, mesh)
 
@@ -175,17 +175,17 @@ def to_devices(batch: dict, batch_size: int, mesh: Mesh, axis: int = 0) -> dict:
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading dimension split over the batch axes; outside a mesh (one device, sampling) does nothing."""
+    """Shards the leading dimension over the batch axes. Outside a mesh (sampling on one device) it changes nothing."""
     return _constrain(x, BATCH)
 
 
 def shard_cache(x: jax.Array) -> jax.Array:
-    """Keeps a layer's cached keys or values [B, N, T, K] split by example and head; outside a mesh does nothing."""
+    """Shards a layer's cached keys or values [B, N, T, K] by example and head. Outside a mesh it changes nothing."""
     return _constrain(x, P(*BATCH, "tensor"))
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Gives every device the whole of x, so that any process can read it; outside a mesh does nothing."""
+    """Copies all of x to every device, so that every process can read it. Outside a mesh it changes nothing."""
     return _constrain(x, P())
 
 

@@ -1,6 +1,6 @@
-"""The training state, and all that a configuration compiles to: shapes, shardings, training and evaluation steps.
+"""The training state, and the program of a configuration: shapes, shardings, training step and evaluation step.
 
-train.py runs this program and `igpt plan` compiles it for machines that are not here: it is one piece of code.
+train.py runs this program. `igpt plan` compiles the same program for devices that this machine does not have.
 """
 
 import dataclasses
@@ -24,31 +24,31 @@ from igpt.sharding import check_batch_size, shard_batch, shardings, to_devices
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an update changes: the number of updates, the parameters (nested dicts), the optimizer's state."""
+    """All that an update changes: the number of updates, the parameters (nested dicts) and the optimizer's state."""
 
-    step: Any  # an int32 scalar; maps over the tree also put shapes and shardings here
+    step: Any  # an int32 scalar; jax.tree.map over a state may also put a shape or a sharding here
     params: dict
     opt_state: Any
 
 
 class TrainProgram(NamedTuple):
-    """What a configuration compiles to on a mesh. Nothing here holds an array."""
+    """The program of a configuration on a mesh. No field holds arrays."""
 
-    model: ModelConfig  # with every "auto" settled for the mesh's devices
+    model: ModelConfig  # each "auto" is already replaced by a choice for the mesh's devices
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformationExtraArgs
-    abstract: TrainState  # shapes with their shardings
-    train_step: Callable  # (state, batch) -> (state, metrics); the old state's memory is reused
+    abstract: TrainState  # shapes and shardings instead of arrays
+    train_step: Callable  # (state, batch) -> (state, metrics); the old state is donated
     eval_step: Callable  # (params, batch) -> (sums over the batch, number of examples)
     mesh: Mesh
 
     def create_state(self, seed: int) -> TrainState:
-        """A new state; every leaf is made on the devices that hold it."""
+        """Makes a new state. Each leaf is initialised on the devices that hold it."""
         return create_state(self.model, self.optimizer, self.mesh, seed)
 
 
 def build_program(config: Config, mesh: Mesh) -> TrainProgram:
-    """Model, optimizer, loss and steps of a training configuration. Raises UserError if they do not fit the mesh."""
+    """Builds the program of a training configuration. Raises UserError if the configuration does not fit the mesh."""
     train = config.train
     check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
     model = config.network(mesh.devices.flat[0])
@@ -62,14 +62,14 @@ def build_program(config: Config, mesh: Mesh) -> TrainProgram:
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh):
-    """(graph, abstract TrainState with shardings): what `create_state` and a restored checkpoint follow."""
+    """Returns (graph, abstract TrainState): the shapes and shardings of a new or restored state."""
     graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
     state = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(params))
     return graph, with_shardings(state, mesh)
 
 
 def with_shardings(tree, mesh: Mesh | AbstractMesh):
-    """The tree's abstract leaves, each with the sharding that the rule table gives its path."""
+    """The tree of abstract leaves, with the shardings that RULES of igpt/sharding.py give to their paths."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -78,7 +78,7 @@ def with_shardings(tree, mesh: Mesh | AbstractMesh):
 
 
 def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A new state on the devices of the mesh; no device holds more than its part."""
+    """Makes a new state on the devices of the mesh. No device ever holds more than its own shards."""
     _, abstract = abstract_state(config, optimizer, mesh)
 
     def create():
@@ -99,9 +99,9 @@ def make_train_step(
     accumulate: int = 1,
     dropout_seed: int | None = None,
 ) -> Callable:
-    """train_step(state, batch) -> (state, metrics), jitted. The old state is donated to the new one.
+    """Returns the jitted train_step(state, batch) -> (state, metrics). It donates the old state.
 
-    `loss` comes from `igpt.loss.make_loss`. The batch is computed in `accumulate` micro-batches, whose gradients are
+    `loss` comes from `igpt.loss.make_loss`. The batch is split into `accumulate` micro-batches, whose gradients are
     averaged. Without a `dropout_seed` there is no dropout.
     """
 
@@ -132,9 +132,9 @@ def make_train_step(
 
 
 def _averaged(loss_and_grads, params, batch, key, accumulate):
-    """The mean of loss_and_grads over micro-batches, one after the other."""
+    """The mean of loss_and_grads over the micro-batches, which run one after the other."""
 
-    def micro_batches(x):  # micro-batch i is rows i, i + A, i + 2A, ...: every device keeps its own rows
+    def micro_batches(x):  # micro-batch i has the rows i, i + A, i + 2A, ..., so that no row changes its device
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
     parts = jax.tree.map(micro_batches, batch)
@@ -152,7 +152,7 @@ def _averaged(loss_and_grads, params, batch, key, accumulate):
 
 
 def make_eval_step(loss: Callable) -> Callable:
-    """eval_step(params, batch) -> (sums of the loss's values over the unmasked examples, number of these), jitted."""
+    """Returns the jitted eval_step(params, batch) -> (sums of losses over examples with mask 1, number of them)."""
 
     def eval_step(params, batch):
         values = loss(params, batch)
@@ -162,7 +162,7 @@ def make_eval_step(loss: Callable) -> Callable:
 
 
 def run_batches(step: Callable, params: Any, batches: Iterable[dict], batch_size: int, mesh: Mesh) -> Iterator[Any]:
-    """Yields step(params, batch) of each host batch, as NumPy arrays. The device works one batch ahead of the host."""
+    """Yields step(params, batch) for each host batch, as NumPy arrays. The device runs one batch ahead of the host."""
     waiting = None
     for batch in batches:
         newest = step(params, to_devices(batch, batch_size, mesh))

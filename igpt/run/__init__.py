@@ -1,1 +1,1 @@
-"""A run and its directory: configuration, checkpoints, journal, and the processes that share it."""
+"""A run and its directory: configuration, checkpoints, journal, and the processes that share the directory."""

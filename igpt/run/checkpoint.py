@@ -2,8 +2,8 @@
 
     WORKDIR/checkpoints/STEP/{params, optimizer, progress, sha256.json}
 
-Parameters and optimizer are separate items: a reader who wants the model never reads the optimizer's moments.
-`progress` holds the rest of what a resumed run must know.
+Parameters and optimizer are separate items, so that a program that needs only the model reads no optimizer moments.
+`progress` holds the results of evaluations that a resumed run needs.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from igpt.state import TrainState
 FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
 REPLACED = "replaced-"
-FILE_BYTES = 64 << 20  # Orbax holds a data file in memory while it writes it; its default of 2 GiB is as large as L
+FILE_BYTES = 64 << 20  # Orbax keeps a data file in memory while it writes the file; Orbax's default is 2 GiB
 
 
 @dataclasses.dataclass
 class Progress:
-    """The last evaluation, the best validation accuracy of fine-tuning, and how many evaluations came after it."""
+    """The last evaluation, fine-tuning's best validation accuracy, and the number of evaluations after the best one."""
 
     evaluated_step: int = 0
     best_step: int = 0
@@ -48,13 +48,13 @@ class Progress:
         return True
 
     def is_over(self, patience: int) -> bool:
-        """Whether the run has ended early: that many evaluations without a better accuracy (0: never)."""
+        """Whether the run ends early, because `patience` evaluations brought no better accuracy. 0 means never."""
         return 0 < patience <= self.evaluations_since
 
 
 @dataclasses.dataclass
 class _KeepBest(preservation_policy.PreservationPolicy):
-    """Keeps the checkpoint of the best step, besides the newest ones."""
+    """Keeps the checkpoint of the best step. Another policy keeps the newest checkpoints."""
 
     progress: Progress
 
@@ -64,14 +64,14 @@ class _KeepBest(preservation_policy.PreservationPolicy):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        return False  # StopSignal polls the runtime, which expects a single caller
+        return False  # only StopSignal may ask JAX's runtime about SIGTERM: it expects a single caller
 
 
 class Checkpoints:
-    """The checkpoints that a run writes. Close them, or use `with`, so that the last save finishes.
+    """Writes the checkpoints of a run. Call `close`, or use `with`, so that the last save finishes.
 
-    The newest `max_to_keep` are kept, and the one of `progress.best_step` at the time of a save. All methods raise
-    StorageError when a save fails, also one that runs in the background.
+    Each save keeps the newest `max_to_keep` checkpoints and the checkpoint of `progress.best_step`. All methods raise
+    StorageError if a save fails, even if the save runs in the background.
     """
 
     def __init__(self, workdir: Path, max_to_keep: int, progress: Progress | None = None):
@@ -81,17 +81,17 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, barrier_sync_fn=self._barrier),
-            cleanup_tmp_directories=True,  # of saves that a kill interrupted
+            cleanup_tmp_directories=True,  # removes files of saves that a kill interrupted
             create=True,
         )
         self._saving = None
         self._manager = _Manager(self.workdir / FOLDER, options=options)
 
     def save(self, state: TrainState, step: int) -> None:
-        """Starts to write the state after `step` updates; returns once it is copied off the devices.
+        """Starts to save the state after `step` updates. Returns when the state is copied from the devices to the host.
 
-        An existing checkpoint of that step, which has an older progress, is replaced. It is kept under another name
-        until the new one is finished.
+        If a checkpoint of this step exists, it has an older progress, and the new checkpoint replaces it. The old
+        checkpoint is kept under another name until the new one is finished.
         """
         with self._storage_errors():
             self._finish()
@@ -111,23 +111,23 @@ class Checkpoints:
         barrier()
         self._manager.reload()
         while not all_processes(step not in self._manager.all_steps()):
-            time.sleep(1)  # a network file system may show the old name for a while
+            time.sleep(1)  # a network file system may list the old name for a while
             self._manager.reload()
 
     def newest(self) -> int | None:
-        """The step of the newest finished checkpoint; waits for one that is being written."""
+        """Waits for the running save. Returns the step of the newest finished checkpoint, or None if there is none."""
         with self._storage_errors():
             self._finish()
         return max(finished_steps(self.workdir), default=None)
 
     def close(self) -> None:
-        """Waits for the save that is running and frees its threads."""
+        """Waits for the running save, then closes Orbax's manager and stops its threads."""
         with self._storage_errors():
             self._finish()
             self._manager.close()
 
     def _finish(self) -> None:
-        """Waits for the save that is running."""
+        """Waits for the running save. Then deletes the checkpoint that it replaced, or renames it back."""
         self._manager.wait_until_finished()
         _settle_replaced(self.workdir)
 
@@ -138,15 +138,15 @@ class Checkpoints:
         self.close()
 
     def _seal(self) -> None:
-        """Adds the digests. Orbax calls it in the background before it gives the directory its final name."""
+        """Writes the digests. Orbax calls this in the background, before it gives the directory its final name."""
         for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
             write_digests(unnamed)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barrier among the processes of a save.
+        """Waits at Orbax's barrier until all processes of a save have called it.
 
-        A process whose background save has failed would wait here for 20 minutes, since the others wait at another
-        barrier. It reports its error and exits instead; the runtime then ends the others.
+        A process whose background save has failed would wait here for 20 minutes, because the other processes wait at
+        another barrier. Therefore it reports its error and exits; JAX's runtime then ends the other processes.
         """
         failed = sys.exception() if threading.current_thread() is not threading.main_thread() else None
         if failed and jax.process_count() > 1:
@@ -158,9 +158,9 @@ class Checkpoints:
     def _storage_errors(self):
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # of a device or another process, not of storage
+        except jax.errors.JaxRuntimeError:  # the error of a device or of another process, not of storage
             raise
-        except Exception as error:  # Orbax, TensorStore and the file system each raise types of their own
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own types
             kept = sorted(int(path.name) for path in (self.workdir / FOLDER).glob("*") if path.name.isdigit())
             raise StorageError(
                 f"the checkpoint of step {self._saving} could not be written to {self.workdir / FOLDER}: "
@@ -171,19 +171,19 @@ class Checkpoints:
 
 
 def _settle_replaced(workdir: Path) -> None:
-    """Keeps one of a replaced checkpoint and its successor: the successor if it is finished, else the old one."""
+    """Deletes each old checkpoint whose replacement is finished. Renames the other old checkpoints back."""
     if not is_first_process():
         return
     for old in workdir.glob(f"{REPLACED}*"):
         new = workdir / FOLDER / old.name.removeprefix(REPLACED)
         if new.exists():
-            shutil.rmtree(old, ignore_errors=True)  # files that cannot be removed now are removed the next time
+            shutil.rmtree(old, ignore_errors=True)  # if some files cannot be removed now, the next call tries again
         else:
             old.rename(new)
 
 
 def finished_steps(workdir: Path) -> list[int]:
-    """The steps of a run's finished checkpoints as this process sees them, oldest first; only reads."""
+    """Lists the steps of a run's finished checkpoints on this process, oldest first. Changes no file."""
     if not (workdir / FOLDER).is_dir():
         return []
     with _reader(workdir) as checkpoints:
@@ -191,7 +191,10 @@ def finished_steps(workdir: Path) -> list[int]:
 
 
 def common_steps(workdir: Path) -> list[int]:
-    """The finished steps as process 0 sees them, for a run that may still be training. Every process must call it."""
+    """Broadcasts the steps of a run's finished checkpoints from process 0. Every process must call this function.
+
+    Without the broadcast, processes could list different steps while the run is still training.
+    """
     steps = np.array(finished_steps(workdir), np.int32)
     count = int(broadcast(len(steps)))
     return np.asarray(broadcast(np.resize(steps, count))).tolist() if count else []
@@ -203,14 +206,14 @@ def _reader(workdir: Path) -> ocp.CheckpointManager:
 
 
 def folder_of(workdir: Path, step: int) -> Path:
-    """The directory of a checkpoint."""
+    """The directory of the checkpoint of a step."""
     return workdir / FOLDER / str(step)
 
 
 def newest_sound_step(workdir: Path) -> int:
-    """The step of the newest undamaged checkpoint, 0 if there has been none. Damaged ones are moved away.
+    """The step of the newest undamaged checkpoint, or 0 if the run has saved no checkpoint yet.
 
-    Raises UserError if all are damaged.
+    Renames newer, damaged checkpoints. Raises UserError if all checkpoints are damaged.
     """
     _settle_replaced(workdir)
     barrier()
@@ -226,7 +229,7 @@ def newest_sound_step(workdir: Path) -> int:
             folder_of(workdir, step).rename(aside)
             print(f"the checkpoint of step {step} is damaged ({reason}): moved to {aside}, resuming from an older one")
         barrier()
-    if steps or broadcast(any(workdir.glob("damaged-*"))):  # found now, or by an earlier start
+    if steps or broadcast(any(workdir.glob("damaged-*"))):  # found damaged now, or at an earlier start
         raise UserError(
             f"every checkpoint of {workdir} is damaged, and was moved to {workdir}/damaged-STEP; restore one from a "
             "copy, or run with --start_over to begin anew"
@@ -235,18 +238,18 @@ def newest_sound_step(workdir: Path) -> int:
 
 
 def save_params(workdir: Path, params: dict, step: int) -> None:
-    """Writes parameters alone: a checkpoint to load or to start from, but not to resume.
+    """Writes a checkpoint of parameters only. A run can load it or start from it, but cannot resume from it.
 
-    Needs little memory besides theirs if they are jax.Arrays; Orbax copies NumPy arrays first.
+    If the parameters are jax.Arrays, this needs little extra memory. Orbax copies NumPy arrays before it writes them.
     """
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)  # no second copy in memory
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)  # avoids a copy in memory
     with ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options) as checkpoints:
         item = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
         checkpoints.save(step, args=ocp.args.Composite(params=item))
 
 
 def progress_at(workdir: Path, step: int) -> Progress | None:
-    """The progress that a checkpoint holds; None for a checkpoint of weights alone."""
+    """The progress in a checkpoint, or None if the checkpoint has parameters only."""
     if not exists(folder_of(workdir, step) / "progress"):
         return None
     with _reader(workdir) as checkpoints:
@@ -254,11 +257,11 @@ def progress_at(workdir: Path, step: int) -> Progress | None:
 
 
 def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
-    """The state after `step` updates, onto the shardings of `abstract`, whatever mesh wrote it."""
+    """Restores the state after `step` updates with the shardings of `abstract`. Any mesh may have saved the state."""
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
-        # Partial: earlier versions also saved the last 128 losses.
+        # The restore is partial, because earlier versions of igpt also saved the last 128 losses.
         optimizer=ocp.args.PyTreeRestore(
             optimizer, ocp.checkpoint_utils.construct_restore_args(optimizer), partial_restore=True
         ),
@@ -268,9 +271,9 @@ def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
 
 
 def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
-    """The parameters alone, and their step: `step`, or the best step of a fine-tuning run, or the newest of any other.
+    """Restores only the parameters; returns them and their step. Default: fine-tuning's best step, else the newest.
 
-    Raises UserError for a missing or damaged checkpoint.
+    Raises UserError if the checkpoint is missing or damaged.
     """
     steps = common_steps(workdir)
     if not steps:
@@ -289,7 +292,7 @@ def _restored(workdir: Path, step: int, items):
     with _reader(workdir) as checkpoints:
         try:
             return checkpoints.restore(step, args=items)
-        except Exception as error:  # damage was excluded by the digests: mostly this is another tree of arrays
+        except Exception as error:  # the digests exclude damage; usually the network has other arrays
             raise UserError(
                 f"the checkpoint of step {step} of {workdir} does not fit this network: {first_line(error)[:300]}. It "
                 "may come from another version of igpt; another run can still start from its weights with init_from"

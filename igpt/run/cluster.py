@@ -1,11 +1,11 @@
-"""Several processes, one program: every host starts the same command, and they find each other here.
+"""Connects the processes of a run. Every host starts the same command.
 
     python train.py ... --coordinator=host0:12345 --processes=4 --process=I
 
-No flag is needed on Cloud TPU, under SLURM's srun, in Kubernetes' indexed jobs or under Open MPI's mpirun: there JAX
-reads the environment. A roll call (roll_call.py) comes before jax.distributed.initialize, which aborts the process
-without naming the missing host. The collectives below do nothing if there is one process; otherwise every process must
-call them, in the same order.
+Cloud TPU, SLURM's srun, Kubernetes' indexed jobs and Open MPI's mpirun need no flag, because JAX reads the environment.
+If a host is missing, jax.distributed.initialize aborts the process without naming the host. Therefore a roll call
+(roll_call.py) comes first. The collectives below communicate only if there are several processes. Every process must
+then call them, in the same order.
 """
 
 import os
@@ -28,7 +28,7 @@ PROCESS_FLAGS = {
 
 
 class ProcessPlace(NamedTuple):
-    """The place of this process among all."""
+    """The address of process 0, the number of processes, and this process's index and local devices."""
 
     coordinator: str
     processes: int
@@ -44,15 +44,15 @@ def add_process_arguments(parser) -> None:
 
 
 def join_from(args, saves_at_sigterm: bool = False) -> None:
-    """`join` with the values of the flags that `add_process_arguments` added."""
+    """Calls `join` with the values of the flags that `add_process_arguments` added."""
     join(*(getattr(args, name) for name in PROCESS_FLAGS), saves_at_sigterm=saves_at_sigterm)
 
 
 def join(coordinator=None, processes=None, process=None, join_timeout=None, saves_at_sigterm: bool = False) -> None:
-    """Connects this process with the others; does nothing if there are none. Call it before any other use of JAX.
+    """Connects this process with the other processes of a run, if there are any. Call it before any other use of JAX.
 
-    The first four may be strings. `saves_at_sigterm`: the command polls a StopSignal; without it SIGTERM ends the
-    process as usual. Raises UserError for impossible values, MissingProcessError if a process does not arrive.
+    The first four arguments may be strings. Set `saves_at_sigterm` if the command polls a StopSignal; otherwise SIGTERM
+    ends the process. Raises UserError for an impossible value, and MissingProcessError if a process does not connect.
     """
     timeout = _number("join_timeout", join_timeout, 1, 86400) if join_timeout else 300
     place = named(coordinator, processes, process) if coordinator or processes or process else detected(timeout)
@@ -60,7 +60,7 @@ def join(coordinator=None, processes=None, process=None, join_timeout=None, save
         return
     roll_call(place.coordinator, place.process, place.processes, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", saves_at_sigterm)  # the service would catch SIGTERM
+    jax.config.update("jax_enable_preemption_service", saves_at_sigterm)  # this service catches SIGTERM
     jax.distributed.initialize(
         place.coordinator,
         place.processes,
@@ -72,7 +72,7 @@ def join(coordinator=None, processes=None, process=None, join_timeout=None, save
 
 
 def named(coordinator, processes, process) -> ProcessPlace | None:
-    """The place that the flags name; None for a single process."""
+    """Returns the ProcessPlace that the flags describe, or None if there is a single process."""
     if not processes:
         raise UserError("--coordinator and --process need --processes, the number of all processes")
     count = _number("processes", processes, 1, 1 << 20)
@@ -95,14 +95,14 @@ def _number(name: str, value, low: int, high: int) -> int:
 
 
 def detected(timeout: int) -> ProcessPlace | None:
-    """The place that the environment gives this process, as JAX reads it; None if there is only one process."""
-    # Private, but the only list of clusters that JAX knows; jax.distributed.initialize reads the same one.
+    """Returns the ProcessPlace that JAX reads from the environment, or None if there is a single process."""
+    # This class is private to JAX, but only it lists the clusters that JAX knows; jax.distributed.initialize uses it.
     from jax._src.clusters import ClusterEnv
 
     signs, slurm_tasks = _signs_of_others(), os.environ.get("SLURM_STEP_NUM_TASKS")
     in_step = "SLURM_STEP_NODELIST" in os.environ and slurm_tasks != "1"
     if not (signs or in_step) and (slurm_tasks or "KUBERNETES_SERVICE_HOST" in os.environ):
-        return None  # a shell in an allocation, or a single pod: JAX would take either for a cluster
+        return None  # JAX would mistake a shell in an allocation, or a single pod, for a cluster
     devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(
@@ -113,7 +113,7 @@ def detected(timeout: int) -> ProcessPlace | None:
             None,
             timeout,
         )
-    except Exception as error:  # a scheduler's variables, metadata server or API can fail in any way
+    except Exception as error:  # a scheduler's variables, metadata server or API can raise any error
         raise UserError(
             f"this environment looks like a cluster, but does not say which process this is ({error}); give "
             "--coordinator, --processes and --process, or --processes=1"
@@ -130,7 +130,7 @@ def detected(timeout: int) -> ProcessPlace | None:
 
 
 def _signs_of_others() -> list[str]:
-    """The environment variables that mean several processes, whether or not JAX understands them."""
+    """The environment variables that show that there are several processes, even if JAX does not read them."""
     says = {
         "OMPI_COMM_WORLD_SIZE": lambda count: count != "1",
         "PMI_SIZE": lambda count: count != "1",
@@ -153,7 +153,7 @@ def is_first_process() -> bool:
 
 
 def broadcast(values):
-    """The numbers of process 0, on every process."""
+    """Returns the numbers that process 0 passes, on every process."""
     if jax.process_count() == 1:
         return values
     from jax.experimental import multihost_utils
@@ -162,7 +162,7 @@ def broadcast(values):
 
 
 def all_processes(true: bool) -> bool:
-    """Whether the statement is true on every process."""
+    """Returns whether the argument is True on every process."""
     if jax.process_count() == 1:
         return true
     from jax.experimental import multihost_utils
@@ -176,12 +176,12 @@ def barrier() -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether process 0 sees this path, on every process."""
+    """Returns, on every process, whether this path exists on process 0."""
     return bool(broadcast(path.exists()))
 
 
 def check_seen(path: Path) -> None:
-    """Raises UserError unless every process sees this path."""
+    """Raises UserError if this path does not exist on every process."""
     if not all_processes(path.exists()):
         raise UserError(
             f"process 0 sees {path}, but not every process does; give a --workdir that all hosts share, on a network "
@@ -190,7 +190,7 @@ def check_seen(path: Path) -> None:
 
 
 def check_shared(workdir: Path) -> None:
-    """Raises UserError unless every process sees a file that process 0 has just written into the workdir."""
+    """Raises UserError unless every process sees a new file that process 0 writes into the workdir."""
     if jax.process_count() == 1:
         return
     mark = workdir / f".seen-by-all-{int(broadcast(np.int32(secrets.randbits(31))))}"

@@ -1,6 +1,6 @@
-"""SHA-256 digests of a checkpoint's files: how a damaged checkpoint is recognised before it is read.
+"""SHA-256 digests of a checkpoint's files. They show whether a checkpoint is damaged, before it is restored.
 
-The digests are written when all files of a checkpoint are complete and only its final name is missing.
+The digests are written when all files of the checkpoint are complete, before its directory gets its final name.
 """
 
 import hashlib
@@ -17,25 +17,25 @@ DIGESTS = "sha256.json"
 
 
 def write_digests(folder: Path) -> None:
-    """Adds the digests of all files to the folder of a checkpoint."""
+    """Computes the digests of all files of a checkpoint and writes them into its folder."""
     files = _files(folder)
-    with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter's lock
+    with ThreadPoolExecutor() as threads:  # threads help, because hashlib releases the interpreter's lock
         digests = dict(zip(files, threads.map(_digest, files), strict=True))
     by_name = {str(path.relative_to(folder)): digest for path, digest in digests.items()}
     (folder / DIGESTS).write_text(json.dumps(by_name, indent=0))
 
 
 def damage(folder: Path, item: str = "") -> str:
-    """What is wrong with the files of a checkpoint, or of one item of it; "" if nothing is.
+    """Describes the damage to the files of a checkpoint, or of one item of it. Returns "" if there is no damage.
 
-    Each process reads a share of the files; every process must call this. A checkpoint of weights alone has no digests;
-    any other checkpoint without them was being removed. Raises StorageError for a file that cannot be read at the
-    moment, or not by every process: that is no damage.
+    Every process must call this function, and reads a share of the files. A checkpoint of parameters only has no
+    digests; any other checkpoint without digests is damaged, because its removal was interrupted. Raises StorageError
+    if a file cannot be read now, or not by every process: then the checkpoint itself may be undamaged.
     """
     found = _flaw(folder, item, jax.process_index(), jax.process_count())
     if all_processes(not found):
         return ""
-    if jax.process_count() > 1:  # a file that only another host misses is that host's problem
+    if jax.process_count() > 1:  # if process 0 finds no damage, the storage of another host is at fault
         whole = _flaw(folder, item) if is_first_process() else ""
         if not broadcast(bool(whole)):
             raise StorageError(
@@ -47,7 +47,7 @@ def damage(folder: Path, item: str = "") -> str:
 
 
 def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
-    """The first flaw among every `every`-th file; "" if there is none."""
+    """Checks files number first, first + every, ... Returns a description of the first damage, or ""."""
     try:
         digests = json.loads((folder / DIGESTS).read_text())
         for name in sorted(name for name in digests if name.startswith(item))[first::every]:
@@ -68,7 +68,7 @@ def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of the checkpoint's items. Orbax's own notes beside them may still change."""
+    """The files of the checkpoint's items. Orbax's metadata files beside the items may still change."""
     return sorted(path for path in folder.glob("*/**/*") if path.is_file())
 
 

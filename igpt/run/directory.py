@@ -1,8 +1,8 @@
-"""A run's directory: is the run fresh or resumed, where does it stand, and what does it write.
+"""A run's directory: whether the run is fresh or resumed, its progress, and the files that it writes.
 
     WORKDIR/config.json, palette.npy, checkpoints/STEP/, metrics.jsonl, events.*, samples/, finetune.json
 
-Whatever several processes must agree on is decided here; process 0 alone writes.
+Decisions that must be the same on all processes are made here. Only process 0 writes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from igpt.run import checkpoint
 from igpt.run.cluster import barrier, broadcast, check_seen, check_shared, exists, is_first_process
 from igpt.state import TrainProgram, TrainState
 
-# Fields that change how a run is carried out, not what it computes: they may differ when it is resumed.
+# Fields that may change when a run is resumed: they affect how it is carried out, not what a training step computes.
 FREE_ON_RESUME = (
     *("data.data_dir", "data.on_unreadable", "data.threads"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.dcn_data", "mesh.cpu_devices"),
@@ -28,9 +28,9 @@ FREE_ON_RESUME = (
 
 
 class RunDirectory:
-    """The directory of one run, and the run's progress. Creating the object writes nothing.
+    """The directory of one run, and the run's progress. The constructor writes no file.
 
-    Raises UserError for a workdir that cannot be written, that holds a run of another configuration, or checkpoints
+    Raises UserError if the workdir cannot be written, holds a run with another configuration, or holds checkpoints
     without a config.json.
     """
 
@@ -47,14 +47,14 @@ class RunDirectory:
         self.first_step, self.progress = 0, checkpoint.Progress()
 
     def palette(self) -> Palette | None:
-        """The palette of the run that is resumed; None for a fresh run."""
+        """The palette of the resumed run, or None for a fresh run."""
         path = self.path / "palette.npy"
         return Palette.load(path) if self.is_resumed and path.exists() else None
 
     def restore(self, program: TrainProgram) -> TrainState | None:
-        """The state of the newest sound checkpoint, with `first_step` and `progress` set; None if there is none.
+        """Restores the newest undamaged checkpoint; sets `first_step` and `progress`. Returns None if none exists.
 
-        Damaged checkpoints are moved away. Raises UserError if all are damaged, or of another network.
+        Renames damaged checkpoints. Raises UserError if all checkpoints are damaged, or if they do not fit the network.
         """
         self.first_step = checkpoint.newest_sound_step(self.path) if self.is_resumed else 0
         if not self.first_step:
@@ -66,13 +66,13 @@ class RunDirectory:
 
     @property
     def evaluation_is_missing(self) -> bool:
-        """Whether the run stopped after a step was saved and before its evaluation was complete."""
+        """Whether the run stopped after it saved a step, but before it finished the evaluation of that step."""
         train = self.config.train
         return self.progress.evaluated_step < self.first_step and train.is_due(self.first_step, train.eval_every)
 
     @property
     def has_ended_early(self) -> bool:
-        """Whether `train.patience` evaluations in a row brought no better accuracy."""
+        """Whether the last `train.patience` evaluations brought no better accuracy."""
         return self.progress.is_over(self.config.train.patience)
 
     @property
@@ -82,8 +82,8 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def opened(self, palette: Palette) -> Iterator[checkpoint.Checkpoints]:
-        """Writes configuration and palette, and gives the checkpoints to save to. Raises StorageError."""
-        barrier()  # no process is still reading what will be set aside
+        """Writes configuration and palette, and yields the run's Checkpoints. Raises StorageError if a write fails."""
+        barrier()  # process 0 renames an old run only after all processes have read it
         with storage_errors(self.path):
             if is_first_process():
                 if self.start_over:
@@ -94,22 +94,22 @@ class RunDirectory:
                 save_config(self.config, self.path)
                 palette.save(self.path / "palette.npy")
                 if self.last_step > self.first_step or self.evaluation_is_missing:
-                    (self.path / "finetune.json").unlink(missing_ok=True)  # the result of an earlier end
+                    (self.path / "finetune.json").unlink(missing_ok=True)  # the old result is out of date
             barrier()
-            # On exit it waits for the checkpoint that is being written.
+            # At the end of the block, Checkpoints waits for the running save.
             with checkpoint.Checkpoints(self.path, self.config.train.max_to_keep, self.progress) as checkpoints:
                 yield checkpoints
 
     def same_palette(self, palette: Palette) -> Palette:
-        """The palette of process 0, on every process: k-means on another machine may differ in a last bit."""
+        """Broadcasts process 0's palette, because k-means on another machine may differ in the last bit."""
         return Palette(broadcast(palette.centers))
 
 
 def set_aside(workdir: Path) -> None:
-    """Renames an earlier run to WORKDIR.old-N, so that starting over loses nothing."""
+    """Renames the directory of an earlier run to WORKDIR.old-N, so that --start_over deletes nothing."""
     if not (workdir.is_dir() and any(workdir.iterdir())):
         return
-    workdir = workdir.absolute()  # "." has no name to extend
+    workdir = workdir.absolute()  # the path "." has no name to extend
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1
@@ -118,26 +118,26 @@ def set_aside(workdir: Path) -> None:
 
 
 def save_config(config: Config, workdir: Path) -> None:
-    """Writes workdir/config.json, complete or not at all."""
+    """Writes workdir/config.json completely or not at all."""
     write_json(workdir / "config.json", config.to_dict(), indent=2)
 
 
 def load_config(workdir: Path) -> Config:
-    """The configuration in workdir/config.json. Raises UserError if it is missing, damaged or not of igpt."""
+    """Reads workdir/config.json. Raises UserError if it is missing, damaged or no configuration of igpt."""
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is not a run directory: it has no config.json")
     content = read_json(path)
     try:
         if isinstance(content.get("optim"), dict) and not content["optim"].get("spike_sigma"):
-            content["optim"].pop("spike_sigma", None)  # a field of earlier runs, unused where it was 0
+            content["optim"].pop("spike_sigma", None)  # earlier versions had this field; 0 turned it off
         return Config.of(content)
     except UserError as error:
         raise UserError(f"{path} is damaged, or of another version of igpt: {error}") from None
 
 
 def check_resumable(config: Config, workdir: Path) -> None:
-    """Raises UserError if `workdir` holds a run of another configuration, and names every field that differs."""
+    """Raises UserError, which names every differing field, if `workdir` holds a run with another configuration."""
     there, here = load_config(workdir).flat(), config.flat()
     differing = [
         f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here"

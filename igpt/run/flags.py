@@ -1,4 +1,4 @@
-"""Command lines that name a config file: `--config=FILE --config.a.b=value` beside a script's own flags."""
+"""Parses command lines with a config file: `--config=FILE --config.a.b=value` together with a script's own flags."""
 
 import argparse
 import difflib
@@ -13,9 +13,9 @@ from igpt.errors import UserError
 
 
 def parse_with_config(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of `parser`, and `config`: the ConfigDict of the file that --config names, with its overrides.
+    """Parses the flags of `parser`. The result's `config` is the ConfigDict of the config file, with all overrides.
 
-    Raises UserError for a missing or broken file, an unknown field, and a value of another type than the field's.
+    Raises UserError for a missing or broken file, an unknown flag or field, and a value of the wrong type.
     """
     group = parser.add_argument_group("configuration")
     group.add_argument("--config", help="a Python file with get_config(); --config.a.b=value sets one of its fields")
@@ -33,9 +33,9 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None) -> argparse
 
 
 def _read(file: str, overrides: list[str]) -> ConfigDict:
-    """The config of a file with its overrides; whatever absl and ml_collections raise becomes a UserError."""
+    """Reads a config file and applies the overrides. Raises UserError for any error of absl and ml_collections."""
     if (root := str(Path(file.partition(":")[0]).absolute().parents[1])) not in sys.path:
-        sys.path.append(root)  # configs/digits.py imports configs.base
+        sys.path.append(root)  # so that configs/digits.py can import configs.base
     words = [f"--config={file}", *overrides]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
@@ -45,8 +45,8 @@ def _read(file: str, overrides: list[str]) -> ConfigDict:
         stray = values(["igpt", *words])[1:]
         config = holder.value
         if not isinstance(config, ConfigDict):
-            config.seed  # noqa: B018 - a config file that failed to load raises its own error when it is read
-    except OSError as error:  # its message says which file was looked for, on its own last line
+            config.seed  # noqa: B018 - if the config file failed to load, reading a field raises its error
+    except OSError as error:  # the last line of the message names the missing file
         raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")

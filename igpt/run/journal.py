@@ -1,6 +1,6 @@
-"""A run's journal: JSON lines and TensorBoard on disk, a progress bar on the terminal, speed, and bad steps.
+"""A run's journal. It writes JSON lines and TensorBoard events, shows progress and speed, and detects bad steps.
 
-Names are `split/name`. Of several processes only process 0 writes.
+Metrics are named `split/name`. If there are several processes, only process 0 writes.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from igpt.run.checkpoint import Checkpoints
 from igpt.run.cluster import is_first_process
 from igpt.run.directory import RunDirectory
 
-FLUSH_SECONDS = 30  # TensorBoard may be so far behind
-MAX_SKIPPED = 20  # bad steps in a row, after which training ends
+FLUSH_SECONDS = 30  # how often TensorBoard events are flushed to disk
+MAX_SKIPPED = 20  # training ends after so many bad steps in a row
 
 
 class Journal:
-    """Records every step of a run. The metrics of a step are read when the next step runs: the device never waits.
+    """Records every step of a run. It reads a step's metrics while the next step runs, so that the device never waits.
 
-    `skipped`: the number of bad steps in the state that the run starts from.
+    `skipped` is the number of bad steps that the starting state has already counted.
     """
 
     def __init__(self, run: RunDirectory, checkpoints: Checkpoints, model: ModelConfig, source: Source, skipped: int):
@@ -45,7 +45,7 @@ class Journal:
         self.speed = Speed(model, config.train.batch_size)
         shown = dict(unit="step", dynamic_ncols=True, disable=not is_first_process())
         self.bar = tqdm(total=config.train.steps, initial=run.first_step, **shown)
-        self._unread = None  # (step, metrics) of the newest step
+        self._unread = None  # (step, metrics) of the newest step, whose metrics are not read yet
 
     def __enter__(self):
         return self
@@ -55,12 +55,12 @@ class Journal:
         self.writer.close()
 
     def add(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step that was just dispatched, and reads those of the step before."""
+        """Stores the metrics of the step that was just dispatched, and records the metrics of the previous step."""
         self.settle()
         self._unread = step, metrics
 
     def settle(self) -> None:
-        """Reads the metrics of the newest step, and waits for them. Raises NonFiniteError for a bad step."""
+        """Waits for the metrics of the newest step and records them. Raises NonFiniteError if training must end."""
         if self._unread is not None:
             (step, metrics), self._unread = self._unread, None
             self._record(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
@@ -69,7 +69,7 @@ class Journal:
         is_bad = self._check(step, metrics)
         self.bar.update(step - self.bar.n)
         if step == self.first_step + 1:
-            self.speed.restart(step)  # the first step waited for the compiler
+            self.speed.restart(step)  # the first step includes the time of compilation
             self.print(f"step {step}: train/loss {metrics['train/loss']:.4f}")
         if is_bad or step % self.train.log_every == 0 or step in (self.first_step + 1, self.train.steps):
             metrics |= self.speed.read(step)
@@ -80,7 +80,7 @@ class Journal:
             self.bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
 
     def _check(self, step: int, metrics: dict) -> bool:
-        """Whether the optimizer skipped this step. Raises NonFiniteError if training ends here."""
+        """Returns whether the optimizer skipped this step. Raises NonFiniteError if training must end."""
         is_bad = metrics["train/skipped"] > self.skipped
         self.skipped = int(metrics["train/skipped"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_bad else 0
@@ -104,16 +104,16 @@ class Journal:
         )
 
     def evaluated(self, step: int, metrics: dict) -> None:
-        """Records an evaluation."""
+        """Writes and prints the metrics of an evaluation."""
         self.writer.write(step, metrics)
         self.print(f"step {step}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
 
     def sampled(self, step: int, picture) -> None:
-        """Records a grid of samples, uint8 [H, W, 3]."""
+        """Writes a grid of samples, uint8 [H, W, 3]."""
         self.writer.write_samples(step, picture)
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out of the speed what was done since the last step: evaluating, sampling, saving."""
+        """Restarts the clock, so that the speed does not include the time of evaluating, sampling and saving."""
         self.speed.restart(step)
 
     def print(self, text: str) -> None:
@@ -128,7 +128,7 @@ class Speed:
     def __init__(self, config: ModelConfig, batch_size: int):
         self.flops, self.batch_size = train_flops_per_image(config), batch_size
         device = jax.devices()[0].device_kind
-        # The longest name first: "TPU v5 lite" also begins with "TPU v5".
+        # Longer names come first, because "TPU v5 lite" also begins with "TPU v5".
         known = [name for name in sorted(PEAK_FLOPS, key=len, reverse=True) if device.startswith(name)]
         self.peak = PEAK_FLOPS[known[0]] * jax.device_count() if known and config.dtype != "float32" else None
         self.restart(0)
@@ -138,7 +138,7 @@ class Speed:
         self.step, self.time = step, time.perf_counter()
 
     def read(self, step: int) -> dict:
-        """perf/... of the steps since the last reading or restart; empty if there were none."""
+        """The metrics perf/... of the steps since the last reading or restart. Empty if there were no steps."""
         if step == self.step:
             return {}
         rate = (step - self.step) * self.batch_size / (time.perf_counter() - self.time)
@@ -148,24 +148,24 @@ class Speed:
 
 
 class Writer:
-    """metrics.jsonl (one record a line), TensorBoard events and sample grids; does nothing except on process 0."""
+    """Writes metrics.jsonl (one record per line), TensorBoard events and sample grids. Only process 0 writes."""
 
     def __init__(self, workdir: Path, first_step: int, evaluation_is_missing: bool = False):
-        """For a run that starts after `first_step`, whose evaluation may still be missing."""
+        """Drops old records of steps after `first_step`, and its old evaluation if `evaluation_is_missing`."""
         self.active = is_first_process()
         if not self.active:
             return
         path = workdir / "metrics.jsonl"
         _drop_records_after(path, first_step, evaluation_is_missing)
         self.lines = path.open("a")
-        # Events are written in this thread: the thread of tensorboardX's SummaryWriter dies silently on a full disk.
+        # This thread writes the events: the thread of tensorboardX's SummaryWriter would fail silently on a full disk.
         self.events = EventsWriter(str(workdir / "events"))
-        self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later old events
+        self._write_event(first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides outdated events
         self.flush_at = 0.0
         self.samples = workdir / "samples"
 
     def write(self, step: int, values: dict) -> None:
-        """Writes the numbers of one step; the JSON line is on disk when this returns."""
+        """Writes the metrics of one step. It flushes the JSON line before it returns."""
         if not self.active:
             return
         values = {name: float(value) for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
@@ -186,7 +186,7 @@ class Writer:
         self._flush()
 
     def close(self) -> None:
-        """Closes the files. A full disk was reported when it was first met."""
+        """Closes the files. It ignores OSError, because an earlier write has already reported a full disk."""
         if self.active:
             for file in (self.lines, self.events):
                 with contextlib.suppress(OSError):
@@ -197,7 +197,7 @@ class Writer:
 
     def _flush(self) -> None:
         self.events.flush()
-        os.fsync(self.lines.fileno())  # a mounted bucket keeps only what was synced or closed
+        os.fsync(self.lines.fileno())  # a mounted bucket stores a file only when it is synced or closed
         self.flush_at = time.monotonic() + FLUSH_SECONDS
 
 
@@ -207,7 +207,7 @@ def _drop_records_after(path: Path, step: int, evaluation_is_missing: bool) -> N
         return
     kept = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # a line that the kill interrupted
+        with contextlib.suppress(ValueError, KeyError):  # skips a line that the kill cut off
             record = json.loads(line)
             if record["step"] < step + 1 - (evaluation_is_missing and "eval/loss" in record):
                 kept.append(line + "\n")

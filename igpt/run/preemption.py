@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers and clouds send before they take a machine away: noticed at once, obeyed between steps."""
+"""Stops a run between two steps after SIGTERM, which schedulers and clouds send before they take a machine away."""
 
 import signal
 import threading
@@ -10,17 +10,17 @@ from igpt.errors import PREEMPTED, UserError
 
 
 class PreemptedError(UserError):
-    """A run was asked to stop. It is saved and can be resumed."""
+    """A run stopped because of SIGTERM. The run is saved and can be resumed."""
 
     exit_code = PREEMPTED
     label = "stopped"
 
 
 class StopSignal:
-    """Within `with`, the first SIGTERM makes `requested()` true; a second one ends the process.
+    """Inside `with`, the first SIGTERM makes `requested()` return True. A second SIGTERM ends the process.
 
-    Of several processes, one signal to any of them is enough. JAX's runtime receives it and chooses a later call of
-    `requested()` at which all processes return true; so all must call it equally often.
+    With several processes, a signal to one of them is enough. JAX's runtime receives it and chooses a later call of
+    `requested()`, which returns True on all processes. Therefore all processes must call `requested()` equally often.
     """
 
     def __enter__(self):

@@ -1,4 +1,4 @@
-"""A few steps of a run, recorded by JAX's profiler for TensorBoard or XProf."""
+"""Records a few steps of a run with JAX's profiler, for TensorBoard or XProf."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Profile:
-    """Records the steps `first`, first + 1 and first + 2 into WORKDIR/profile with JAX's profiler; 0 records none."""
+    """Records the steps first, first + 1 and first + 2 into WORKDIR/profile. If `first` is 0, it records no step."""
 
     STEPS = 3
 

@@ -1,7 +1,7 @@
-"""The roll call before jax.distributed starts: all processes arrive, or each one learns which are missing.
+"""The roll call before jax.distributed starts. If processes are missing, every process raises an error that lists them.
 
-Process 0 listens on the port that JAX's coordinator takes over afterwards. Every other process connects, sends
-"igpt INDEX COUNT" and waits for the verdict: "all", or the text of the error.
+Process 0 listens on the port that JAX's coordinator uses afterwards. Every other process connects to process 0, sends
+"igpt INDEX COUNT" and waits for its answer, the verdict: the word "all" or the text of an error.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ import time
 
 from igpt.errors import MissingProcessError
 
-GRACE = 10.0  # more seconds that others wait for the verdict: process 0 may have started later
-MAX_MESSAGE = 1 << 16  # bytes
+GRACE = 10.0  # other processes wait so many seconds longer than process 0, which may start later
+MAX_MESSAGE = 1 << 16  # bytes of a message
 
 
 def roll_call(coordinator: str, process: int, processes: int, timeout: float) -> None:
-    """Returns once all processes have arrived. Raises MissingProcessError after `timeout` seconds, with their count."""
+    """Returns when all processes have connected. Raises MissingProcessError if some are missing after `timeout` s."""
     deadline = time.monotonic() + timeout
     if process == 0:
         _call(coordinator, processes, deadline, timeout)
@@ -25,7 +25,7 @@ def roll_call(coordinator: str, process: int, processes: int, timeout: float) ->
 
 
 def _call(coordinator: str, processes: int, deadline: float, timeout: float) -> None:
-    """Process 0: collects one connection from every other process, then sends the verdict to all."""
+    """Runs on process 0. Accepts a connection from every other process, then sends the same verdict to each of them."""
     present: dict[int, socket.socket] = {}
     verdict = ""
     with _listen(coordinator, processes) as listener:
@@ -42,9 +42,9 @@ def _call(coordinator: str, processes: int, deadline: float, timeout: float) -> 
                 continue
             claim = re.fullmatch(r"igpt (\d{1,9}) (\d{1,9})", _read(peer, 5.0))
             if not claim:
-                peer.close()  # another program's connection
+                peer.close()  # the connection comes from another program
                 continue
-            present = _connected(present)  # drops a process that was started again
+            present = _connected(present)  # a process that was started again has closed its old connection
             verdict = _contradiction(present, int(claim[1]), int(claim[2]), processes)
             present[-1 if verdict else int(claim[1])] = peer
         for peer in present.values():
@@ -77,7 +77,7 @@ def _missing(coordinator: str, present: dict, processes: int, timeout: float) ->
 
 
 def _contradiction(present: dict, process: int, claimed: int, processes: int) -> str:
-    """The verdict on a process that cannot belong to this run; "" if it can."""
+    """The text of an error if a process cannot belong to this run, else ""."""
     if claimed == processes and 0 < process < processes and process not in present:
         return ""
     return (
@@ -87,7 +87,7 @@ def _contradiction(present: dict, process: int, claimed: int, processes: int) ->
 
 
 def _answer(coordinator: str, process: int, processes: int, deadline: float, timeout: float) -> None:
-    """Any other process: connects until process 0 listens, sends its index and waits for the verdict."""
+    """Runs on all other processes. Tries to connect until process 0 listens, sends its index, waits for the answer."""
     host, _, port = coordinator.rpartition(":")
     reason = "no address"
     while time.monotonic() < deadline:
@@ -110,7 +110,7 @@ def _answer(coordinator: str, process: int, processes: int, deadline: float, tim
 
 
 def _connected(present: dict[int, socket.socket]) -> dict[int, socket.socket]:
-    """The processes that still wait; the connections of those that gave up or died are closed."""
+    """Returns the processes that still wait. Closes the connections of processes that gave up or died."""
     gone = [process for process, peer in present.items() if _is_closed(peer)]
     for process in gone:
         present[process].close()
@@ -118,7 +118,7 @@ def _connected(present: dict[int, socket.socket]) -> dict[int, socket.socket]:
 
 
 def _is_closed(peer: socket.socket) -> bool:
-    """Whether the other end, which sends nothing while it waits, has closed the connection."""
+    """Whether the other process has closed the connection. A process that waits sends nothing."""
     peer.setblocking(False)
     try:
         return not peer.recv(1)
@@ -129,13 +129,13 @@ def _is_closed(peer: socket.socket) -> bool:
 
 
 def _send(peer: socket.socket, text: str) -> None:
-    with contextlib.suppress(OSError):  # it has gone, and reports its own error
+    with contextlib.suppress(OSError):  # the other process has exited, and reports its own error
         peer.settimeout(5.0)
         peer.sendall(text.encode()[: MAX_MESSAGE - 1] + b"\n")
 
 
 def _read(peer: socket.socket, seconds: float) -> str:
-    """One line, or the part of it that arrives in that time."""
+    """Reads one line, or the part of the line that arrives within `seconds`."""
     data, deadline = b"", time.monotonic() + seconds
     with contextlib.suppress(OSError):
         while not data.endswith(b"\n") and len(data) < MAX_MESSAGE:

@@ -1,4 +1,4 @@
-"""What train.py prints: before a run, what is about to happen; after it, the result and the next commands."""
+"""The texts that train.py prints: a description of the run before it, the result and the next commands after it."""
 
 import jax
 import numpy as np
@@ -14,11 +14,11 @@ from igpt.run.directory import RunDirectory
 
 
 def describe(workdir, origin: str, config: Config, model: ModelConfig, state, mesh, source: Source, palette: Palette):
-    """Prints what is about to run, with everything that was chosen automatically. Only process 0 prints."""
+    """Prints a description of the run, with all values that were chosen automatically. Only process 0 prints."""
     if not is_first_process():
         return
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # decoding files takes longer
+    images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # fewer, because files must be decoded
     tokens = palette.encode(source.train.images[:images])
     marginal = marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -39,14 +39,14 @@ def describe(workdir, origin: str, config: Config, model: ModelConfig, state, me
 
 
 def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
-    """What the loss consists of."""
+    """Describes the parts of the loss and their weights in words."""
     pixels = "the next pixel" if model.causal else f"{objective.drop_rate:.0%} of the pixels, dropped (BERT)"
     parts = ((objective.generative, pixels), (objective.classification, f"{model.num_classes} classes"))
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
 def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, unreadable: list[str]) -> None:
-    """Prints the result, and the commands that usually come next. Only process 0 prints."""
+    """Prints the result and the commands that usually follow. Only process 0 prints."""
     if not is_first_process():
         return
     config, workdir = run.config, run.path
