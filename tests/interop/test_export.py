@@ -14,7 +14,6 @@ from igpt.errors import UserError
 from igpt.interop import weight_files
 from igpt.interop.export import ORIGIN, export
 from igpt.interop.import_run import import_directory
-from igpt.palette import Palette
 from tests.helpers import (
     HF_CLASSES,
     HF_CLUSTERS,
@@ -32,28 +31,8 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (3, *HF_IMAGE_SIZE, 3), np.ui
 
 
 @pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    """A causal model of transformers with its processor; tests must not change it."""
-    return save_hf_model(tmp_path_factory.mktemp("hf"), hf_model())
-
-
-@pytest.fixture(scope="module")
 def imported(hf, tmp_path_factory):
     return import_directory(hf, tmp_path_factory.mktemp("runs") / "imported")
-
-
-@pytest.fixture
-def copied(hf, tmp_path):
-    """A copy of the directory `hf`, which a test may change."""
-    folder = tmp_path / "copied"
-    folder.mkdir()
-    for file in FILES:
-        (folder / file).write_bytes((hf / file).read_bytes())
-    return folder
-
-
-def change(path, **settings):
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def assert_same_files(one, other, files=FILES):
@@ -70,11 +49,12 @@ def test_a_directory_of_transformers_comes_back_byte_for_byte(tmp_path, head, dt
     assert not [path for path in tmp_path.rglob("*partial*")]
 
 
-def test_the_dtype_in_the_config_does_not_round_the_tensors(copied, tmp_path):
-    change(copied / "config.json", dtype="float16")
-    run = import_directory(copied, tmp_path / "run")
-    assert_same_files(copied, export(run, tmp_path / "back"), ["model.safetensors"])
-    assert_same_files(copied, export(copied, tmp_path / "other"), ["model.safetensors"])
+def test_the_dtype_in_the_config_does_not_round_the_tensors(hf_copy, tmp_path):
+    config = json.loads((hf_copy / "config.json").read_text())
+    (hf_copy / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    run = import_directory(hf_copy, tmp_path / "run")
+    assert_same_files(hf_copy, export(run, tmp_path / "back"), ["model.safetensors"])
+    assert_same_files(hf_copy, export(hf_copy, tmp_path / "other"), ["model.safetensors"])
 
 
 def test_the_commands_import_a_directory_and_export_it(hf, tmp_path):
@@ -155,54 +135,6 @@ def test_a_foreign_or_damaged_origin_is_refused(imported, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_parts_that_do_not_fit_each_other_are_refused(copied):
-    processor, config = copied / "preprocessor_config.json", copied / "config.json"
-    sound = processor.read_text(), config.read_text()
-
-    def refused(message):
-        for read in (igpt.load, lambda ref: import_directory(ref, copied.parent / "run")):
-            with pytest.raises(UserError, match=message):
-                read(copied)
-        processor.write_text(sound[0])
-        config.write_text(sound[1])
-
-    change(processor, size={"height": 5, "width": 8})
-    refused("the processor makes images of 5 x 8, the model has 35 positions; set 'size'")
-    change(processor, clusters=HF_CLUSTERS[:-1].tolist())
-    refused("the processor has 16 clusters, the model 17 colours")
-    change(processor, clusters=None)
-    refused("has no 'clusters', and so no palette")
-    change(processor, clusters=(2 * HF_CLUSTERS).tolist())
-    refused(r"palette centres are floats in \[-1, 1\]")
-    change(processor, image_mean=[0.485, 0.456, 0.406])
-    refused("clusters are in unusual units")
-    change(processor, do_normalize=False)
-    refused("clusters are in unusual units")
-    change(config, vocab_size=19)
-    refused(r"wte.weight has shape \[18, 22\]; it must be \[19, 22\]")
-    change(config, model_type="gpt2")
-    refused("model_type is 'gpt2'; only 'imagegpt'")
-    change(config, tie_word_embeddings=True)
-    refused("its head is its embedding")
-    processor.unlink()
-    refused(r"has no preprocessor_config.json, .* import --from=.* --clusters=kmeans_centers.npy")
-    config.write_text("{}")
-    with pytest.raises(UserError, match="is not a Hugging Face directory: its config.json has no model_type"):
-        import_directory(copied, copied.parent / "run")
-
-
-def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
-    hf_model(n_positions=36).save_pretrained(tmp_path / "hf")
-    Palette(HF_CLUSTERS).save(tmp_path / "clusters.npy")
-    run = import_directory(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy")
-    pretrained = igpt.load(run)
-    assert pretrained.config.data.image_size == (6, 6)
-    np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
-    hf_model().save_pretrained(tmp_path / "oblong")
-    with pytest.raises(UserError, match="35 positions are no square: write a preprocessor_config.json"):
-        import_directory(tmp_path / "oblong", tmp_path / "other", clusters=tmp_path / "clusters.npy")
-
-
 def test_a_model_that_is_not_causal_is_not_exported(tmp_path):
     run = write_imported_run(tmp_path / "run", causal=False)
     with pytest.raises(UserError, match="trained with the BERT objective"):
@@ -253,11 +185,11 @@ def test_large_exports_are_sharded(imported, hf, tmp_path, monkeypatch):
         assert torch.equal(tensor, expected[name])
 
 
-def test_half_precision_in_parts_is_widened(copied, tmp_path):
-    tensors = load_file(copied / "model.safetensors")
+def test_half_precision_in_parts_is_widened(hf_copy, tmp_path):
+    tensors = load_file(hf_copy / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float16)
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    out = export(import_directory(copied, tmp_path / "run"), tmp_path / "out")
+    save_file(tensors, hf_copy / "model.safetensors", {"format": "pt"})
+    out = export(import_directory(hf_copy, tmp_path / "run"), tmp_path / "out")
     back = load_file(out / "model.safetensors")
     assert {tensor.dtype for tensor in back.values()} == {np.dtype(np.float32)}
     assert all((back[name] == tensors[name]).all() for name in tensors)

@@ -1,8 +1,5 @@
 import dataclasses
-import fnmatch
 import json
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,6 @@ from flax import nnx
 import igpt
 from igpt.config import Config
 from igpt.errors import UserError
-from igpt.interop.hub import resolve
 from igpt.interop.import_run import import_directory
 from igpt.interop.load import check_same_network
 from igpt.palette import Palette
@@ -22,15 +18,7 @@ from igpt.run.directory import check_resumable
 from igpt.sample import sample_images
 from igpt.sharding import make_mesh
 from igpt.state import create_state
-from tests.helpers import (
-    RUN_MODEL,
-    default_optimizer,
-    hf_model,
-    learn_with_heads,
-    save_hf_model,
-    save_states,
-    write_run_config,
-)
+from tests.helpers import RUN_MODEL, default_optimizer, learn_with_heads, save_states, write_run_config
 
 
 def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
@@ -132,12 +120,6 @@ def test_weights_of_another_network_are_refused(tmp_path):
         check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    """A model of transformers with its processor; tests must not change it."""
-    return save_hf_model(tmp_path_factory.mktemp("hub") / "hf", hf_model())
-
-
 def test_a_hugging_face_directory_equals_the_run_imported_from_it(hf, tmp_path):
     one, other = igpt.load(hf), igpt.load(import_directory(hf, tmp_path / "run"))
     assert one.config.to_dict() == other.config.to_dict() and one.step == other.step == 0
@@ -158,83 +140,3 @@ def test_weights_may_come_from_a_hugging_face_directory(hf):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, use_bias=False))
     with pytest.raises(UserError, match="another network: use_bias is True there, False here"):
         check_same_network(str(hf), other)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """hub(answer) replaces huggingface_hub's snapshot_download with `answer`, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def install(answer):
-        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=answer))
-
-    return install
-
-
-def test_a_hub_id_is_fetched_and_loaded(hub, hf):
-    asked = []
-
-    def answer(ref, revision, allow_patterns):
-        asked.append((ref, revision, allow_patterns))
-        return str(hf)
-
-    hub(answer)
-    assert igpt.load("someone/image.gpt-2").palette.vocab_size == 17
-    assert [ref for ref, _, _ in asked] == ["someone/image.gpt-2"]
-    resolve("someone/else", revision="v2")
-    assert asked[-1][:2] == ("someone/else", "v2")
-    for file in ("config.json", "preprocessor_config.json", "model.safetensors", "model-00001-of-00002.safetensors"):
-        assert any(fnmatch.fnmatch(file, pattern) for pattern in asked[0][2])
-    for file in ("pytorch_model.bin", "optimizer.pt", "tf_model.h5", "run.py"):
-        assert not any(fnmatch.fnmatch(file, pattern) for pattern in asked[0][2])
-
-
-def test_pytorch_weights_are_fetched_only_where_there_are_no_others(hub, tmp_path):
-    (tmp_path / "hub").mkdir()
-    asked = []
-
-    def answer(ref, revision, allow_patterns):
-        asked.append(allow_patterns)
-        return str(tmp_path / "hub")
-
-    hub(answer)
-    assert resolve("someone/something") == tmp_path / "hub"
-    assert [any(fnmatch.fnmatch("pytorch_model.bin", p) for p in patterns) for patterns in asked] == [False, True]
-
-
-@pytest.mark.parametrize("error", [OSError("offline\nmore"), ValueError("no such repository"), RuntimeError()])
-def test_an_error_of_the_hub_becomes_one_line(hub, error):
-    def answer(*args, **kwargs):
-        raise error
-
-    hub(answer)
-    with pytest.raises(UserError) as caught:
-        igpt.load("someone/something")
-    assert str(caught.value) == (
-        "there is no directory someone/something, and the hub sent no such model: "
-        + {OSError: "offline", ValueError: "no such repository", RuntimeError: "RuntimeError"}[type(error)]
-    )
-
-
-def test_without_the_hub_s_library_the_message_names_the_extra(hub, monkeypatch):
-    hub(None)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r'pip install "igpt\[hub\]"'):
-        igpt.load("someone/something")
-
-
-def test_a_misspelt_path_fails_without_asking_the_hub(hub, tmp_path):
-    def answer(*args, **kwargs):
-        raise AssertionError("the hub was asked")
-
-    hub(answer)
-    (tmp_path / "runs" / "digits").mkdir(parents=True)
-    with pytest.raises(UserError, match="there is no directory runs/digit; did you mean runs/digits"):
-        igpt.load("runs/digit")
-    long = "x" * 97
-    for ref in ("runs/typo", "runs/a/b", "../x", "./x", "/x/y", "", "a/b/c", f"{long}/y", f"y/{long}", "é/y"):
-        with pytest.raises(UserError, match="give a run directory|no config.json"):
-            igpt.load(ref)
-    for ref in ("a/" + "x" * 5000, "a\0/b", "a\nb/c", tmp_path / "runs" / "typo"):
-        with pytest.raises(UserError, match="there is no directory"):
-            igpt.load(ref)

@@ -1,31 +1,20 @@
 import math
 import subprocess
 import sys
-import weakref
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import igpt
-from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
 from igpt.interop import import_run, mapping, openai
 from igpt.interop.export import export
 from igpt.interop.import_run import import_checkpoint
-from igpt.interop.mapping import Tensor
-from igpt.model import ModelConfig
 from tests.helpers import OPENAI_DIMS, openai_variables, write_tf_checkpoint
 
 V, D, N, T, F, L = OPENAI_DIMS.values()
 C, SHARDS = 7, 5
-
-
-def write_clusters(path, colors=V):
-    np.save(path, np.random.default_rng(0).uniform(-1, 1, (colors, 3)).astype(np.float32))
-    return path
 
 
 def forward(variables, tokens, bert=False):
@@ -58,11 +47,6 @@ def forward(variables, tokens, bert=False):
 
 
 @pytest.fixture(scope="module")
-def clusters(tmp_path_factory):
-    return write_clusters(tmp_path_factory.mktemp("clusters") / "kmeans_centers.npy")
-
-
-@pytest.fixture(scope="module")
 def imported(tmp_path_factory, clusters):
     """imported(bert=..., classes=...) -> the released variables, and the run directory of their import."""
     made = {}
@@ -77,11 +61,6 @@ def imported(tmp_path_factory, clusters):
         return made[key]
 
     return of
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tf_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model.ckpt-1000000", openai_variables())
 
 
 @pytest.fixture
@@ -126,21 +105,6 @@ def test_a_bert_checkpoint_may_have_a_classifier_too(imported):
     np.testing.assert_allclose(igpt.load(run).model.classify(jnp.asarray(some_tokens())), expected, atol=1e-5)
 
 
-def test_the_run_directory_has_the_network_and_the_clusters(imported, clusters):
-    config, model, palette, step = igpt.load(imported()[1])
-    assert step == 0 and tuple(config.data.image_size) == (5, 5) and config.data.channels == 3
-    expected = dict(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, use_bias=False, causal=True)
-    assert {name: getattr(model.config, name) for name in expected} == expected
-    np.testing.assert_array_equal(palette.centers, np.load(clusters))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
-
-
-def test_grey_clusters_make_a_grey_model(checkpoint, tmp_path):
-    np.save(tmp_path / "grey.npy", np.linspace(-1, 1, V)[:, None].repeat(3, axis=1))
-    run = import_checkpoint(checkpoint, tmp_path / "grey.npy", tmp_path / "run")
-    assert igpt.load(run).config.data.channels == 1
-
-
 def test_an_imported_model_exported_to_transformers_has_the_same_logits(imported, tmp_path):
     import torch
     from transformers import ImageGPTForCausalImageModeling
@@ -167,28 +131,6 @@ def test_other_float_types_become_float32(clusters, tmp_path, dtype):
     model = igpt.load(run).model
     assert model.token_table[...].dtype == np.float32
     np.testing.assert_array_equal(model.position_table[...], variables["model/wpe"].astype(np.float32))
-
-
-def test_the_largest_leaf_is_read_first_one_variable_at_a_time():
-    arrays = {name: value for name, value in openai_variables().items() if name.startswith("model/")}
-    alive, order = [], []
-
-    def variable(name, value):
-        def read():
-            assert not [reference for reference in alive if reference() is not None]
-            copy = value.copy()
-            alive.append(weakref.ref(copy))
-            order.append(name.removeprefix("model/"))
-            return copy
-
-        return Tensor(value.shape, value.dtype.name, None, read)
-
-    model = ModelConfig(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F)
-    variables = {name: variable(name, value) for name, value in arrays.items()}
-    params = mapping.read_params(variables, openai.targets(variables), mapping.abstract_params(model))
-    assert params["head"]["kernel"].shape == (D, V)
-    assert all("mlp" in name for name in order[: 2 * L]) and "ln_f/g" in order[-2 * L - 1 :]
-    assert len(order) == 5 + 8 * L
 
 
 def without(*names):
@@ -304,40 +246,6 @@ def test_a_size_is_checked_against_the_checkpoint(checkpoint, clusters, tmp_path
     with pytest.raises(UserError, match="--size=xs is not known; choose one of s, m, l"):
         import_checkpoint(checkpoint, clusters, tmp_path / "run", size="xs")
     assert import_checkpoint(checkpoint, clusters, tmp_path / "run", size="tiny") == tmp_path / "run"
-
-
-def test_clusters_of_another_network_are_refused(checkpoint, tmp_path):
-    other = write_clusters(tmp_path / "other.npy", colors=13)
-    with pytest.raises(UserError, match=r"other\.npy has 13 colours, but the network of .* has 17"):
-        import_checkpoint(checkpoint, other, tmp_path / "run")
-    with pytest.raises(UserError, match="there is no palette at"):
-        import_checkpoint(checkpoint, tmp_path / "absent.npy", tmp_path / "run")
-
-
-def test_existing_files_are_not_overwritten(checkpoint, clusters, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
-        import_checkpoint(checkpoint, clusters, tmp_path / "run")
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
-
-
-def test_the_command_prints_its_result_and_the_next_commands(checkpoint, clusters, tmp_path, capsys):
-    command = ["import", f"--checkpoint={checkpoint}.index", f"--clusters={clusters}", f"--out={tmp_path}/run"]
-    run_igpt(command)
-    printed = capsys.readouterr().out
-    assert "width 20, depth 3, 2 heads, 25 positions, 17 colours, palette head" in printed
-    assert f"igpt sample --model={tmp_path}/run" in printed and "BERT" not in printed
-    with pytest.raises(SystemExit) as caught:
-        run_igpt(command)
-    assert caught.value.code == 2 and "error: --out=" in capsys.readouterr().err
-
-
-def test_the_command_prints_that_a_bert_model_cannot_be_sampled(clusters, tmp_path, capsys):
-    prefix = write_tf_checkpoint(tmp_path / "model.ckpt-7", openai_variables(bert=True))
-    run_igpt(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
-    printed = capsys.readouterr().out
-    assert "BERT objective" in printed and "igpt sample" not in printed
 
 
 def test_without_tensorflow_the_message_names_the_extra(checkpoint, clusters, tmp_path, monkeypatch):
