@@ -6,7 +6,7 @@
     python eval_probe.py --config=configs/probe_digits.py --model=runs/digits --workdir=runs/digits/probes \\
         --config.steps=all
 
-Prints accuracy by layer beside two baselines that are fitted in the same way: the raw pixels, and an untrained
+Prints accuracy by layer, and two baselines that are fitted in the same way: the raw pixels, and an untrained
 network of the same shape. Writes probe.json and probe.png to --workdir. With several processes, start this command in
 each of them. While it runs, every process keeps the features of all images in a folder of its own in --workdir.
 """
@@ -35,9 +35,9 @@ from igpt.sharding import check_batch_size, shardings
 def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) -> dict:
     """Probes layers of the model `ref`; returns the results, which it also writes to workdir/probe.json.
 
-    Raises UserError: for mistakes before anything is computed, for unreadable images and full disks as they occur.
+    Raises UserError for wrong settings before anything is computed, and later for unreadable images or a full disk.
     """
-    # What is asked: settings, files, devices.
+    # Check the settings, the files and the devices.
     config, workdir = ProbeConfig.of(config), check_workdir(workdir)
     check_features_out(config.features_out, workdir)
     mesh = config.mesh.make()
@@ -45,7 +45,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     if config.solver == "sgd":
         check_batch_size("sgd.batch_size", config.sgd.batch_size, 1, mesh)
 
-    # The model and its images.
+    # Find the model and open the images.
     directory = resolve(ref)
     shapes = outline(directory)
     shardings(nnx.to_pure_dict(nnx.state(shapes.model)), mesh)  # raises if the mesh cannot split the parameters
@@ -53,7 +53,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     source = probed_images(config, shapes, ref)
 
     with scratch_folder(workdir) as folder:
-        # Features and fits: the baselines, then every checkpoint. The last checkpoint's are the results.
+        # Compute features and fit them: first the baselines, then every checkpoint. The last gives the main results.
         probe, checkpoints = Probe(config, source, layers, mesh, Path(folder)), []
         results = {"model": str(ref), "step": None, "source": source.name}
         if config.baselines:
@@ -69,7 +69,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
         results |= {"checkpoints": checkpoints} if len(steps) > 1 else {}
         results["images"] = {name: len(part.labels) for name, part in zip(SPLITS, features, strict=True)}
 
-        # Fits on several layers side by side, and on few labels.
+        # Fit the concatenated features of several layers, and subsets with few labels.
         best = fitted["best_layer"]
         if config.concatenate:
             around = neighbours(best, config.concatenate, layers)
@@ -81,9 +81,9 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
         results["solver"] = solver_settings(config)
         results["metrics"] = {f"probe/accuracy_layer_{x['layer']:02d}": x["test_accuracy"] for x in fitted["layers"]}
 
-        # Files. The features come last: if they fill the disk, the results are already written.
+        # Write the files. Features are written last: if they fill the disk, the results are already there.
         if cluster.is_first_process():
-            if source.unreadable:  # among the images of this process
+            if source.unreadable:  # only images that this process read are listed
                 print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
             write_results(results, workdir)
             if config.features_out:
@@ -92,7 +92,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
 
 
 def parser() -> Parser:
-    """The flags besides --config."""
+    """The flags of this script, except --config."""
     parser = Parser("eval_probe.py", __doc__)
     add_shared(parser, "model")
     parser.add_argument("--workdir", required=True, help="the folder for probe.json and probe.png")

@@ -81,7 +81,8 @@ def _over_slices(sizes: dict[str, int], dcn_data: int, devices) -> np.ndarray:
     if len(slices) != dcn_data or sizes["data"] % dcn_data:
         kind = "processes" if by_process else "slices"
         found = f"the devices lie in {len(slices)} {kind} and mesh.data is {sizes['data']}"
-        raise UserError(f"mesh.dcn_data is {dcn_data}, but {found}; give the number of {kind}, a divisor of mesh.data")
+        remedy = f"set mesh.dcn_data to the number of {kind}, which must divide mesh.data"
+        raise UserError(f"mesh.dcn_data is {dcn_data}, but {found}; {remedy}")
     within, across = (sizes["data"] // dcn_data, sizes["fsdp"], sizes["tensor"]), (dcn_data, 1, 1)
     options = dict(process_is_granule=by_process, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, **options)

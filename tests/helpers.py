@@ -113,7 +113,7 @@ def read_arrays(workdir, step):
 def learn_with_heads(config):
     """Weighs the losses of the heads that the config's model has, as a run must."""
     pixels, classes = float(config.model.pixel_head), float(config.model.num_classes > 0)
-    config.objective.update(generative=pixels, classification=classes or 1.0 - pixels)
+    config.objective.update(generative=pixels, classification=classes)
     return config
 
 

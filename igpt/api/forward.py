@@ -59,13 +59,13 @@ class LayerCache(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays that one call reads; None where the caller gave nothing."""
+    """The arrays of one call. An argument that the caller did not give is None."""
 
     tokens: Int[Array, "B T"] | None = None
     embeds: Float[Array, "B T D"] | None = None
     positions: Int[Array, "B T"] | None = None
     types: Int[Array, "B T"] | None = None
-    mask: Int[Array, "B C"] | None = None  # covers the cache and these inputs; no query attends where it is 0
+    mask: Int[Array, "B C"] | None = None  # for the cache and the inputs; 0 hides a position
     head_mask: Float[Array, "L N"] | None = None
     labels: Array | None = None
 
@@ -131,8 +131,8 @@ def _embed(model: ImageGPT, inputs: Inputs, past_length) -> Float[Array, "B T D"
     tokens, positions = replicate(model.token_table[...]), replicate(model.position_table[...])
     x = tokens[inputs.tokens] if inputs.embeds is None else inputs.embeds
     where = past_length + jnp.arange(x.shape[1])[None] if inputs.positions is None else inputs.positions
-    x = x + jnp.take(positions, where, axis=0, mode="clip")  # padding may lie beyond the last position
-    if inputs.types is not None:  # looked up in the token table, as transformers does
+    x = x + jnp.take(positions, where, axis=0, mode="clip")  # padding may have positions beyond the table
+    if inputs.types is not None:  # as in transformers, types are looked up in the token table
         x = x + tokens[inputs.types]
     return shard_batch(x.astype(model.config.dtype))
 
@@ -151,7 +151,7 @@ def _attend(rate, mask, past_length, q, k, v, key, of_layer):
         )
     scores = jnp.einsum("btnk,bnck->bntc", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     source, query = jnp.arange(keys.shape[2])[None], past_length + jnp.arange(q.shape[1])[:, None]
-    # The causal mask also hides padding and free room of the cache, because both lie behind every real query.
+    # The causal mask also hides padding and free room of the cache, because both come after every real query.
     scores = jnp.where(source <= query, scores, SMALLEST)
     if mask is not None:
         scores = scores + jnp.where(mask[:, None, None, :] == 0, SMALLEST, 0.0)
@@ -162,7 +162,7 @@ def _attend(rate, mask, past_length, q, k, v, key, of_layer):
 
 
 def loss(logits: Float[Array, "B *T V"], labels: Array, problem: str) -> Float[Array, ""]:
-    """The mean loss of transformers. For next tokens, the logits at position i are compared with labels[:, i + 1].
+    """The mean loss, as in transformers. For next tokens, the logits at position i are compared with labels[:, i + 1].
 
     Labels are Int [B, T] for next tokens, Int [B] for a single label, and Float [B] or [B, C] for the other problems.
     """
@@ -172,5 +172,5 @@ def loss(logits: Float[Array, "B *T V"], labels: Array, problem: str) -> Float[A
         return jnp.mean(jnp.logaddexp(0.0, logits) - labels * logits)
     if problem == "next_token":
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counts = labels != IGNORED  # where no label counts, the mean is NaN, as in PyTorch
+    counts = labels != IGNORED  # if no label counts, the mean is NaN, as in PyTorch
     return jnp.sum(jnp.where(counts, cross_entropy(logits, labels), 0.0)) / jnp.sum(counts)

@@ -1,4 +1,4 @@
-"""Checks the arguments of the documented classes, from any array library, and pads them to few lengths."""
+"""Checks the arguments of the documented classes, arrays of any library, and pads them to one of a few lengths."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from igpt.sample import padded_length
 
 
 def checked_inputs(config: ImageGPTConfig, past, input_ids, embeds, mask, types, positions, head_mask) -> Inputs:
-    """The inputs of a call as arrays, without labels. Raises UserError, naming the argument that does not fit."""
+    """Returns the arguments of a call, without labels, as arrays. UserError names an argument that does not fit."""
     if (input_ids is None) == (embeds is None):
         raise UserError("give either input_ids or inputs_embeds, and not both")
     tokens, embeds = as_array("input_ids", input_ids), as_array("inputs_embeds", embeds)
@@ -44,7 +44,7 @@ def checked_inputs(config: ImageGPTConfig, past, input_ids, embeds, mask, types,
 
 
 def checked_prompt(config: ImageGPTConfig, input_ids, mask, max_length, max_new_tokens) -> tuple[np.ndarray, int]:
-    """The prompt of `generate`, int32 [B, P], and the length at which to stop. Raises UserError."""
+    """The prompt of `generate`, int32 [B, P], and the length at which to stop. UserError if they do not fit."""
     if input_ids is None:
         input_ids = np.full((1, 1), config.sos_token_id, np.int32)
     prompt = np.asarray(as_array("input_ids", input_ids), np.int32)
@@ -63,9 +63,9 @@ def checked_prompt(config: ImageGPTConfig, input_ids, mask, max_length, max_new_
 
 
 def as_array(name: str, x, shape: tuple[int, ...] | None = None):
-    """`x` as an array: JAX arrays and None stay as they are, all else becomes NumPy, PyTorch tensors through the CPU.
+    """Converts `x` to a NumPy array. PyTorch tensors go through the CPU; JAX arrays and None are returned unchanged.
 
-    Raises UserError if the array is not of numbers, or not of `shape` where one is given.
+    Raises UserError if the array does not contain numbers, or does not have the given `shape`.
     """
     if x is None:
         return None
@@ -79,7 +79,7 @@ def as_array(name: str, x, shape: tuple[int, ...] | None = None):
 
 
 def whole_numbers(name: str, x, count: int, shape: tuple[int, ...] | None = None, also: int | None = None):
-    """`as_array` for whole numbers in 0..count - 1, or `also`. Values of a traced array are not checked."""
+    """`as_array` for integers. All values must be in 0..count - 1, or equal `also`. Traced values are not checked."""
     x = as_array(name, x, shape)
     if x is None:
         return None
@@ -90,7 +90,7 @@ def whole_numbers(name: str, x, count: int, shape: tuple[int, ...] | None = None
     if isinstance(x, jax.core.Tracer):
         return x
     x = np.asarray(x)
-    outside = ((x < 0) | (x >= count)) & (x != also)  # every number differs from None
+    outside = ((x < 0) | (x >= count)) & (x != also)  # if `also` is None, every number differs from it
     if outside.any():
         allowed = f"0..{count - 1}" + ("" if also is None else f" or {also}")
         raise UserError(f"{name} has the value {x[outside][0]}; give {allowed}")
@@ -101,14 +101,14 @@ def padded(inputs: Inputs, past: Cache | None, positions: int, label_positions: 
     """Pads the inputs and the cache to powers of two, so that one compiled program serves many lengths.
 
     Padding is on the right, where the causal mask hides it. `positions` is the model's number of positions. With
-    `label_positions`, labels have a column for each input.
+    `label_positions`, labels have one column per input and are padded, too.
     """
 
     def pad(x, to, value=0):
         if x is None or x.shape[1] == to:
             return x
         room = [(0, 0), (0, to - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-        pad = jnp.pad if isinstance(x, jax.Array) else np.pad  # NumPy compiles nothing for a new length
+        pad = jnp.pad if isinstance(x, jax.Array) else np.pad  # unlike JAX, NumPy needs no compilation for a new length
         return pad(x, room, constant_values=value)
 
     length = capacity = padded_length(inputs.shape[1], positions)

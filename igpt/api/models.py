@@ -4,7 +4,7 @@
 
 Names, arguments, defaults and outputs are those of transformers. Outputs are JAX arrays, calls are jitted, and PyTorch
 tensors are accepted. Parameters are a nested dict, `model.params`; to train, take gradients of a call:
-`model(**inputs, params=params).loss`. docs/huggingface.md has examples, and lists where we depart from transformers.
+`model(**inputs, params=params).loss`. docs/huggingface.md has examples, and a list of differences from transformers.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class ModelOutput:
     """The outputs of a call. Fields that were not requested are None; keys() and integer indices skip them.
 
     Shapes: loss [], logits [B, T, V] or [B, num_labels], last_hidden_state [B, T, D]. hidden_states is a tuple of
-    L + 1 arrays [B, T, D]; attentions one of L arrays [B, N, T, past + T].
+    L + 1 arrays [B, T, D]; attentions is a tuple of L arrays [B, N, T, past + T].
     """
 
     loss: Any = None
@@ -69,8 +69,8 @@ class ModelOutput:
 class ImageGPTPreTrainedModel:
     """The base of the three classes. `config` is an ImageGPTConfig, `params` a nested dict of float32 arrays.
 
-    A new model has random weights by transformers' scheme, which are a function of `seed`. `dtype` is the type of the
-    computation, "float32" (the default) or "bfloat16". Raises UserError where the configuration makes no valid model.
+    A new model has random weights, drawn from `seed` with transformers' distributions. `dtype` is the type of the
+    computation, "float32" (the default) or "bfloat16". Raises UserError if the configuration makes no valid model.
     """
 
     head = "none"  # a key of ARCHITECTURES
@@ -95,7 +95,7 @@ class ImageGPTPreTrainedModel:
         revision: str | None = None,
         **config_overrides,
     ):
-        """Loads a Hugging Face directory or hub id. Other keywords are fields of the configuration: num_labels=10.
+        """Loads a Hugging Face directory or hub id. Other keywords are configuration fields, such as num_labels=10.
 
         A head that the files lack is initialised at random from `seed`, with a warning. A head that this class lacks is
         dropped. Every other difference between weights and configuration raises UserError.
@@ -123,7 +123,7 @@ class ImageGPTPreTrainedModel:
         for name in written:
             os.replace(partial / name, directory / name)
         partial.rmdir()
-        # An earlier save may have had more files.
+        # Remove the shards of an earlier save that had more files.
         for old in {file.name for file in directory.glob("model*.safetensors*")} - written:
             (directory / old).unlink()
 
@@ -132,7 +132,7 @@ class ImageGPTPreTrainedModel:
         return self
 
     def to(self, *args, **kwargs):
-        """Returns the model itself: JAX has placed the arrays. The method exists so that PyTorch examples run."""
+        """Returns the model itself: JAX has already placed the arrays. The method lets PyTorch examples run."""
         return self
 
     def __call__(
@@ -159,12 +159,12 @@ class ImageGPTPreTrainedModel:
 
         Give input_ids [B, T] in 0..vocab_size - 1 or inputs_embeds [B, T, D]; no start of sequence is added.
         attention_mask [B, past + T] and head_mask [N] or [L, N]: 1 keeps, 0 drops. position_ids [B or 1, T].
-        token_type_ids [B, T] are looked up in the token table. labels [B, T] of images are shifted inside, -100 does
-        not count; a classifier takes [B] or [B, num_labels]. params replaces the model's own, to differentiate by them.
-        dropout_key, a PRNG key, turns dropout on. Raises UserError for arguments that do not fit.
+        token_type_ids [B, T] are looked up in the token table. labels: [B, T] for images, shifted by this method;
+        [B] or [B, num_labels] for a classifier; -100 is ignored. params replace the model's own, to differentiate by
+        them. dropout_key, a PRNG key, turns dropout on. Raises UserError for arguments that do not fit.
         """
         if encoder_hidden_states is not None or encoder_attention_mask is not None:
-            # transformers' own applies a wrong mask, and fails with its defaults.
+            # Cross-attention in transformers applies a wrong mask, and fails with its default arguments.
             raise UserError("cross-attention is not supported: omit encoder_hidden_states and encoder_attention_mask")
         config, past = self.config, past_key_values
         inputs = checked_inputs(
@@ -190,7 +190,7 @@ class ImageGPTPreTrainedModel:
         cached = None if past is None else (past.keys, past.values)
         results = forward(self._graph, params, inputs, cached, past_length, length, options, dropout_key)
 
-        # The padding of the outputs is cut off.
+        # Remove the padding from the outputs.
         logits, hidden_states, attentions = (results.get(name) for name in ("logits", "hidden_states", "attentions"))
         output = ModelOutput(
             loss=results.get("loss"),
@@ -214,10 +214,10 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
 
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel):
-    """With a head over the palette: `logits` [B, T, vocab_size - 1], at position i for input i + 1.
+    """The network with a head over the palette: `logits` [B, T, vocab_size - 1]. Position i predicts input i + 1.
 
-    The head has a matrix of its own. With tie_word_embeddings in the configuration it is the embedding [vocab_size, D],
-    start of sequence included, and `logits` are [B, T, vocab_size].
+    The head has its own matrix, unless the configuration sets tie_word_embeddings. Then the head is the embedding
+    [vocab_size, D], which includes the start of sequence, and `logits` are [B, T, vocab_size].
     """
 
     head = "pixels"
@@ -245,7 +245,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel):
         Without input_ids, one row starts from the start of sequence. max_length counts the prompt; the default,
         n_positions + 1, completes the image. With do_sample False, decoding is greedy. Equal seeds draw equal images.
         One program with a KV cache runs on the device from the first token to the last, and serves many lengths.
-        PyTorch tensors are returned for PyTorch tensors. Raises UserError for arguments that do not fit.
+        The result is a PyTorch tensor if input_ids is one. Raises UserError for arguments that do not fit.
         """
         prompt, stop = checked_prompt(self.config, input_ids, attention_mask, max_length, max_new_tokens)
         if num_return_sequences < 1:
@@ -258,7 +258,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel):
         return tokens
 
     def _sampler(self) -> ImageGPT:
-        """The network whose head predicts. A tied head is the token table, start of sequence included."""
+        """The network with an explicit head. A tied head is the token table, which includes the start of sequence."""
         if not self.config.tie_word_embeddings:
             return nnx.merge(self._graph, self.params)
         network = dataclasses.replace(self._network, pixel_head=True)
@@ -267,9 +267,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel):
 
 
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
-    """With a linear head on the mean of the final hidden states over positions: `logits` [B, num_labels].
+    """The network with a linear head on the mean of the final hidden states over positions: logits [B, num_labels].
 
-    config.problem_type chooses the loss. Where it is None: mean squared error if num_labels is 1, cross-entropy for
+    config.problem_type chooses the loss. If it is None: mean squared error if num_labels is 1, cross-entropy for
     labels of whole numbers, binary cross-entropy for labels of floats.
     """
 
@@ -291,10 +291,10 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 
 
 def _initial_params(network, config: ImageGPTConfig, seed: int, given: dict) -> dict:
-    """Parameters that are in `given`, and random ones for the others, by transformers' scheme (`_init_weights`).
+    """Returns the parameters in `given`, and random values for the others, as in transformers' `_init_weights`.
 
-    Kernels and tables are normal with deviation initializer_range, less by sqrt(2L) in the projections back to the
-    residual stream. Norm gains are one, biases zero.
+    Kernels and tables are normal with standard deviation initializer_range, which is divided by sqrt(2L) in projections
+    back to the residual stream. Norm gains are one, biases zero.
     """
     loaded = flatten_dict(given)
 

@@ -1,1 +1,1 @@
-"""Where examples come from, and how images become batches of tokens."""
+"""Data sources, and the conversion of their images to batches of tokens."""

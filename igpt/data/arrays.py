@@ -11,7 +11,7 @@ from igpt.errors import UserError
 
 
 def of_arrays(images: np.ndarray, labels: np.ndarray | None, settings: DataConfig) -> Source:
-    """A source of images uint8 [N, H, W] (grey) or [N, H, W, 3] in memory, resized where `settings` ask for it."""
+    """Makes a source of images in memory, uint8 [N, H, W] (grey) or [N, H, W, 3], resized as `settings` require."""
     channels = 1 if images.ndim == 3 else 3
     if channels == 1:
         images = np.repeat(images[..., None], 3, axis=-1)
@@ -25,9 +25,9 @@ def of_arrays(images: np.ndarray, labels: np.ndarray | None, settings: DataConfi
 
 
 def split_indices(count: int, settings: DataConfig, has_test=False, what="images") -> list[np.ndarray]:
-    """Random indices of training, validation and test. With `has_test`, a test set exists: the last part is empty.
+    """Random indices of the training, validation and test examples. With `has_test`, the test part is empty.
 
-    Raises UserError, which calls the examples `what`, where a part that needs examples has none.
+    `has_test`: the data set has its own test set. Raises UserError if another part is empty; `what` names the examples.
     """
     held_out = [settings.validation_fraction, settings.test_fraction][: 1 if has_test else 2]
     sizes = [round(fraction * count) for fraction in held_out]
@@ -50,7 +50,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The arrays `images`, uint8 [N, H, W] or [N, H, W, 3], and `labels`, int32 [N] or None. Raises UserError."""
+    """Reads `images`, uint8 [N, H, W] or [N, H, W, 3], and `labels`, int32 [N] or None. UserError if invalid."""
     try:
         arrays = np.load(path, allow_pickle=False)
         if isinstance(arrays, np.ndarray):
@@ -83,7 +83,7 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def map_array(path: str) -> np.ndarray:
-    """Maps the array of a .npy file into memory without reading it. Raises UserError that names the file."""
+    """Maps the array of a .npy file into memory. Raises UserError if the file is missing, damaged, or an .npz."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""From examples to batches of tokens: read, augment, encode. A batch is a function of (seed, step).
+"""Makes batches of tokens from examples: reads, augments and encodes images. A batch is a function of (seed, step).
 
-Order, augmentation, crops and masks depend on (seed, step) alone. A resumed run therefore just asks for its next step,
-and every process computes its own rows of any batch.
+The order of examples, augmentation, crops and masks depend on nothing else. So a resumed run continues with its next
+step, and every process computes only its own rows of a batch.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ Rows = slice | Int[np.ndarray, "n"]  # the rows of a batch that this process rea
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Pads an image by `pad` pixels, crops it at random to its size, and flips it with probability 1/2.
+    """Pads an image by `pad` pixels, crops it at random to its size and, with `flip`, mirrors it with probability 1/2.
 
-    All this happens to an image with probability `probability`; otherwise the image stays as it is.
+    An image is augmented with probability `probability`. The other images remain unchanged.
     """
 
     pad: int = 0
@@ -37,7 +37,7 @@ class Augmentation:
     def __call__(
         self, images: np.ndarray, rng: np.random.Generator, rows: Rows, batch_size: int, black: int = 0
     ) -> np.ndarray:
-        """Augments images [n, H, W, 3], or their tokens [n, H, W], which are `rows` of a batch. Padding is `black`.
+        """Augments images [n, H, W, 3], or their tokens [n, H, W]: `rows` of a batch. Padding is `black`.
 
         Random numbers are drawn for the whole batch, so that the result does not depend on the number of processes.
         """
@@ -90,7 +90,7 @@ class EpochOrder:
         epochs, within = np.divmod(positions, self.count)
         indices = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
-            newest, order = self._newest  # read at once, because other threads may replace it
+            newest, order = self._newest  # both values in one read: another thread may replace the pair
             if newest != epoch:
                 order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.count)
                 self._newest = (epoch, order)
@@ -99,10 +99,10 @@ class EpochOrder:
 
 
 class TrainBatches:
-    """Training batches by step, in any order: `batches[step]` is this process's rows of batch f(seed, step).
+    """Training batches, which can be read in any order: `batches[step]` has this process's rows of the batch of `step`.
 
-    A batch has "tokens" int32 [n, T], "label" int32 [n] where the split has labels, and with `drops` "keep" bool
-    [n, 1, T]. Raises UserError where the split is smaller than a batch, and for an image that cannot be read.
+    A batch has "tokens" int32 [n, T], "label" int32 [n] if the split has labels, and with `drops` "keep" bool
+    [n, 1, T]. Raises UserError if the split is smaller than a batch, or if an image cannot be read.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> dict:
         indices = self.order[np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]]
-        # The second number keeps order (0), augmentation (1), crops (2) and masks (3, 4) independent of each other.
+        # The second number of a seed makes order (0), augmentation (1), crops (2) and masks (3, 4) independent.
         rng = np.random.default_rng((self.seed, 1, step))
         if self.split.holds_tokens_of(self.tokenizer):
             grids = self.split.images.grids(indices)
@@ -132,7 +132,7 @@ class TrainBatches:
         return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
 
     def iterate(self, start: int, stop: int, threads: int = 1, ahead: int = 4) -> Iterator[dict]:
-        """Yields batches start, ..., stop - 1 in order. `threads` threads make up to `ahead` of them in advance."""
+        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare up to `ahead` batches in advance."""
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
 
@@ -140,9 +140,9 @@ class TrainBatches:
 def eval_batches(
     split: Split, tokenizer, batch_size: int, rows: Rows = slice(None), drops: Drops | None = None
 ) -> Iterator[dict]:
-    """Yields every example exactly once, in order, as `TrainBatches` does, with "mask" float32 [n].
+    """Yields batches like those of `TrainBatches`, with "mask" float32 [n]. Each example occurs once, in order.
 
-    The mask is 0.0 for images that could not be read, and where example 0 fills up the last batch.
+    The mask is 0.0 for images that could not be read, and for copies of example 0 that fill the last batch.
     """
     for start in range(0, len(split), batch_size):
         positions = np.arange(start, start + batch_size)[rows]

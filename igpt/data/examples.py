@@ -1,4 +1,4 @@
-"""Examples by index, wherever they are stored: in memory, in encoded files, or as palette tokens in mapped files."""
+"""Reads examples by index from memory, from encoded image files, or from mapped files of palette tokens."""
 
 import abc
 import dataclasses
@@ -22,15 +22,15 @@ class Images(abc.ABC):
 
     dtype = np.dtype(np.uint8)
     shape: tuple[int, int, int, int]
-    palette: Palette | None = None  # of images stored as tokens, which `grids` returns
-    unreadable: Mapping[int, str] = MappingProxyType({})  # index -> why that image cannot be read
+    palette: Palette | None = None  # set if the images are stored as tokens, which `grids` returns
+    unreadable: Mapping[int, str] = MappingProxyType({})  # index -> the reason why the image cannot be read
 
     @abc.abstractmethod
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns images [n, H, W, 3] and their indices, which differ from `indices` where an image was replaced.
 
-        `draws` [n, 3] in [0, 1) choose the crops of training where images are cropped. Without them images are as
-        evaluation sees them.
+        `draws` [n, 3] are random numbers in [0, 1), which choose the training crops. Without them, images are
+        preprocessed as for evaluation.
         """
 
     @abc.abstractmethod
@@ -72,8 +72,8 @@ class EncodedImages(Images):
     """Images that are decoded and resized each time they are read.
 
     Image i is `files[indices[i]]`, by default `files[i]`: a pair of its content (bytes, a path, or an array [h, w, 3])
-    and a name for messages. An image that cannot be read raises UserError. With `skip` the next readable image replaces
-    it, and `unreadable` records it.
+    and a name for messages. An image that cannot be read raises UserError. With `skip`, the next readable image
+    replaces it instead, and `unreadable` records the reason.
     """
 
     def __init__(self, files, preprocess: Preprocess, channels: int = 3, skip: bool = False, indices=None):
@@ -93,7 +93,7 @@ class EncodedImages(Images):
         return EncodedImages(self.files, self.preprocess, self.channels, self.skip, self.indices[indices])
 
     def _first_readable(self, index: int, draws) -> tuple[np.ndarray, int]:
-        """Reads the image at `index`, or with `skip` the first readable one from there on."""
+        """Reads the image at `index`. With `skip`, the next readable image replaces an unreadable one."""
         for _ in range(len(self)):
             if index not in self.unreadable:
                 try:
@@ -112,9 +112,9 @@ class EncodedImages(Images):
 
 
 class DecodedTokens(Images):
-    """Images stored as palette tokens [N, H W], such as in a mapped file, and decoded each time they are read.
+    """Images that are stored as palette tokens [N, H W], such as in a mapped file, and decoded each time they are read.
 
-    Reading tokens that the palette does not have raises UserError, which names `path`.
+    Raises UserError, which names `path`, if a token that is read is not in the palette.
     """
 
     def __init__(self, tokens, palette: Palette, path: str, image_size: tuple[int, int]):
@@ -128,7 +128,7 @@ class DecodedTokens(Images):
         return DecodedTokens(self.tokens[indices], self.palette, self.path, self.shape[1:3])
 
     def grids(self, index) -> np.ndarray:
-        """Returns the tokens themselves, int32 [..., H, W]."""
+        """Returns the tokens without decoding them, int32 [..., H, W]."""
         tokens = self.tokens[index]
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.palette.vocab_size):
             found = f"tokens run from {tokens.min()} to {tokens.max()}"
@@ -138,9 +138,9 @@ class DecodedTokens(Images):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples by index: images uint8 [N, H, W, 3] and, where the source has them, labels int32 [N].
+    """The examples of a split: images uint8 [N, H, W, 3] and, if the source has them, labels int32 [N].
 
-    Labels are an array, or are indexed like one and read when they are indexed.
+    Labels are an array, or an object that reads labels when it is indexed like an array.
     """
 
     images: Images
@@ -157,12 +157,12 @@ class Split:
         return Split(self.images.take(indices), None if self.labels is None else self.labels[indices])
 
     def holds_tokens_of(self, tokenizer) -> bool:
-        """Whether `images.grids` returns the same tokens as encoding the images with `tokenizer` would."""
+        """Whether the images are stored as tokens of `tokenizer`, so that they need not be encoded."""
         palette = self.images.palette
         return palette is not None and np.array_equal(palette.centers, getattr(tokenizer, "centers", None))
 
     def encode(self, tokenizer, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens [n, H, W] as evaluation sees them, and their indices: see `Images.read`."""
+        """Returns tokens [n, H, W] for evaluation, and the indices of the images that were read: see `Images.read`."""
         if self.holds_tokens_of(tokenizer):
             return self.images.grids(indices), indices
         images, used = self.read(indices)
@@ -170,9 +170,9 @@ class Split:
 
 
 def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
-    """Raises UserError unless every split has labels, training has two classes or more, and all lie below num_classes.
+    """Raises UserError unless every split has labels in 0..num_classes - 1, and training has at least two classes.
 
-    With num_classes 0, labels may be any integers. Classes that a data set declares need not occur among the labels.
+    With num_classes 0, labels may be any integers. A class that the data set declares counts even without an example.
     """
     if any(split.labels is None for split in (train, *others)):
         raise UserError(
@@ -192,14 +192,14 @@ def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
 
 
 def _classes(split: Split) -> np.ndarray:
-    """The classes in ascending order. Labels that are read one by one have a `classes` that need not read them all."""
+    """The classes in ascending order. Labels in files have a method `classes`, which avoids reading every label."""
     return split.labels.classes() if hasattr(split.labels, "classes") else np.unique(split.labels)
 
 
 def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[np.ndarray, "n"]:
-    """Draws `per_class` examples of each class by `seed`: sorted indices, for the low-data sets of section 4.7.
+    """Sorted indices of `per_class` random examples of each class, for low-data sets (Chen et al. 2020, section 4.7).
 
-    A smaller set is part of every larger one of the same seed. Raises UserError where a class has fewer examples.
+    With the same seed, a larger set contains every smaller set. Raises UserError if a class has too few examples.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
@@ -217,10 +217,10 @@ def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[n
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set in its three splits.
+    """A data set with its three splits.
 
-    `channels` is 1 where the images are grey, although they are stored as RGB. `palette` is the palette of a source
-    whose images are stored as tokens.
+    `channels` is 1 if the images are grey, although their arrays are RGB. `palette` is None unless the images are
+    stored as tokens.
     """
 
     name: str
@@ -239,6 +239,6 @@ class Source:
 
     @property
     def unreadable(self) -> list[str]:
-        """Why each image that this process has skipped so far cannot be read, in the order of the images."""
+        """The reasons why this process has skipped images so far, in the order of the images."""
         found = [split.images.unreadable for split in self.splits().values()]
         return [reasons[i] for reasons in found for i in sorted(reasons)]  # a copy: other threads may add reasons

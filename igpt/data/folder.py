@@ -12,14 +12,14 @@ from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-NO_CLASSES = {*SPLITS, "val", "valid", "testing", "training"}  # folders of these names are splits
+NO_CLASSES = {*SPLITS, "val", "valid", "testing", "training"}  # names of folders that contain splits, not classes
 
 
 class ImagePaths:
-    """Paths of image files with their names for messages, as EncodedImages takes them."""
+    """Paths of image files and their names for messages. EncodedImages takes them as `files`."""
 
     def __init__(self, paths: list[str]):
-        self.paths = paths  # strings: a million Path objects take a gigabyte
+        self.paths = paths  # strings, because a million Path objects take a gigabyte
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -29,9 +29,9 @@ class ImagePaths:
 
 
 def open_folder(folder: str, settings: DataConfig) -> Source:
-    """Opens a folder. Classes are numbered in the order of their sub-folders' names, images ordered by path.
+    """Opens a folder of pictures. Images are sorted by path, and classes are numbered in the order of their names.
 
-    Images are split at random, or by `settings.split_file`. Hidden files are ignored. Raises UserError.
+    Splits images at random or by `settings.split_file`. Ignores hidden files. UserError if folder or file is invalid.
     """
     paths, labels = list_images(Path(folder))
     if settings.split_file:
@@ -44,9 +44,9 @@ def open_folder(folder: str, settings: DataConfig) -> Source:
 
 
 def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
-    """Every picture of a folder, sorted by path, and with sub-folders their classes, int32 [N]. Raises UserError.
+    """The paths of a folder's pictures, sorted, and their classes, int32 [N]. Without sub-folders, classes are None.
 
-    Prints the number of files that do not end in one of SUFFIXES.
+    Prints the number of files that do not end in one of SUFFIXES. UserError for no pictures or unclear classes.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -78,7 +78,7 @@ def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
 
 
 def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
-    """The sorted paths of pictures, and the number of other entries that are not hidden."""
+    """The sorted paths of pictures, with `deep` also of sub-folders, and the number of other visible entries."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{printable(error.filename)} cannot be listed: {error.strerror}; make it readable")
@@ -86,7 +86,7 @@ def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
     found, others = [], 0
     for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if deep and not name.startswith(".")]
-        others += sum(os.path.islink(os.path.join(where, name)) for name in folders)  # unread: links can form cycles
+        others += sum(os.path.islink(os.path.join(where, name)) for name in folders)  # not read: links can form cycles
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 found.append(os.path.join(where, name))
@@ -96,12 +96,12 @@ def _pictures(folder: Path, deep: bool) -> tuple[list[str], int]:
 
 
 def read_split_file(path: Path, folder: Path, images: list[str]) -> list[np.ndarray]:
-    """The indices of train, validation and test, from lines `path,split` with paths relative to the folder.
+    """Reads the indices of the three splits. Each line of the file is `path,split`; paths are relative to the folder.
 
-    Raises UserError unless each image has exactly one line, and each line an image.
+    Raises UserError unless every image has exactly one line, every line names an image, and every split has an image.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files may be no UTF-8
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # file names need not be UTF-8
     except OSError as error:
         raise UserError(f"data.split_file={path} cannot be read: {error.strerror}") from None
     position = {Path(image).relative_to(folder).as_posix(): i for i, image in enumerate(images)}
@@ -126,5 +126,5 @@ def read_split_file(path: Path, folder: Path, images: list[str]) -> list[np.ndar
 
 
 def printable(name: str) -> str:
-    """A file's name as text that any terminal can print: bytes that are no UTF-8 become escapes."""
+    """The name of a file as text that any terminal can print. Bytes that are not UTF-8 become escape sequences."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

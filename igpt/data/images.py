@@ -1,4 +1,4 @@
-"""Untrusted image files -> uint8 RGB at the model's size: decoded within bounds, then cropped and resized.
+"""Converts untrusted image files to uint8 RGB at the model's size: decodes them with limits, then crops and resizes.
 
 Sizes and crops follow Chen et al. 2020: appendix A.1 for ImageNet, section 3.4 for CIFAR. The paper does not name its
 resampling filter.
@@ -18,12 +18,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from igpt.data.settings import FILTERS, DataConfig
 from igpt.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no other decoder sees an untrusted file
-MAX_PIXELS = 1 << 26  # of a file; with MAX_BYTES it keeps every decoder below 1 GB
-MAX_WEBP_PIXELS = 1 << 25  # the WebP decoder holds several copies
-MAX_BYTES = 1 << 27
-MAX_SCANNED = 1 << 36  # pixels times passes of a progressive JPEG: this many take some seconds
-TILE = 2048  # side of the squares in which larger images are converted, so that copies stay small
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # untrusted files are never passed to Pillow's other decoders
+MAX_PIXELS = 1 << 26  # pixels per image; MAX_PIXELS and MAX_BYTES keep the memory of every decoder below 1 GB
+MAX_WEBP_PIXELS = 1 << 25  # lower than MAX_PIXELS, because the WebP decoder keeps several copies of an image
+MAX_BYTES = 1 << 27  # bytes per file
+MAX_SCANNED = 1 << 36  # pixels x scans of a progressive JPEG; decoding this many takes some seconds
+TILE = 2048  # larger images are converted in squares of this side, so that temporary copies are small
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,21 +32,21 @@ UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by EXIF's orientation
+}  # EXIF orientation -> the operation that turns the image upright
 
-# Silences Pillow's warnings about odd metadata. Set once, because warning filters are shared by all threads.
+# Silences Pillow's warnings about unusual metadata. Set here once, because all threads share the warning filters.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class UnreadableImage(UserError):
-    """An image that cannot be used. The message names the file."""
+    """Raised for an image that cannot be used. The message names the file."""
 
 
 def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
-    """Decodes the first frame of a file: upright, in RGB, transparency laid on white. One channel: grey, as RGB.
+    """Decodes the first frame of a file to upright RGB on a white background. With channels=1 the result is grey RGB.
 
-    Raises UnreadableImage for files that are damaged, of another format, or too large. Size is checked before pixels
-    are decoded.
+    Raises UnreadableImage for files that are damaged, of another format, or too large. The size is checked before the
+    pixels are decoded.
     """
     if isinstance(content, Path):
         content = _read(content, name)
@@ -58,22 +58,22 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
         upright = UPRIGHT.get(_orientation(image))
         image = _rgb(image, channels)
         return image if upright is None else image.transpose(upright)
-    except (MemoryError, UserError):  # no file within these bounds exhausts memory by itself
+    except (MemoryError, UserError):  # a file within the limits is not the cause of a MemoryError
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own, much higher bound
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limit is much higher
         raise UnreadableImage(f"{name} is too large: at most {MAX_PIXELS:,} pixels are opened: shrink it") from None
     except UnidentifiedImageError:
         raise UnreadableImage(f"{name} cannot be read as an image: it is no {', '.join(FORMATS)} file") from None
-    except Exception as error:  # decoders raise anything on damaged files
+    except Exception as error:  # decoders may raise any exception for damaged files
         reason = str(error) or type(error).__name__
         raise UnreadableImage(f"{name} cannot be read as an image, it is damaged: {reason}") from None
 
 
 def _read(path: Path, name: str) -> bytes:
-    """Reads a whole file. Decoders that read it in parts trust damaged headers that announce more than there is."""
+    """Reads a whole file. Decoders that read in parts would trust a damaged header that announces too many bytes."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
             raise UnreadableImage(f"{name} is no file")
         _check_bytes(status.st_size, name)
         return path.read_bytes()
@@ -94,7 +94,7 @@ def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
     if pixels > most:
         size = f"{image.width} x {image.height}"
         raise UnreadableImage(f"{name} has {size} pixels; at most {most:,} are opened: shrink it first")
-    scans = content.count(b"\xff\xda")  # may count a few too many: metadata can hold these bytes by chance
+    scans = content.count(b"\xff\xda")  # may be too high: metadata can contain these bytes by chance
     if image.format in ("JPEG", "MPO") and scans * pixels > MAX_SCANNED:
         raise UnreadableImage(f"{name} would be drawn in {scans} passes, which takes minutes: save it again")
 
@@ -104,7 +104,7 @@ def _orientation(image: Image.Image) -> int | None:
         return image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
-    except Exception:  # damaged metadata does not spoil the pixels
+    except Exception:  # the pixels can be read even if the metadata is damaged
         return None
 
 
@@ -122,7 +122,7 @@ def _rgb(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip and not scale
+    if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip the values instead of scaling them
         grey = np.asarray(image).astype(np.int64)
         scaled = scale_to_bytes(np.clip(grey, 0, 65535))
         scaled[grey == image.info.get("transparency", -1)] = 255
@@ -145,12 +145,12 @@ def lay_on_white(rgba: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How an image is brought to `size` (height, width).
+    """Converts images to `size` (height, width).
 
-    kind "none": images have that size already. "shrink": the largest centred part of that aspect ratio is resized.
-    "crop" is what the paper does with ImageNet. In training, the shorter side is resized to a random length within
+    kind "none": images must have that size. "shrink": the largest centred part with the aspect ratio of `size` is
+    resized. "crop": the paper's method for ImageNet. In training, the shorter side is resized to a random length within
     `short_side`, and a random square of side `crop` is cut out and resized. In evaluation, the shorter side is resized
-    to `crop`, and the centred square is taken.
+    to `crop`, and the centred square is cut out and resized.
     """
 
     size: tuple[int, ...]  # height, width
@@ -166,7 +166,7 @@ class Preprocess:
     def __call__(self, image: Image.Image, draws: np.ndarray | None, name: str) -> np.ndarray:
         """Returns uint8 [height, width, 3]. `draws`: three numbers in [0, 1) for a training crop, None in evaluation.
 
-        Raises UnreadableImage for an image of another size where the kind is "none".
+        Raises UnreadableImage if the kind is "none" and the image has another size.
         """
         height, width = self.size
         if self.kind == "shrink":
@@ -204,5 +204,5 @@ def _centred(size: tuple[int, int], aspect: float) -> tuple[float, float, float,
 
 
 def read_image(path: str, height: int, width: int, channels: int) -> np.ndarray:
-    """Reads an image file as uint8 [height, width, 3]: its centred part of that aspect ratio, resized (bicubic)."""
+    """Reads an image file as uint8 [height, width, 3]: the centred part of that aspect ratio, resized (bicubic)."""
     return Preprocess((height, width), "shrink")(decode(Path(path), path, channels), None, path)

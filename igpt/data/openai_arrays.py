@@ -12,11 +12,11 @@ from igpt.palette import Palette
 
 
 def open_openai(prefix: str) -> Source:
-    """Opens the splits PREFIX_{tr,va,te}, whose palette is kmeans_centers.npy beside them. Raises UserError.
+    """Opens the splits PREFIX_{tr,va,te}. Their palette is the file kmeans_centers.npy in the same folder.
 
-    PREFIX_trX.npy holds palette tokens, integers [N, T], a square image a row. PREFIX_trY.npy, if there is one, holds
-    labels: integers [N] or one-hot [N, C]. Tokens are mapped, not read. Encoding a decoded image returns its tokens,
-    except where two centres round to equal bytes.
+    PREFIX_trX.npy contains palette tokens, integers [N, T], one square image per row. PREFIX_trY.npy, if it exists,
+    contains labels: integers [N] or one-hot [N, C]. Tokens are memory-mapped. Encoding a decoded image returns its
+    tokens, unless two colours round to equal bytes. Raises UserError if files are missing or do not fit together.
     """
     paths = [f"{prefix}_{split}X.npy" for split in ("tr", "va", "te")]
     arrays = {path: _map_tokens(path) for path in paths}
@@ -31,7 +31,7 @@ def open_openai(prefix: str) -> Source:
     for path, tokens in arrays.items():
         side = math.isqrt(tokens.shape[1])
         images = DecodedTokens(tokens, palette, path, (side, side))
-        images[:1000]  # finds the palette of another data set now; the other tokens are checked when they are read
+        images[:1000]  # raises now if the palette is of another data set; other tokens are checked when read
         splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
     return Source(f"openai:{prefix}", *splits, channels=palette.channels, palette=palette)
 
@@ -46,7 +46,7 @@ def _map_tokens(path: str) -> np.ndarray:
 
 
 def _openai_labels(path: str, count: int) -> np.ndarray | None:
-    """Labels int32 [N]. Read a few rows at a time, because ImageNet's one-hot labels take gigabytes."""
+    """Reads labels as int32 [N], a few rows at a time, because ImageNet's one-hot labels take gigabytes."""
     if not Path(path).exists():
         return None
     labels = map_array(path)

@@ -3,9 +3,9 @@
     igpt palette --source=folder:photos --colors=512 --pixels=1000000 --out=palette.npy
     igpt prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
 
-Training images are chosen at random, and equally many pixels of each: at most --pixels in all. k-means clusters them.
-The quantisation error is measured on pixels of images held out for validation. The picture shows the palette, and eight
-images before and after. train.py finds the same palette for the same source, colours, pixels and seed.
+Chooses training images at random, samples equally many pixels from each (at most --pixels in total), and clusters them
+with k-means. The quantisation error is measured on pixels of validation images. The picture shows the palette and
+eight images before and after. train.py computes the same palette for the same source, colours, pixels and seed.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.plots import check_writable, palette_picture, save_png
 
-PIXELS_OF_AN_IMAGE = 64  # the least: with fewer, decoding all the images would take longer than k-means
-PIXELS_AT_ONCE = 1 << 18  # pixels of images held in memory
-MOST_TO_START_FROM = 1 << 16  # colours among which k-means++ chooses: among all, it would take longer than k-means
+PIXELS_OF_AN_IMAGE = 64  # minimum per image; with fewer, decoding more images would take longer than k-means
+PIXELS_AT_ONCE = 1 << 18  # pixels of decoded images that are in memory at a time
+MOST_TO_START_FROM = 1 << 16  # k-means++ chooses among this many colours; with all, it would be slower than k-means
 MOST_ITERATIONS = 100
 ITERATIONS_AT_ONCE = 5
-SMALLEST_GAIN = 1e-3  # k-means ends when ITERATIONS_AT_ONCE lower the error by a smaller share than this
+SMALLEST_GAIN = 1e-3  # k-means ends when ITERATIONS_AT_ONCE iterations lower the error by at most this share
 
 
 def sample_pixels(images, most: int, seed: int) -> tuple[np.ndarray, int]:
-    """Samples at most `most` pixels uint8 [n, 3] of images uint8 [N, H, W, 3], and returns the number of images used.
+    """Returns at most `most` pixels, uint8 [n, 3], of images uint8 [N, H, W, 3], and the number of images used.
 
-    Images are chosen at random by `seed`, with equally many pixels of each, and read a few at a time.
+    `seed` chooses the images and pixels, the same number of pixels in each image. Images are read a few at a time.
     """
     count, height, width, _ = images.shape
     rng = np.random.default_rng((seed, 3))
     of_each = min(height * width, max(PIXELS_OF_AN_IMAGE, most // count), most)
-    chosen = np.sort(rng.permutation(count)[: most // of_each])  # sorted, to read the disk in order
+    chosen = np.sort(rng.permutation(count)[: most // of_each])  # sorted, so that the disk is read in order
     pixels = np.empty((len(chosen), of_each, 3), np.uint8)
     at_once = max(1, PIXELS_AT_ONCE // (height * width))
     with tqdm(total=len(chosen), unit="image", desc="sample", dynamic_ncols=True, disable=None) as bar:
@@ -52,15 +52,15 @@ def sample_pixels(images, most: int, seed: int) -> tuple[np.ndarray, int]:
 
 
 def fit(images, colors: int, seed: int = 0, max_pixels: int = 1_000_000) -> Palette:
-    """The palette of at most `max_pixels` sampled pixels of images uint8 [N, H, W, 3]: see `fit_pixels`."""
+    """Fits a palette to at most `max_pixels` sampled pixels of images uint8 [N, H, W, 3]: see `fit_pixels`."""
     pixels, _ = sample_pixels(images, max_pixels, seed)
     return fit_pixels(pixels, colors, seed)
 
 
 def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "palette.colors") -> Palette:
-    """k-means on pixels uint8 [N, 3]. With exactly `colors` different colours, the palette is those colours.
+    """Clusters pixels uint8 [N, 3] by k-means. If they have exactly `colors` different colours, these are the palette.
 
-    Raises UserError, which calls the number of colours `flag`, where the pixels have fewer different colours.
+    Raises UserError if they have fewer. `flag` is the name of the number of colours in the message.
     """
     distinct, counts = np.unique(pixels, axis=0, return_counts=True)
     if len(distinct) < colors:
@@ -91,13 +91,13 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "pale
 
 
 def of_centers(centers: np.ndarray) -> Palette:
-    """The palette of centres [V, 3], sorted from dark to light, so that their order does not matter."""
+    """Makes a palette of centres [V, 3]. Sorts them from dark to light, so that the given order does not matter."""
     centers = np.clip(centers, -1.0, 1.0)
     return Palette(centers[np.lexsort((*centers.T[::-1], centers.sum(axis=1)))].astype(np.float32))
 
 
 def quantisation_error(palette: Palette, pixels: np.ndarray) -> tuple[float, float]:
-    """Mean squared error in bytes^2 over the pixels uint8 [n, 3] and their channels, and the same as PSNR in dB."""
+    """The mean squared error over all channels of pixels uint8 [n, 3], in bytes^2, and the same error as PSNR in dB."""
     error = np.square(palette.decode(palette.encode(pixels)) - pixels.astype(np.float64)).mean()
     return float(error), 10 * math.log10(255**2 / error) if error else math.inf
 
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """Raises UserError, before minutes of work, for files that cannot be written or exist already."""
+    """Raises UserError if the output files exist or cannot be written. Runs before the fit, which takes minutes."""
     if not args.out.endswith(".npy"):
         raise UserError(f"--out={args.out}: palettes are .npy files; give a name that ends in .npy")
     folder = Path(args.out).absolute().parent

@@ -1,12 +1,12 @@
-"""Writes any source as palette tokens, once, which training then maps from disk: two bytes a pixel.
+"""Writes any source once as palette tokens, two bytes per pixel. Training then maps the tokens from disk.
 
     igpt prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
     python train.py --config.data.source=tokens:photos-32 ...
 
-A prepared directory holds prepared.json (what was prepared, and how), palette.npy, and the shards of each split:
-SPLIT-00000.tokens.npy uint16 [n, T] and, where the source has labels, SPLIT-00000.labels.npy int32 [n]. Skipped images
-are named in SPLIT-00000.unreadable.txt. A command that was interrupted writes only the missing shards when it is run
-again. Images are prepared as evaluation sees them: --preprocess=crop takes the centre, never a random crop.
+A prepared directory contains prepared.json (what was prepared, and how), palette.npy, and the shards of each split:
+SPLIT-00000.tokens.npy uint16 [n, T] and, if the source has labels, SPLIT-00000.labels.npy int32 [n]. The file
+SPLIT-00000.unreadable.txt lists skipped images. After an interruption, the same command writes only the missing shards.
+Images are preprocessed as for evaluation: --preprocess=crop takes the centre, never a random crop.
 """
 
 import argparse
@@ -38,9 +38,9 @@ PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256
 
 
 def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 8192, workers: int = 1) -> dict:
-    """Writes the source with these fields of DataConfig to `out`. Returns counts: each split's and "unreadable" images.
+    """Writes a source to `out`. `settings` are fields of DataConfig. Returns the images per split and "unreadable".
 
-    Raises UserError where `out` holds anything else, so that nothing is mixed or overwritten.
+    Raises UserError if `out` contains anything other than this source prepared in the same way: nothing is overwritten.
     """
     palette, folder = Palette.load(palette_path), Path(out)
     source = open_source(settings, is_command=True)
@@ -61,7 +61,7 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
     shards = [(name, number) for name in SPLITS for number in range(count_shards(plan, name))]
     missing = [shard for shard in shards if not _is_finished(folder, *shard, plan)]
     total, left = sum(plan["images"].values()), sum(len(shard_rows(plan, *shard)) for shard in missing)
-    # One process encodes an array in memory quickly, and each further process would hold a copy of it.
+    # One process encodes images in memory quickly, and each further process would need its own copy of them.
     workers = 1 if isinstance(source.train.images, ArrayImages) else min(workers, len(missing))
     with tqdm(total=total, initial=total - left, unit="image", smoothing=0.1, dynamic_ncols=True) as bar:
         if workers > 1:
@@ -73,7 +73,7 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
 
 
 def _begin(folder: Path, plan: dict, palette: Palette) -> None:
-    """Writes the plan into a new directory. Raises UserError where an existing directory has another plan, or none."""
+    """Writes the plan into a new directory. Raises UserError if an existing directory has another plan or no plan."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file; name a new directory")
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {f"{PLAN}.partial"}:
@@ -97,17 +97,16 @@ def _flat(plan: dict) -> dict:
 
 
 def _is_finished(folder: Path, name: str, number: int, plan: dict) -> bool:
-    with contextlib.suppress(UserError):  # a shard that is missing or damaged
+    with contextlib.suppress(UserError):  # raised for a shard that is missing or damaged
         map_shard(folder, name, number, plan)
         return True
     return False
 
 
 def _write_shard(source: Source, palette: Palette, plan: dict, folder: Path, name: str, number: int, advance) -> None:
-    """Writes one shard, complete or not at all. Memory holds the tokens of the shard, but few of its images.
+    """Writes one complete shard, or nothing. All tokens of the shard are in memory, but only a few of its images.
 
-    Calls `advance` with the number of images done since its last call. Raises UserError for a file that cannot be
-    written.
+    Calls `advance` with the number of images done since the last call. Raises UserError if a file cannot be written.
     """
     split, (height, width) = source.splits()[name], source.image_size
     rows = np.array(shard_rows(plan, name, number))
@@ -123,7 +122,7 @@ def _write_shard(source: Source, palette: Palette, plan: dict, folder: Path, nam
         if not readable.all():
             path, reasons = shard_path(folder, name, number, "unreadable").with_suffix(".txt"), split.images.unreadable
             write_text(path, "".join(f"{reasons[i]}\n" for i in rows if i in reasons))
-        # The tokens come last, because a shard that has its tokens is finished.
+        # The tokens are written last, because a shard whose tokens exist counts as finished.
         for kind, array in (("labels", labels), ("tokens", tokens[readable])):
             if array is not None:
                 path = shard_path(folder, name, number, kind)
@@ -137,9 +136,9 @@ def _write_shard(source: Source, palette: Palette, plan: dict, folder: Path, nam
 
 
 def _write_in_processes(shards: list[tuple[str, int]], workers: int, bar: tqdm, folder: Path) -> None:
-    """Writes the shards in several processes, which end when this function or this process ends, in whatever way."""
+    """Writes the shards in several processes. They exit when this function ends, or when this process is killed."""
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locks that other threads hold
-    written, before = spawn.RawArray("q", len(shards)), bar.n  # images done of each shard
+    written, before = spawn.RawArray("q", len(shards)), bar.n  # images done in each shard
     theirs, ours = spawn.Pipe(duplex=False)
     # The workers exit when `ours` is closed, or this process is killed. The pool then waits for them.
     with futures.ProcessPoolExecutor(workers, spawn, _start_worker, (theirs, written)) as pool, ours:
@@ -160,8 +159,8 @@ def _write_in_processes(shards: list[tuple[str, int]], workers: int, bar: tqdm, 
 
 @contextlib.contextmanager
 def _interrupts_blocked():
-    """Blocks SIGINT. Processes that start meanwhile inherit this, so that Ctrl-C interrupts only the command itself."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    """Blocks SIGINT. Processes that start meanwhile inherit the block, so that Ctrl-C interrupts only the command."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows has no such function
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -172,14 +171,14 @@ def _interrupts_blocked():
 
 
 def _start_worker(theirs, written) -> None:
-    """Starts a thread in a worker process that waits for the end of the command, and then exits."""
+    """Starts a thread in a worker process. The thread waits until the command ends, then exits the process."""
     global _written
     _written = written
     threading.Thread(target=lambda: theirs.poll(None) and os._exit(1), daemon=True).start()
 
 
 def _write_in_worker(folder: Path, place: int, shard: tuple[str, int]) -> None:
-    """Writes one shard in a worker process, and counts its images at its place in the shared array."""
+    """Writes one shard in a worker process, and counts the finished images in the shared array, at index `place`."""
 
     def advance(count: int) -> None:
         _written[place] += count
@@ -190,7 +189,7 @@ def _write_in_worker(folder: Path, place: int, shard: tuple[str, int]) -> None:
 @functools.cache
 def _opened_in_worker(folder: Path) -> tuple[Source, Palette, dict]:
     plan = read_json(folder / PLAN)
-    with contextlib.redirect_stdout(io.StringIO()):  # the command itself prints the same
+    with contextlib.redirect_stdout(io.StringIO()):  # the main process has already printed it
         return load_source(plan["data"]), Palette.load(folder / "palette.npy"), plan
 
 

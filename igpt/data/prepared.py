@@ -1,4 +1,4 @@
-"""The source `tokens:DIR`: tokens that `igpt prepare` wrote, mapped from disk and never held in memory."""
+"""The source `tokens:DIR`: tokens that `igpt prepare` wrote, memory-mapped from disk."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ PLAN = "prepared.json"
 
 
 class Shards:
-    """The rows of several arrays of the same width, one array after the other, copied only when they are indexed."""
+    """Concatenates the rows of arrays of the same width without a copy. Indexing copies only the requested rows."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
-        self.parts = [part.view(np.ndarray) for part in parts]  # indexing an np.memmap costs more than reading
+        self.parts = [part.view(np.ndarray) for part in parts]  # indexing an np.memmap takes longer than reading it
         self.starts = np.cumsum([0, *map(len, parts)])
         self.rows = np.arange(self.starts[-1])
         self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
@@ -28,7 +28,7 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        index = self.rows[index]  # slices become arrays, and an index that is out of bounds raises IndexError
+        index = self.rows[index]  # converts slices to arrays, and raises IndexError if out of bounds
         part = np.searchsorted(self.starts, index, side="right") - 1
         within = index - self.starts[part]
         if not index.ndim:
@@ -40,7 +40,7 @@ class Shards:
 
 
 def open_prepared(folder: str) -> Source:
-    """Opens the source `tokens:DIR` without reading its tokens. Raises UserError where it is unfinished or damaged."""
+    """Opens the source `tokens:DIR` without reading its tokens. UserError if the directory is incomplete or damaged."""
     directory = Path(folder)
     if not (directory / PLAN).is_file():
         raise UserError(f"{folder} is no prepared directory: it has no {PLAN}; make one with igpt prepare")
@@ -64,7 +64,7 @@ def open_prepared(folder: str) -> Source:
 
 
 def _check_plan(plan: dict, path: Path) -> None:
-    """Raises UserError for a prepared.json that `igpt prepare` cannot have written."""
+    """Raises UserError if `igpt prepare` cannot have written this prepared.json."""
     data, images = plan.get("data"), plan.get("images")
     size = data.get("image_size") if isinstance(data, dict) else None
     counts = [plan.get("shard_images")]
@@ -108,7 +108,7 @@ def count_shards(plan: dict, name: str) -> int:
 
 
 def shard_rows(plan: dict, name: str, number: int) -> range:
-    """The indices of a shard's images in their split, those that cannot be read included."""
+    """The indices of a shard's images in the split, including images that cannot be read."""
     start = number * plan["shard_images"]
     return range(start, min(start + plan["shard_images"], plan["images"][name]))
 

@@ -18,10 +18,10 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """configs/base.py explains every field. Raises UserError that names the field for a value that is not allowed.
+    """configs/base.py explains every field. Raises UserError, which names the field, if a value is not allowed.
 
-    Fields without a default describe the images themselves. The other defaults read the images as a model from
-    elsewhere needs them, without augmentation.
+    Fields without a default describe the images themselves. The defaults of the other fields are for imported models,
+    whose images are read without augmentation.
     """
 
     source: str
@@ -69,5 +69,5 @@ class DataConfig:
 
     @classmethod
     def of(cls, settings) -> "DataConfig":
-        """The fields of a mapping, such as a ConfigDict, as a DataConfig. A DataConfig is returned unchanged."""
+        """Makes a DataConfig of a mapping, such as a ConfigDict. A DataConfig is returned unchanged."""
         return make_section(cls, "data.", settings)

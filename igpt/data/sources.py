@@ -1,4 +1,4 @@
-"""Where examples come from: opens every kind of `data.source` as a train, a validation and a test split."""
+"""Opens every kind of `data.source` as a training, a validation and a test split."""
 
 import argparse
 import dataclasses
@@ -21,14 +21,14 @@ FLAGS = {
     "split_seed": "seed of the random split",
     "data_dir": "where tensorflow_datasets keeps its data",
     "on_unreadable": "at an image that cannot be read",
-}  # of commands, for fields of DataConfig with the same default
+}  # field of DataConfig -> help text of its flag; the flag has the default of the field
 
 
 def open_source(settings, is_command: bool = False) -> Source:
-    """Opens the source of a DataConfig, or of a mapping of its fields.
+    """Opens the source that a DataConfig, or a mapping with the same fields, describes.
 
-    Raises UserError where its images have another size or other channels than `settings`. The message names flags of
-    `igpt prepare` with `is_command`, else of train.py.
+    Raises UserError if the images do not have the size and the channels of `settings`. With `is_command`, the message
+    names flags of `igpt prepare`, otherwise flags of train.py.
     """
     settings = DataConfig.of(settings)
     source = load_source(settings)
@@ -46,7 +46,7 @@ def open_source(settings, is_command: bool = False) -> Source:
 
 
 def load_source(settings) -> Source:
-    """Opens the source as `open_source` does, whatever size and channels its images have."""
+    """Opens a source like `open_source`, but does not check the size and the channels of its images."""
     settings = DataConfig.of(settings)
     kind, _, argument = settings.source.partition(":")
     match kind:
@@ -68,7 +68,7 @@ def load_source(settings) -> Source:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, size: str | None) -> None:
-    """The flags of `igpt prepare` and `igpt palette` for a source. `size` is the default of --size; None: required."""
+    """Adds the flags that describe a source. `size` is the default of --size; None makes --size required."""
     parser.add_argument("--source", required=True, help=KINDS)
     default = f" (default {size})" if size else ""
     parser.add_argument("--size", required=not size, default=size, help=f"side, or HEIGHTxWIDTH, of images{default}")
@@ -82,7 +82,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, size: str | None) -> N
 
 
 def source_settings(args: argparse.Namespace) -> dict:
-    """The fields of DataConfig that these flags set."""
+    """Returns the fields of DataConfig that the flags set. Raises UserError if --size is invalid."""
     sides = args.size.lower().split("x")
     if not all(side.isdecimal() and int(side) > 0 for side in sides) or len(sides) > 2:
         raise UserError(f"--size={args.size}; give a number such as 32, or HEIGHTxWIDTH such as 28x28")

@@ -1,7 +1,7 @@
-"""A data set of tensorflow_datasets as a data source: single records are read at random, without TensorFlow.
+"""Opens a data set of tensorflow_datasets as a data source. Reads single records in any order, without TensorFlow.
 
-This needs ArrayRecord files. A data set that is absent is downloaded and prepared in this format, which does need
-TensorFlow (pip install "igpt[tfds]").
+The data set must be in ArrayRecord files. If there are no files, it is downloaded and prepared in this format. Only
+this preparation needs TensorFlow (pip install "igpt[tfds]").
 """
 
 import difflib
@@ -16,15 +16,15 @@ from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
-STILL_ENCODED = {"image": tfds.decode.SkipDecoding()}  # igpt.data.images decodes them, within bounds
-LOOKED_AT = 100  # records that are searched for labels which the data set does not declare
-UNREAD = np.iinfo(np.int32).min  # stands for a label that was not read yet; -1 is the data sets' own sign for no label
+STILL_ENCODED = {"image": tfds.decode.SkipDecoding()}  # igpt.data.images decodes the images, with limits
+LOOKED_AT = 100  # number of first records that are searched for labels without a declared class
+UNREAD = np.iinfo(np.int32).min  # marks labels that have not been read; -1 marks missing labels in data sets
 
 
 class Records:
-    """The records of one split by number: encoded images with a name for messages, as EncodedImages takes them.
+    """The records of one split: encoded images and their names for messages. EncodedImages takes them as `files`.
 
-    Reading an image also keeps its label in `known`, so that it is not read again.
+    Reading an image also stores its label in `known`, so that the label needs no second read.
     """
 
     def __init__(self, data_source, features: tfds.features.FeaturesDict, name: str):
@@ -38,7 +38,7 @@ class Records:
         name = f"{self.name} record {number}"
         try:
             record = self.features.deserialize_example_np(self.data_source[number], decoders=STILL_ENCODED)
-        except Exception as error:  # the reader raises anything on damaged files
+        except Exception as error:  # the reader may raise any exception
             raise UnreadableImage(f"{name} cannot be read: {first_line(error)}; prepare the data set again") from None
         if self.known is not None:
             self.known[number] = record["label"]
@@ -62,13 +62,13 @@ class Labels:
         numbers, known = self.numbers[index], self.records.known
         asked = np.unique(numbers)
         for number in asked[known[asked] == UNREAD].tolist():
-            self.records[number]  # keeps the label in `known`
+            self.records[number]  # stores the label in `known`
         return known[numbers]
 
     def classes(self) -> np.ndarray:
-        """The classes that the data set declares and those of its first records. Reads all if none are declared.
+        """The declared classes, and the labels of the first records. Reads all labels if no classes are declared.
 
-        Searching every record of ImageNet would read its 140 GB.
+        Otherwise it does not read all labels, because this would read all 140 GB of ImageNet.
         """
         declared = self.records.features["label"]
         if not isinstance(declared, tfds.features.ClassLabel) or declared.num_classes is None:
@@ -80,11 +80,11 @@ class Labels:
 
 
 def open_tfds(name: str, settings: DataConfig) -> Source:
-    """Opens a data set by the name that tfds.builder takes.
+    """Opens the data set `name`, an argument of tfds.builder. Raises UserError if it cannot be used.
 
-    A part of its split "train" is held out for validation. Its "test" is the test split, or its "validation" where
-    "test" is absent or has no labels, as with ImageNet. Without both, another part of "train" is held out for test.
-    Splits of other names are ignored.
+    A part of the split "train" is held out for validation. The test images are the split "test" or, if that is missing
+    or has no labels as in ImageNet, the split "validation". If both are missing, another part of "train" is held out
+    for test. Other splits are ignored.
     """
     source_name = settings.source
     builder = prepared_builder(name, settings.data_dir)
@@ -123,21 +123,23 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
 
 
 def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set in ArrayRecord files. Downloads and prepares an absent one. Raises UserError."""
+    """Returns a data set's builder. Prepares a missing data set. UserError if it is unknown or not in ArrayRecord."""
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         close = difflib.get_close_matches(name.partition("/")[0].partition(":")[0], known)
+        similar = f"similar names: {', '.join(close)}" if close else ""
         raise UserError(
-            f"tensorflow_datasets knows no data set {name!r}, and data.data_dir={data_dir or '(default)'} holds none; "
-            + (f"close to it: {', '.join(close)}" if close else "all are listed on tensorflow.org/datasets/catalog")
+            f"tensorflow_datasets knows no data set {name!r}, and the directory "
+            f"data.data_dir={data_dir or '(default)'} has none of that name; "
+            + (similar or "all names are listed on tensorflow.org/datasets/catalog")
         ) from None
-    except Exception as error:  # builders are code of third parties, which raises anything
+    except Exception as error:  # builders are third-party code and may raise any exception
         raise UserError(f"tfds:{name} cannot be opened: {first_line(error)}") from None
     if not builder.is_prepared():
         _prepare(name, builder)
-        builder = tfds.builder(name, data_dir=data_dir or None)  # a new builder reads which files there are now
+        builder = tfds.builder(name, data_dir=data_dir or None)  # a new builder finds the new files
     found = {file_format.value for file_format in builder.info.available_file_formats()}
     if ARRAY_RECORD.value not in found:
         raise UserError(
@@ -149,19 +151,19 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
     try:
-        import tensorflow  # noqa: F401 - fails before a long download, not after it
+        import tensorflow  # noqa: F401 - fails before the long download if TensorFlow is missing
     except ImportError:
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow (reading does not): "
             f'pip install "igpt[tfds]" and repeat it, or set data.data_dir to where its {ARRAY_RECORD.value} files are'
         ) from None
     try:
-        # The prepared files in Google's bucket have another format.
+        # The prepared files that Google offers for download are in another format.
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(file_format=ARRAY_RECORD, download_config=config)
-    except Exception as error:  # no network, a full disk, files to fetch by hand, ...
+    except Exception as error:  # no network, a full disk, files that must be fetched by hand, ...
         if builder.is_prepared():
-            return  # another process was faster
+            return  # another process has prepared it meanwhile
         raise UserError(
             f"tfds:{name} could not be prepared in {builder.data_dir}: {type(error).__name__}: {error}\n"
             f"Repair that and run this again, or set data.data_dir to where its {ARRAY_RECORD.value} files are."
@@ -169,9 +171,9 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _image_and_label(name: str, builder: tfds.core.DatasetBuilder) -> tfds.features.FeaturesDict:
-    """The features that are read: an image and, where there is one, an integer label. Raises UserError for others.
+    """The features to read: an image and, if there is one, an integer label. UserError if they have other types.
 
-    tfds.decode.PartialDecoding would also select them, but imports TensorFlow.
+    tfds.decode.PartialDecoding would also select these features, but it imports TensorFlow.
     """
     features = {key: feature for key, feature in builder.info.features.items() if key in ("image", "label")}
     image, label = features.get("image"), features.get("label")

@@ -1,1 +1,1 @@
-"""Models to and from Hugging Face and OpenAI."""
+"""Imports models of Hugging Face and OpenAI, and exports models for transformers."""

@@ -1,9 +1,9 @@
-"""A model to a Hugging Face directory, which transformers' ImageGPT classes load.
+"""Writes a model as a Hugging Face directory, which transformers' ImageGPT classes load.
 
     igpt export --model=runs/digits --out=hf_digits
 
-The run's palette becomes the clusters of the directory's image processor. The export of an imported run equals the
-directory that was imported.
+The run's palette becomes the clusters of the directory's image processor. If a run was imported, its
+export equals the imported directory.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from igpt.interop.load import Pretrained, is_huggingface, load, parameter_fields
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.interop.weight_files import FLOATS, write_safetensors
 
-ORIGIN = "huggingface.json"  # the configurations that an imported run came with; an export returns them unchanged
+ORIGIN = "huggingface.json"  # the configurations of an imported directory; an export writes them unchanged
 
 
 def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
     """Writes the model `ref` as the Hugging Face directory `out`, which must be new or empty.
 
-    transformers loads it strictly. A network without biases gets zeros for them. If a model has both a classifier and
-    a palette head, only the classifier is exported: transformers has no class with both.
+    transformers loads it without missing or unexpected weights. If the network has no biases, zeros are written. If a
+    model has a classifier and a palette head, only the classifier is exported: transformers has no class with both.
     """
     check_new(out)
     directory = resolve(ref)
@@ -52,7 +52,7 @@ def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
 
 
 def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple:
-    """ImageGPTConfig, ImageGPTImageProcessor and dtype (a key of FLOATS) of an export: those of the import, or new."""
+    """The ImageGPTConfig, ImageGPTImageProcessor and dtype (a key of FLOATS) to write: as imported, or new ones."""
     if is_huggingface(directory):
         weights = hf_weights.open_directory(directory)
         return weights.config, processor_of(directory), weights.dtype

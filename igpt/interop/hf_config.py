@@ -1,4 +1,4 @@
-"""The documented `ImageGPTConfig` of Hugging Face, and the network of ours that it describes.
+"""Hugging Face's documented `ImageGPTConfig`, and its conversion to and from our ModelConfig.
 
 Source of names, defaults and meanings: transformers 5.23, models/imagegpt/configuration_imagegpt.py.
 """
@@ -17,16 +17,16 @@ from igpt.files import read_json, write_text
 from igpt.interop.hub import resolve
 from igpt.model import ACTIVATIONS, ModelConfig
 
-MAX_LAYERS = 1000  # so that a hostile config cannot ask for endless lists of names
+MAX_LAYERS = 1000  # a limit, so that a malicious config cannot request endless lists of names
 
-ALIASES = {  # the documentation's attribute_map
+ALIASES = {  # alias -> field, as in the documentation's attribute_map
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
 SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
-SAME_FIELD = {  # fields of ModelConfig: the fields of ImageGPTConfig that have the same values
+SAME_FIELD = {  # field of ModelConfig -> field of ImageGPTConfig with the same value
     "width": "n_embd",
     "depth": "n_layer",
     "num_heads": "n_head",
@@ -39,7 +39,7 @@ SAME_FIELD = {  # fields of ModelConfig: the fields of ImageGPTConfig that have 
     "scale_scores_by_layer": "scale_attn_by_inverse_layer_idx",
 }
 
-ARCHITECTURES = dict(  # a model's head: the class that transformers has for it
+ARCHITECTURES = dict(  # a model's head -> its class in transformers
     pixels="ImageGPTForCausalImageModeling", classes="ImageGPTForImageClassification", none="ImageGPTModel"
 )
 
@@ -51,7 +51,7 @@ class ImageGPTConfig:
     Raises UserError, which names the field, for an impossible value and for a keyword that looks misspelt.
     """
 
-    vocab_size: int = 513  # the palette, and the start of sequence as the last one
+    vocab_size: int = 513  # the colours of the palette, then the start of sequence
     n_positions: int = 1024
     n_embd: int = 512
     n_layer: int = 24
@@ -66,9 +66,9 @@ class ImageGPTConfig:
     scale_attn_weights: bool = True
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    scale_attn_by_inverse_layer_idx: bool = False  # by 1 / (layer_idx + 1)
-    reorder_and_upcast_attn: bool = False  # changes nothing here: scores are always float32
-    # Every Hugging Face model has the fields below. A file has them only where they differ from the default.
+    scale_attn_by_inverse_layer_idx: bool = False  # scales scores by 1 / (layer_idx + 1)
+    reorder_and_upcast_attn: bool = False  # has no effect here: scores are always float32
+    # Every Hugging Face model has the fields below. A file contains only those that differ from the default.
     num_labels: int = 2
     id2label: dict | None = None
     label2id: dict | None = None
@@ -94,7 +94,7 @@ class ImageGPTConfig:
         vars(self).update(settings)
         self.check()
 
-    def __getattr__(self, name):  # Python calls it only for names that are not set
+    def __getattr__(self, name):  # Python calls this only for attributes that are not set
         if name in ALIASES:
             return getattr(self, ALIASES[name])
         if name in self.__dict__.get("other", {}):
@@ -104,7 +104,7 @@ class ImageGPTConfig:
     def __setattr__(self, name, value):
         super().__setattr__(ALIASES.get(name, name), value)
         if name == "num_labels":
-            self.id2label = self.label2id = None  # the old names belong to other classes
+            self.id2label = self.label2id = None  # the old names are wrong for the new number of classes
 
     def __eq__(self, other):
         return isinstance(other, ImageGPTConfig) and self.to_dict() == other.to_dict()
@@ -113,7 +113,7 @@ class ImageGPTConfig:
         return f"ImageGPTConfig {self.to_json_string()}"
 
     def check(self) -> None:
-        """Raises UserError for a field whose value no network could have."""
+        """Raises UserError if a field has a value that no network could have."""
         for names, holds, allowed in RULES:
             for name in names:
                 if not holds(value := getattr(self, name)):
@@ -125,7 +125,7 @@ class ImageGPTConfig:
 
     @property
     def sos_token_id(self) -> int:
-        """The last row of the embedding. Callers prepend it to their inputs themselves (docs/huggingface.md)."""
+        """The start of sequence, the last row of the embedding. Callers must prepend it (docs/huggingface.md)."""
         return self.vocab_size - 1
 
     def to_dict(self) -> dict:
@@ -134,7 +134,7 @@ class ImageGPTConfig:
         if self.num_labels != DEFAULTS["num_labels"] and self.id2label is None:
             settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
             settings["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
-        del settings["num_labels"]  # transformers counts id2label instead
+        del settings["num_labels"]  # transformers derives it from id2label
         settings = {k: value for k, value in settings.items() if k not in COMMON or value != DEFAULTS[k]}
         return copy.deepcopy(settings | self.other) | {"model_type": self.model_type}
 
@@ -143,13 +143,13 @@ class ImageGPTConfig:
 
     @classmethod
     def from_dict(cls, settings: dict, **overrides) -> "ImageGPTConfig":
-        """Reads what `to_dict`, or any version of transformers, wrote. `overrides` are as for the constructor."""
+        """Reads a dict from `to_dict` or any version of transformers. `overrides` are arguments of the constructor."""
         model_type = settings.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise UserError(f"model_type is {reprlib.repr(model_type)}; only {cls.model_type!r} models can be loaded")
         config = cls.__new__(cls)
         config._set({name: value for name, value in settings.items() if name != "model_type"})
-        cls(**overrides)  # refuses misspelt names and bad values
+        cls(**overrides)  # raises for misspelt names and invalid values
         for name, value in overrides.items():
             setattr(config, name, value)
         config.check()
@@ -157,7 +157,7 @@ class ImageGPTConfig:
 
     @classmethod
     def from_pretrained(cls, ref, **overrides) -> "ImageGPTConfig":
-        """Reads config.json of a directory or hub id. UserError names the file if it is damaged or of another model."""
+        """Reads config.json of a directory or hub id. UserError, with the path, if it is damaged or unsuitable."""
         path = resolve(ref) / "config.json"
         settings = read_json(path)
         if {"data", "palette", "model"} <= settings.keys():

@@ -1,7 +1,7 @@
-"""The weights of an ImageGPT under Hugging Face's names, and in our nested dicts of parameters.
+"""Converts weights between Hugging Face's names and our nested dicts of parameters.
 
-transformers' Conv1D keeps [in, out] kernels. The columns of its fused c_attn are queries, keys and values, each with
-its heads one after another. So tensors are our leaves reshaped. Only the two output heads are transposed.
+Conv1D of transformers has kernels [in, out]. The columns of its fused c_attn are all queries, all keys and all values,
+each ordered by head. Our leaves have the same order and are only reshaped, except that output heads are transposed.
 Source: transformers 5.23, models/imagegpt/modeling_imagegpt.py, and pytorch_utils.py for Conv1D.
 """
 
@@ -18,11 +18,11 @@ from igpt.interop.mapping import Target, Tensor, abstract_params, check_tensors,
 from igpt.interop.weight_files import FLOATS, list_tensors
 from igpt.model import ModelConfig
 
-BASE = "transformer."  # the prefix that a bare ImageGPTModel's file lacks
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that transformers 4 saved beside the weights
+BASE = "transformer."  # prefix of all names except the heads; files of a bare ImageGPTModel have no prefix
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which transformers 4 saved with the weights
 HEADS = {"pixels": "lm_head.weight", "classes": "score.weight"}
 
-# Dims as `sizes` has them: S counts the palette and the start of sequence, Q the columns of queries, keys and values.
+# The function `sizes` gives the size of each dim letter. S: colours and start of sequence. Q: columns of c_attn.
 INPUT = {"wte.weight": Target("SD", ("token_table",)), "wpe.weight": Target("TD", ("position_table",))}
 BLOCK = {
     "ln_1.weight": Target("D", ("blocks", "attention_norm", "gain")),
@@ -44,32 +44,32 @@ OUTPUT = {
 
 
 def targets(model: ModelConfig) -> dict[str, Target]:
-    """The table of a network in Hugging Face's order; names are without the prefix `transformer.`."""
+    """The `Target` of each tensor of a network, in Hugging Face's order. Names have no prefix `transformer.`."""
     present = {HEADS["pixels"]: model.pixel_head, HEADS["classes"]: model.num_classes}
     table = INPUT | stacked(BLOCK, "h.{}.", model.depth) | OUTPUT
     return {name: target for name, target in table.items() if present.get(name, True)}
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """The size of every letter in the table's dims."""
+    """The size of each dim letter in the tables."""
     D, V = model.width, model.vocab_size
     return {"C": model.num_classes, "D": D, "F": model.mlp_width, "Q": 3 * D, "S": V + 1, "T": model.seq_len, "V": V}
 
 
 class Weights(NamedTuple):
-    """A directory's configuration, its network, and its tensors by name, without the prefix and not yet read."""
+    """The configuration of a directory, its network, and its unread tensors by name, without the prefix."""
 
     config: ImageGPTConfig
     model: ModelConfig
     tensors: dict[str, Tensor]
 
     def read(self, abstract: dict | None = None) -> dict:
-        """The parameters, with the shardings of `abstract`, or on the default device."""
+        """Reads the parameters, with the shardings of `abstract` or, without it, to the default device."""
         return read_params(self.tensors, targets(self.model), abstract or abstract_params(self.model))
 
     @property
     def dtype(self) -> str:
-        """The key of FLOATS whose type holds all of the numbers exactly."""
+        """The key of FLOATS whose type can hold all weights exactly."""
         dtypes = {tensor.dtype for tensor in self.tensors.values()}
         return dtypes.pop() if len(dtypes) == 1 else "F32"
 
@@ -77,8 +77,8 @@ class Weights(NamedTuple):
 def open_directory(directory: Path, head: str | None = None, config: ImageGPTConfig | None = None) -> Weights:
     """Reads names and shapes, and raises UserError unless they are exactly those of the configuration.
 
-    head: a key of ARCHITECTURES; None for the directory's own. A head that is asked for may be missing from `tensors`,
-    and another head in the file is left out: so fine-tuning can start from a pretrained directory.
+    head: a key of ARCHITECTURES, or None for the directory's own head. A given head may be missing in the files, and
+    other heads in the files are ignored. So fine-tuning can start from a pretrained directory.
     """
     config = config or ImageGPTConfig.from_pretrained(directory)
     errors = []
@@ -93,14 +93,14 @@ def open_directory(directory: Path, head: str | None = None, config: ImageGPTCon
         elif name not in tensors:
             table.pop(name)
     if config.tie_word_embeddings:
-        tensors.pop(HEADS["pixels"], None)  # .bin files hold the tied table twice
+        tensors.pop(HEADS["pixels"], None)  # .bin files contain the tied table twice
     problem = f"the weights in {directory} do not fit their config.json; fetch both again, or correct the config"
     check_tensors(tensors, table, sizes(model), FLOATS, problem, errors)
     return Weights(config, model, tensors)
 
 
 def _without_prefix(tensors: dict[str, Tensor], errors: list[str]) -> dict[str, Tensor]:
-    """The tensors without BASE in their names, and without mask buffers. Names that occur twice go to `errors`."""
+    """Removes BASE from names, and drops mask buffers. Adds a message to `errors` for each name that occurs twice."""
     found = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(BASE)
@@ -113,7 +113,7 @@ def _without_prefix(tensors: dict[str, Tensor], errors: list[str]) -> dict[str, 
 
 
 def _head_of(config: ImageGPTConfig, tensors: dict[str, Tensor]) -> str:
-    """The head that the configuration names; else, as in OpenAI's directories on the hub, the one in `tensors`."""
+    """The head that the configuration names. If it names none, as OpenAI's on the hub, the head found in `tensors`."""
     named = config.other.get("architectures")
     heads = [head for head, kind in ARCHITECTURES.items() if isinstance(named, list) and kind in named]
     heads += [head for head, name in HEADS.items() if name in tensors]
@@ -121,7 +121,7 @@ def _head_of(config: ImageGPTConfig, tensors: dict[str, Tensor]) -> str:
 
 
 def named_tensors(params: dict, model: ModelConfig, prefix: str = BASE) -> dict[str, np.ndarray]:
-    """Our parameters under Hugging Face's names, mostly views. A network without biases gets zeros for them."""
+    """Our parameters under Hugging Face's names, mostly as views. If the network has no biases, they are zeros."""
     leaves = flatten_dict(jax.tree.map(np.asarray, params))
     tensors = {}
     for name, target in targets(model).items():

@@ -1,4 +1,4 @@
-"""A reference to a local directory: the path of one, or a model of the Hugging Face hub, downloaded into its cache."""
+"""Finds the local directory of a model, given as a path or as an id of the Hugging Face hub, which is downloaded."""
 
 import difflib
 import re
@@ -12,17 +12,17 @@ WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorc
 
 
 def resolve(ref: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a reference. A hub id is downloaded unless it is in the hub's cache.
+    """Returns the local directory of `ref`. A hub id is downloaded, unless it is in the hub's cache.
 
-    A path whose first part is a folder here is never taken for a hub id. So a misspelt path fails at once, without a
-    try on the network. Raises UserError if there is no such directory or model.
+    If the first part of `ref` is an existing folder, `ref` is never used as a hub id. So a misspelt path fails at once,
+    without network access. Raises UserError if there is no such directory or model.
     """
     directory = Path(ref)
     try:
         if directory.is_dir():
             return directory
         beside = [entry.name for entry in directory.parent.iterdir() if entry.is_dir()]
-    except (OSError, ValueError):  # the parent is no folder here
+    except (OSError, ValueError):  # the parent is no folder
         beside = None
     if beside is not None or not HUB_ID.fullmatch(str(ref)):
         close = difflib.get_close_matches(directory.name, beside or (), n=3)
@@ -38,6 +38,6 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
             folder = Path(snapshot_download(str(ref), revision=revision, allow_patterns=[*CONFIG_FILES, *patterns]))
             if any(folder.glob(patterns[0])):
                 break
-    except Exception as error:  # the library and the network raise many types
+    except Exception as error:  # the library and the network raise exceptions of many types
         raise UserError(f"there is no directory {ref}, and the hub sent no such model: {first_line(error)}") from None
     return folder

@@ -1,10 +1,10 @@
-"""A foreign model to a run directory: Hugging Face's directories, or OpenAI's released TensorFlow checkpoints.
+"""Converts a Hugging Face directory, or a TensorFlow checkpoint that OpenAI released, to a run directory.
 
     igpt import --from=hf_digits --out=runs/imported
     igpt import --checkpoint=model.ckpt-1000000 --clusters=kmeans_centers.npy --size=s --out=runs/igpt-s
 
-An imported run can be probed, sampled, completed, fine-tuned and exported. OpenAI's files are those that its
-download.py fetches: model.ckpt-STEP.index with all its .data-* shards, and the colour clusters.
+An imported run can be probed, sampled, completed, fine-tuned and exported. OpenAI's download.py
+fetches the files of a checkpoint: model.ckpt-STEP.index with all its .data-* shards, and the colour clusters.
 """
 
 import math
@@ -31,7 +31,7 @@ def import_directory(
 ) -> Path:
     """Writes the Hugging Face model `ref` as the run directory `out`, which must be new or empty.
 
-    `clusters`: a palette file, for directories without a preprocessor_config.json of their own.
+    `clusters` is a palette file, for a directory that has no preprocessor_config.json.
     """
     check_new(out)
     directory = resolve(ref, revision)
@@ -45,7 +45,8 @@ def import_directory(
     elif side * side == positions:
         processor = ImageGPTImageProcessor(clusters=Palette.load(clusters).centers.tolist(), size=side)
     else:
-        raise UserError(f"{positions} positions are no square: write a preprocessor_config.json with size and clusters")
+        problem = f"{positions} positions are no square number, so the image size is unknown"
+        raise UserError(f"{problem}: write a preprocessor_config.json with size and clusters")
     config, palette = config_of_weights(directory, weights, processor), processor.palette()
     origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
     return _write_run(out, config, palette, weights.read(), origin | {"weights": weights.dtype})
@@ -54,8 +55,8 @@ def import_directory(
 def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
     """Writes a TensorFlow checkpoint and its colour clusters as the run directory `out`, which must be new or empty.
 
-    `size` is a name of PRESETS, or None; a checkpoint of another size is an error. Raises UserError before anything is
-    written, if files are missing or damaged, or if they are of another network.
+    `size` is the name in PRESETS that the checkpoint must match, or None. Raises UserError if files are missing,
+    damaged or of another network. It is raised before anything is written.
     """
     check_new(out)
     if size is not None and size not in PRESETS:
@@ -107,7 +108,8 @@ def run(args) -> None:
         made = import_directory(args.ref, args.out, args.clusters, args.revision)
     else:
         if args.revision or not args.clusters:
-            raise UserError("--checkpoint needs --clusters=kmeans_centers.npy, its palette, and takes no --revision")
+            needed = "--clusters=kmeans_centers.npy, the palette of that checkpoint"
+            raise UserError(f"--checkpoint needs {needed}; --revision does not apply")
         made = import_checkpoint(args.checkpoint, args.clusters, args.out, args.size)
     print(_report(outline(made), made))
 

@@ -28,10 +28,10 @@ from igpt.state import with_shardings
 
 
 class Pretrained(NamedTuple):
-    """A model and all that its use needs.
+    """A model with everything that is needed to use it.
 
-    config: the configuration of its run, or the part that is known of a Hugging Face model (data, palette, model).
-    model: the network, with parameters on devices; `outline` puts shapes in their place. palette: its tokenizer.
+    config: the configuration of its run; of a Hugging Face model, only data, palette and model are known.
+    model: the network, with parameters on devices, or with shapes only if `outline` made it. palette: the tokenizer.
     step: the optimizer step of the parameters, 0 for a Hugging Face model.
     """
 
@@ -42,9 +42,9 @@ class Pretrained(NamedTuple):
 
 
 def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
-    """The model `ref` on `mesh`, by default on one device.
+    """Loads the model `ref` onto `mesh`, by default onto one device.
 
-    step: a checkpoint of the run; by default the newest, or after fine-tuning the best on the validation images.
+    step: the checkpoint to load. The default is the newest, or in a fine-tuned run the best on the validation images.
     Raises UserError when there is no such model, or when it is damaged. No code in the files is executed.
     """
     directory = resolve(ref)
@@ -61,9 +61,9 @@ def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> 
 
 
 def outline(directory: Path) -> Pretrained:
-    """The model of a directory, with shapes in place of its parameters."""
+    """The model of a directory, with the shapes of its parameters instead of their values."""
     config = config_of(directory)
-    # The back end of the training machine may not exist on this machine.
+    # The attention back end of the training machine may not exist on this machine.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     palette = palette_of(directory)
     check_palette_size(palette, config, directory)
@@ -72,25 +72,25 @@ def outline(directory: Path) -> Pretrained:
 
 
 def config_of(directory: Path) -> Config:
-    """The configuration of a run, or of the network and images of a Hugging Face directory."""
+    """The configuration of a run, or our configuration of a Hugging Face directory."""
     if not is_huggingface(directory):
         return load_config(directory)
     return config_of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
 
 
 def is_huggingface(directory: Path) -> bool:
-    """Whether a directory's config.json is of Hugging Face's kind, which has a model_type. A run's has none."""
+    """Whether a directory is from Hugging Face: only then its config.json has a model_type."""
     return (directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
 
 
 def data_settings(config: Config, **changes) -> DataConfig:
-    """`config.data` with the fields of `changes`; a change that is None or "" keeps the model's own setting."""
+    """`config.data` with `changes` applied. Changes that are None or "" are ignored."""
     given = {name: value for name, value in changes.items() if value not in (None, "")}
     return dataclasses.replace(config.data, **given)
 
 
 def processor_of(directory: Path) -> ImageGPTImageProcessor:
-    """The image processor of a Hugging Face directory. UserError if it has no clusters."""
+    """The image processor of a Hugging Face directory. Raises UserError if it has no clusters."""
     if not (directory / "preprocessor_config.json").is_file():
         command = f"igpt import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
         raise UserError(f"{directory} has no preprocessor_config.json, and so no palette; give one with {command}")
@@ -101,7 +101,7 @@ def processor_of(directory: Path) -> ImageGPTImageProcessor:
 
 
 def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> Config:
-    """Our configuration of a Hugging Face model. UserError if its parts do not fit each other, or not our network."""
+    """Our configuration of a Hugging Face model. UserError if its parts do not fit each other or our network."""
     size, model = (processor.size["height"], processor.size["width"]), weights.model
     usual = (processor.do_rescale, processor.rescale_factor, processor.do_normalize) == (True, 1 / 255, True)
     if weights.config.tie_word_embeddings:
@@ -145,7 +145,7 @@ def parameter_fields(model: ModelConfig) -> dict:
 def check_same_network(ref: str, config: Config) -> None:
     """Raises UserError unless a run of `config` can start from the weights of the model `ref`.
 
-    The run may add a classifier, and may leave out either head.
+    The run may add a classifier, and may omit the classifier or the palette head of the model.
     """
     theirs, ours = (parameter_fields(one.model) for one in (config_of(resolve(ref)), config))
     names = [name for name in ours if theirs[name] != ours[name] and name not in ("num_classes", "pixel_head")]
@@ -163,7 +163,7 @@ def check_same_network(ref: str, config: Config) -> None:
 
 
 def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -> None:
-    """Raises UserError if `other`, the palette of images or tokens for a model, is not that model's `palette`."""
+    """Raises UserError if `other`, the palette of a source or None, differs from the `palette` of a model."""
     if other is not None and not np.array_equal(palette.centers, other.centers):
         remedy = f"use {origin}'s palette: igpt prepare --palette prepares tokens with it"
         raise UserError(f"{whose} has another palette than {origin}, whose network knows no other; {remedy}")

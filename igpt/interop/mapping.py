@@ -1,7 +1,7 @@
-"""Tensors of a weight file to our parameters: one kind of table, one check, one reader.
+"""Checks the tensors of a weight file with a table, and reads them into our parameters.
 
-A table gives every tensor that a file must have its `Target` among our parameters. `sizes` gives each letter of the
-targets' dims its number. hf_weights.py has the table of Hugging Face's names, openai.py the table of TensorFlow's.
+A table maps the name of each tensor that a file must have to its `Target` in our parameters. `sizes` maps each dim
+letter of the targets to its size. hf_weights.py has the table for Hugging Face's names, openai.py for TensorFlow's.
 """
 
 from collections.abc import Callable, Collection
@@ -16,11 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from igpt.errors import UserError
 from igpt.model import ImageGPT, ModelConfig
 
-SHOWN = 12  # items of a list in one message
+SHOWN = 12  # most items of a list in one message
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file that has not been read yet. `dtype` is the file format's name of its type."""
+    """A tensor of a file that has not been read yet. `dtype` is the name of its type in the file format."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,10 +29,10 @@ class Tensor(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The place of one tensor among our parameters: it is transposed from `dims` to `ours`, then reshaped to `part`.
+    """The place of a file's tensor in our parameters. The tensor is transposed from `dims` to `ours`, then reshaped.
 
-    dims: one letter for each axis in the file. path: the keys of our leaf. ours: the same letters in our order; "" if
-    the order is the same. part: the index of its part of the leaf, such as a layer; () stands for the whole leaf.
+    dims: one letter for each axis in the file. path: the keys of our leaf. ours: the same letters in our order, or ""
+    if the order is the same. part: the tensor's index in the leaf, such as the layer number; () is the whole leaf.
     """
 
     dims: str
@@ -52,7 +52,7 @@ class Target(NamedTuple):
         part[...] = value.reshape(part.shape)
 
     def extract(self, leaf: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-        """The inverse of `fill`: the file's tensor, as a view of our leaf where NumPy can make one."""
+        """The inverse of `fill`: returns the file's tensor, as a view of our leaf if NumPy can make one."""
         if not self.ours:
             return leaf[self.part].reshape(self.shape(sizes))
         value = leaf[self.part].reshape([sizes[dim] for dim in self.ours])
@@ -60,7 +60,7 @@ class Target(NamedTuple):
 
 
 def stacked(table: dict[str, Target], prefix: str, depth: int) -> dict[str, Target]:
-    """The table of all blocks, from the table of one. Our leaves stack them; {} in `prefix` is the block's number."""
+    """Makes the table of all blocks from that of one. Our leaves stack the blocks; {} in `prefix` is a block number."""
     return {
         prefix.format(i) + name: target._replace(part=(i, *target.part))
         for i in range(depth)
@@ -73,8 +73,8 @@ def check_tensors(
 ) -> None:
     """Raises one UserError that lists every tensor that is missing, mis-shaped, unknown, or not of a type in `floats`.
 
-    sizes: the number for each letter of the targets' dims. problem: the message's first line. errors: messages that the
-    caller has found; they come first in the list.
+    sizes: the size of each dim letter. problem: the first line of the message. errors: the caller's own messages, which
+    are listed first.
     """
     errors = list(errors)
     for name, target in table.items():
@@ -91,7 +91,7 @@ def check_tensors(
 
 
 def shortened(items: list[str]) -> list[str]:
-    """The first dozen of a list, and how many more there are."""
+    """The first SHOWN items of a list, and the number of further items."""
     return items[:SHOWN] + ([f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else [])
 
 
@@ -100,21 +100,21 @@ def _text(shape: tuple[int | str, ...]) -> str:
 
 
 def _printable(error: str) -> str:
-    """A stranger's names may be very long, or hold characters that control a terminal."""
+    """Shortens a message and replaces control characters, which names in untrusted files may contain."""
     return "".join(c if c.isprintable() else "?" for c in (error if len(error) < 200 else f"{error[:200]} ..."))
 
 
 def read_params(found: dict[str, Tensor], table: dict[str, Target], abstract: dict) -> dict:
-    """Our nested dict of float32 parameters. Leaves without a tensor in `found` are left out.
+    """Reads our nested dict of float32 parameters. It does not contain leaves without a tensor in `found`.
 
-    found: tensors that `check_tensors` has passed. abstract: the shapes of all leaves, and their shardings if they have
-    any. Leaves are filled one after another, the largest first, and each is on its devices before the next begins. So
-    the memory needed is little more than that of the parameters themselves.
+    found: tensors that `check_tensors` accepted. abstract: the shapes of all leaves, with or without shardings. Leaves
+    are read one at a time, the largest first, and each is copied to its devices before the next is read. So this needs
+    little more memory than the parameters themselves.
     """
     leaves, params = flatten_dict(abstract), {}
     paths = dict.fromkeys(target.path for name, target in table.items() if name in found)
     for path in sorted(paths, key=lambda path: -leaves[path].size):
-        values = np.zeros(leaves[path].shape, np.float32)  # zeros: BERT's checkpoints have no start of sequence
+        values = np.zeros(leaves[path].shape, np.float32)  # the start of sequence stays 0 if a BERT model has none
         for name, target in table.items():
             if target.path == path and name in found:
                 target.fill(values, found[name].read())
@@ -122,7 +122,7 @@ def read_params(found: dict[str, Tensor], table: dict[str, Target], abstract: di
             array = jax.device_put(values)
         else:
             array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-        params[path] = jax.block_until_ready(array)  # a copy that is still going on would keep `values` in memory
+        params[path] = jax.block_until_ready(array)  # an unfinished copy would keep `values` in memory
         del values  # otherwise it would stay in memory while the next leaf is made
     return unflatten_dict(params)
 

@@ -15,9 +15,9 @@ from igpt.errors import UserError, first_line
 from igpt.interop.mapping import Target, Tensor, check_tensors, shortened, stacked
 from igpt.model import PRESETS, ModelConfig
 
-FILES = re.compile(r"\.(index|meta|data-\d{5}-of-(\d{5}))$")  # the endings of a checkpoint's files, after its prefix
+FILES = re.compile(r"\.(index|meta|data-\d{5}-of-(\d{5}))$")  # endings of a checkpoint's files, after the prefix
 TENSORFLOW_FLOATS = ("float16", "bfloat16", "float32", "float64")
-# Variables that a training run saves beside the network: Adam's moments and powers, and counters.
+# Variables that a training run saves with the network: Adam's moments and powers, and step counters.
 TRAINING_STATE = re.compile(r"(.*/)?(Adam(_1)?|adam_[mv]|beta[12]_power|[^/]*_step)")
 
 OUTER = {
@@ -42,7 +42,7 @@ BLOCK = {
 
 
 def find_prefix(given: str | Path) -> Path:
-    """The common prefix of a checkpoint's files, from itself or from a file. UserError if files are missing."""
+    """The common prefix of a checkpoint's files. `given` is the prefix or one file. UserError if files are missing."""
     path = Path(given)
     prefix = path.parent / FILES.sub("", path.name)
     beside = {file.name for file in prefix.parent.glob("*")}
@@ -52,7 +52,7 @@ def find_prefix(given: str | Path) -> Path:
         problem = f"there is no TensorFlow checkpoint {given}, because there is no {prefix}.index"
         remedy = "give the path that its files have in common, such as model.ckpt-1000000"
         raise UserError(f"{problem}; {remedy} (in {folder}: {there or 'none'})")
-    # Every shard's name ends in the number of shards, so the names of some show which others are missing.
+    # The name of every shard ends in the number of shards, so one name is enough to list the missing shards.
     totals = {found[2] for name in beside if name.startswith(f"{prefix.name}.data-") and (found := FILES.search(name))}
     expected = [[f"{prefix.name}.data-{i:05d}-of-{total}" for i in range(int(total))] for total in totals]
     missing = [[name for name in names if name not in beside] for names in expected] or [[f"{prefix.name}.data-*"]]
@@ -63,7 +63,7 @@ def find_prefix(given: str | Path) -> Path:
 
 
 def open_checkpoint(prefix: Path) -> dict[str, Tensor]:
-    """Every variable by its full name, not yet read. TensorFlow's reader starts no device and does not touch a GPU."""
+    """Lists every variable by its full name without reading it. TensorFlow's reader does not use any GPU."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow prints a notice about oneDNN at every log level
     try:
@@ -80,7 +80,7 @@ def open_checkpoint(prefix: Path) -> dict[str, Tensor]:
 
 
 def _or_user_error(prefix: Path, read: Callable, *args):
-    """`read(*args)`. Any exception becomes a UserError: a shard that is too short raises an IndexError, for example."""
+    """Returns `read(*args)`. Any exception becomes a UserError: a truncated shard raises an IndexError, for example."""
     try:
         return read(*args)
     except Exception as error:
@@ -89,7 +89,7 @@ def _or_user_error(prefix: Path, read: Callable, *args):
 
 
 def read_model_config(variables: dict[str, Tensor], prefix: Path) -> ModelConfig:
-    """The network that the variables belong to. Raises one UserError that lists everything that is wrong with them."""
+    """Derives the network from the shapes of its variables. Raises one UserError that lists all errors."""
     table = targets(variables)
     sizes = measure(table, variables)
     errors = []
@@ -113,18 +113,18 @@ def read_model_config(variables: dict[str, Tensor], prefix: Path) -> ModelConfig
 
 
 def targets(names: Collection[str]) -> dict[str, Target]:
-    """The table of a checkpoint with these variable names. It has every name that the checkpoint must have."""
+    """The table of all variables that a checkpoint must have, if these are the names of its variables."""
     outer = {name: target for name, target in OUTER.items() if name not in OPTIONAL or name in names}
     return outer | stacked(BLOCK, "model/h{}/", count_layers(names))
 
 
 def count_layers(names: Collection[str]) -> int:
-    """How many different layers the names contain, at least 1. A stray h1000000 counts as one."""
+    """The number of different layers in the names, at least 1. A stray name such as h1000000 counts as one layer."""
     return max(1, len({found[1] for name in names if (found := re.match(r"model/h(\d+)/", name))}))
 
 
 def measure(table: dict[str, Target], variables: dict[str, Tensor]) -> dict[str, int]:
-    """The size of every dim, from the first variable that has it."""
+    """The size of each dim letter, from the first variable that has this dim."""
     sizes = {}
     for name, target in table.items():
         shape = variables[name].shape if name in variables else ()

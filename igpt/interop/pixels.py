@@ -1,7 +1,7 @@
-"""Images in any form to uint8 RGB: PIL images of every mode, arrays of either layout, nested lists of numbers.
+"""Converts images to uint8 RGB: PIL images of every mode, arrays of either layout, nested lists of numbers.
 
-The result equals that of Hugging Face's processor for every input that it can read. Grey, 16-bit, CMYK and similar
-images, on which it fails, are converted. Transparency is laid on white, as its do_convert_rgb does.
+If Hugging Face's processor can read an input, the result is the same. This module can also convert grey, 16-bit, CMYK
+and similar images, for which that processor fails. Transparent images get a white background, as do_convert_rgb gives.
 """
 
 import os
@@ -20,11 +20,10 @@ CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) -> tuple[list[np.ndarray], list[bool]]:
     """Images in any form -> uint8 [N, H, W, 3] for each image (N = 1) or 4-D array, in the given order.
 
-    The second list has True for each that was floats in [0, 1], converted to bytes as 255 * value. All floats of a
-    call have the same unit: one value above 1 makes all of them whole numbers from 0 to 255. `layout` is that of
-    arrays; None takes the first of the two possible axes that has 1, 3 or 4 channels as the channels. If an RGB image
-    of PIL names a colour as transparent, that colour is kept unless `convert_rgb`. Raises UserError for anything that
-    is not an image.
+    The second list is True for each array of floats in [0, 1], which are converted to bytes as 255 * value. If any
+    float of a call is above 1, all floats must be whole numbers from 0 to 255. `layout` is the layout of arrays. If it
+    is None, the channel axis is the first of the two possible axes that has 1, 3 or 4 entries. A colour that an RGB
+    PIL image marks as transparent is kept, unless `convert_rgb` is set. Raises UserError if an input is not an image.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"input_data_format is {layout!r}; choose one of {', '.join(LAYOUTS)}, or None to infer it")
@@ -37,7 +36,7 @@ def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) ->
 
 
 def _arrays(images, layout: str | None, convert_rgb: bool) -> Iterator[tuple[np.ndarray, str | None]]:
-    """The images in nested lists, each with the layout of its array. A nested list of numbers is one array."""
+    """Yields the images in nested lists, each with the layout of its array. A nested list of numbers is one array."""
     if isinstance(images, str | bytes | os.PathLike):
         raise UserError(f"{str(images)[:80]!r} is a name, not an image; open it first: PIL.Image.open(...)")
     if isinstance(images, Image.Image):
@@ -70,16 +69,16 @@ def _as_numpy(image) -> np.ndarray:
 
 
 def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
-    """A PIL image -> uint8 [H, W, 3 or 4]; in modes of more than 8 bits, the unchanged numbers [H, W]."""
+    """A PIL image -> uint8 [H, W, 3 or 4]. Modes of more than 8 bits per channel: unchanged values [H, W]."""
     try:
-        if image.mode.startswith(("I", "F")):  # more than 8 bits a channel: I, I;16, I;16B and so on, and F
+        if image.mode.startswith(("I", "F")):  # more than 8 bits per channel: I, I;16, I;16B and so on, and F
             numbers = np.asarray(image)
             # Pillow opens some 16-bit files in its 32-bit mode.
             deep = image.mode == "I" and numbers.size and numbers.min() >= 0 and 255 < numbers.max() <= 65535
             return numbers.astype(np.uint16) if deep else numbers
         if image.mode == "RGB" and not (convert_rgb and "transparency" in image.info):
             return np.asarray(image)
-        if image.mode == "La":  # Pillow can convert it to LA only
+        if image.mode == "La":  # Pillow can convert La only to LA
             image = image.convert("LA")
         transparent = image.mode.endswith(("A", "a")) or image.info.get("transparency") is not None
         return np.asarray(image.convert("RGBA" if transparent else "RGB"))
@@ -88,7 +87,7 @@ def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
 
 
 def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
-    """Numbers of any kind -> uint8 of the same shape. UserError for numbers out of range: they are not clipped."""
+    """Numbers of any type -> uint8 of the same shape. Numbers out of range are not clipped, but raise UserError."""
     kind = pixels.dtype.kind
     if pixels.dtype == np.uint8:
         return pixels
@@ -114,7 +113,7 @@ def _bytes(pixels: np.ndarray, up_to_one: bool) -> np.ndarray:
 def _rgb(pixels: np.ndarray, layout: str | None) -> np.ndarray:
     """[H, W], or with layout "none" [N, H, W], or [(N,) C, H, W], or [(N,) H, W, C] -> [N, H, W, 3].
 
-    Grey is repeated, transparency is laid on white.
+    Grey values are repeated for each channel. Transparent images get a white background.
     """
     shape = list(pixels.shape)
     grey = pixels.ndim == 2 or (pixels.ndim == 3 and layout == "none")

@@ -2,8 +2,8 @@
 
 Images are resized, rescaled, normalised and quantised. Every step after the resize depends only on a byte and its
 channel. So pixel values are looked up among 256 x 3 floats, and tokens in a `ColorTable`.
-Source: transformers 5.23, its PIL processor. Pixel values equal it bit for bit. Tokens equal it except for near ties,
-because it computes an expanded distance of float32 pixels, and this module a float64 distance.
+Source: the PIL processor of transformers 5.23. Pixel values equal its values bit for bit. Tokens may differ only if two
+clusters are almost equally near: transformers expands the distance in float32, and this module computes it in float64.
 """
 
 import difflib
@@ -26,16 +26,16 @@ from igpt.interop.pixels import rgb_batches
 from igpt.palette import Palette
 
 FILE_NAME = "preprocessor_config.json"
-MAX_PIXELS = 1 << 24  # in a resized image
-MAX_NUMBER = float(np.finfo(np.float32).max)  # pixel values are float32
-TYPES = {  # the names of this processor in files of all versions
+MAX_PIXELS = 1 << 24  # pixels per resized image
+MAX_NUMBER = float(np.finfo(np.float32).max)  # a limit for settings, because pixel values are float32
+TYPES = {  # field -> the names of this processor in files of all versions
     "image_processor_type": ("ImageGPTImageProcessor", "ImageGPTImageProcessorFast", "ImageGPTImageProcessorPil"),
     "feature_extractor_type": ("ImageGPTFeatureExtractor",),
 }
 
 
 class BatchFeature(dict):
-    """The result of a processor: a dict with its keys as attributes."""
+    """The result of a processor: a dict whose keys are also attributes."""
 
     def __getattr__(self, name: str):
         if name in self:
@@ -48,9 +48,9 @@ class ImageGPTImageProcessor:
 
     clusters [V, 3]: the palette, in the units of normalised pixels ([-1, 1] by default). size: {"height", "width"}, a
     number or (height, width); images are stretched to it. resample: a filter of PIL, by enum or number. image_mean,
-    image_std: a number or three. do_convert_rgb: images become RGB whatever it is; True also lays on white the colour
-    that an RGB file names transparent. None gives the default, which SETTINGS lists. `extra` keeps unknown names, and
-    to_dict returns them. Raises UserError, with the setting's name, for an invalid value.
+    image_std: a number or three. do_convert_rgb: images always become RGB; True also turns the colour white that an
+    RGB file marks as transparent. A setting that is None has the default in SETTINGS. `extra` keeps unknown settings,
+    and to_dict returns them. Raises UserError, which names the setting, for an invalid value.
     """
 
     model_input_names = ("input_ids",)
@@ -99,9 +99,9 @@ class ImageGPTImageProcessor:
         input_data_format=None,
         do_convert_rgb=None,
     ) -> BatchFeature:
-        """Tokens int64 or pixel values float32 of a batch. Arguments that are not None replace settings in this call.
+        """Returns tokens (int64) or pixel values (float32). In this call, arguments that are not None replace settings.
 
-        images: see `pixels.rgb_batches`; floats in [0, 1] are rounded to bytes, and count as rescaled already.
+        images: see `pixels.rgb_batches`; floats in [0, 1] are rounded to bytes, and count as already rescaled.
         return_tensors: None (a list of numpy arrays), "np", "jax" (int32 unless JAX's x64 is on) or "pt".
         data_format: the position of the channels in pixel_values, "channels_first" or "channels_last".
         """
@@ -132,7 +132,7 @@ class ImageGPTImageProcessor:
         return BatchFeature(pixel_values=_returned(values, return_tensors))
 
     def palette(self) -> Palette:
-        """The clusters as a palette. UserError if there are none, or if they are not in [-1, 1]."""
+        """The clusters as a palette. Raises UserError if there are none, or if they are not in [-1, 1]."""
         if self.clusters is None:
             raise UserError("this image processor has no clusters, and so no palette; give clusters [V, 3]")
         return Palette(checked("clusters", self.clusters))
@@ -149,7 +149,7 @@ class ImageGPTImageProcessor:
 
     @classmethod
     def from_dict(cls, settings, **overrides) -> "ImageGPTImageProcessor":
-        """Reads what `to_dict`, or any version of transformers, wrote. UserError for another processor's settings.
+        """Reads a dict that `to_dict` or any version of transformers wrote. UserError if it is of another processor.
 
         `overrides` replace settings. Unknown names in `settings` are kept, but unknown overrides are an error.
         """
@@ -178,7 +178,7 @@ class ImageGPTImageProcessor:
             raise UserError(f"the image processor's extra settings cannot be written as JSON: {error}") from None
 
     def save_pretrained(self, directory) -> list[str]:
-        """Writes preprocessor_config.json, which transformers can read. Returns a list of its path."""
+        """Writes preprocessor_config.json, which transformers can read. Returns a list with its path."""
         path = Path(directory) / FILE_NAME
         text = self.to_json_string()
         try:
@@ -205,27 +205,27 @@ ImageGPTFeatureExtractor = ImageGPTImageProcessor  # the older name, which trans
 
 def _resized(batch: np.ndarray, settings) -> np.ndarray:
     height, width = settings.size["height"], settings.size["width"]
-    if batch.shape[1:3] == (height, width):  # PIL would copy the image unchanged
+    if batch.shape[1:3] == (height, width):  # no need to resize: PIL would copy the images unchanged
         return batch
     images = (Image.fromarray(image).resize((width, height), settings.resample) for image in batch)
     return np.stack([np.asarray(image) for image in images])
 
 
 def _levels(settings, scale: float) -> np.ndarray:
-    """The value of each byte in each channel, float64 [256, 3]; by default exactly the palette's BYTE_LEVELS."""
+    """The pixel value of each byte in each channel, float64 [256, 3]. Default settings give exactly BYTE_LEVELS."""
     if settings.do_normalize and scale == 1 / 255 and settings.image_mean == settings.image_std == [0.5] * 3:
         return BYTE_LEVELS
     levels = np.repeat(np.arange(256.0)[:, None] * scale, 3, axis=1)
     return (levels - settings.image_mean) / settings.image_std if settings.do_normalize else levels
 
 
-@functools.lru_cache(maxsize=4)  # 32 MB each
+@functools.lru_cache(maxsize=4)  # each table takes 32 MB
 def _color_table(centers: bytes, levels: bytes) -> ColorTable:
     return ColorTable(np.frombuffer(centers).reshape(-1, 3), np.frombuffer(levels).reshape(256, 3))
 
 
 def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> float32. Like transformers, rounds to float32 after rescaling and after each step."""
+    """uint8 [N, H, W, 3] -> float32. Rounds to float32 after each step of the arithmetic, like transformers."""
     levels = np.repeat((np.arange(256.0) * scale).astype(np.float32)[:, None], 3, axis=1)
     if settings.do_normalize:
         levels = (levels - np.float32(settings.image_mean)) / np.float32(settings.image_std)
@@ -234,7 +234,7 @@ def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -
 
 
 def _returned(batches: list[np.ndarray], kind: str | None):
-    """Batches as the requested tensors. Only the list, kind None, can hold images of different sizes."""
+    """Converts batches to the tensors of `kind`. Only `kind` None, a list, allows images of different sizes."""
     if kind is None:
         return [image for batch in batches for image in batch]
     if kind == "np":
@@ -251,7 +251,7 @@ def _returned(batches: list[np.ndarray], kind: str | None):
 
 
 def checked(name: str, value):
-    """The value in the form that is used; None gives the default. Raises UserError for an invalid value."""
+    """Converts a value of the setting `name` to the stored type. None gives the default. UserError if it is invalid."""
     default, check = SETTINGS[name]
     value = default if value is None else value
     return None if value is None else check(name, value)
@@ -271,7 +271,7 @@ def _number(name, value):
 
 
 def _three_numbers(name, value):
-    numbers = np.asarray(value, object).tolist()  # a list, or a scalar as it is
+    numbers = np.asarray(value, object).tolist()  # a list, or the unchanged scalar
     numbers = numbers if isinstance(numbers, list) else [numbers] * 3
     if len(numbers) != 3:
         raise UserError(f"{name} is {reprlib.repr(value)}; a number or three, one for each channel, are needed")
@@ -295,7 +295,7 @@ def _size(name, value):
 
 
 def _filter(name, value):
-    allowed = {choice.value: choice.name.lower() for choice in sorted(Image.Resampling)}  # newer Pillows add filters
+    allowed = {choice.value: choice.name.lower() for choice in sorted(Image.Resampling)}  # depends on Pillow's version
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in allowed:
         choices = ", ".join(f"{number} {word}" for number, word in allowed.items())
         raise UserError(f"{name} is {reprlib.repr(value)}; a filter of PIL is needed: {choices}")
@@ -306,7 +306,7 @@ def _clusters(name, value):
     try:
         clusters = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
-        clusters = np.empty(0, object)  # rows of different lengths, or no rows
+        clusters = np.empty(0, object)  # the rows differ in length, or it has no rows
     if clusters.dtype.kind not in "iuf" or clusters.shape[1:] != (3,) or not 1 <= len(clusters) <= MAX_COLORS:
         found = f"{clusters.dtype} {list(clusters.shape)}"
         raise UserError(f"{name} are {found}; numbers [V, 3], V from 1 to {MAX_COLORS}, are needed")

@@ -1,9 +1,9 @@
-"""Weight files of a directory: lists their tensors by name, reads them one by one, and writes safetensors files.
+"""Lists the tensors in the weight files of a directory, reads them one by one, and writes safetensors files.
 
 The first of these that exists is read: model.safetensors, the shards of model.safetensors.index.json,
 pytorch_model.bin, the shards of pytorch_model.bin.index.json. Formats: https://huggingface.co/docs/safetensors, and
-torch.save. A .bin file is a pickle, and a pickle can run code when it is loaded. So a file that names anything but
-tensors is refused first. Then torch's weights_only loader, which executes nothing, maps the file into memory.
+torch.save. A .bin file is a pickle, which can run code when it is loaded. So a file is refused
+if it names anything but tensors. After this check, torch's weights_only loader maps it into memory and runs no code.
 """
 
 import io
@@ -25,20 +25,20 @@ from igpt.errors import UserError, first_line
 from igpt.files import read_json, write_text
 from igpt.interop.mapping import Tensor
 
-MAX_SHARD_BYTES = 2 << 30  # in the files that are written here
-MAX_HEADER_BYTES = 2 << 20  # in a safetensors header or a pickle; those of iGPT-XL have about 100 kB
+MAX_SHARD_BYTES = 2 << 30  # bytes per file that this module writes
+MAX_HEADER_BYTES = 2 << 20  # bytes per safetensors header or pickle; iGPT-XL needs about 100 kB
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# All names that a state dict's pickle needs. torch's weights_only allows more, such as bytearray(10**10).
+# All names that the pickle of a state dict needs. torch's weights_only loader would allow bytearray(10**10), too.
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z]\w*Storage")
-LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, protocol, system, state dict, storage keys
-TORCH_WITH_SAFE_LOADER = (2, 10)  # older ones let files bypass weights_only (CVE-2025-32434, CVE-2026-24747)
+LEGACY_PICKLES = 5  # pickles in a file of torch < 1.6: magic number, protocol, system, state dict, storage keys
+TORCH_WITH_SAFE_LOADER = (2, 10)  # in older versions, files can bypass weights_only (CVE-2025-32434, CVE-2026-24747)
 
 
 def list_tensors(directory: Path, errors: list[str]) -> dict[str, Tensor]:
-    """Every tensor of a directory by name. Problems of single tensors are appended to `errors`.
+    """Lists every tensor of a directory by name. Appends a message to `errors` for each tensor with a problem.
 
-    Raises UserError when there are no weights, or when a file is damaged. A `Tensor.dtype` is a key of FLOATS, or the
-    file's own name of another type.
+    Raises UserError if there are no weights, or if a file is damaged. `Tensor.dtype` is a key of FLOATS; for any other
+    type, it is the name that the file uses.
     """
     for single, list_file in (("model.safetensors", _list_safetensors), ("pytorch_model.bin", _list_pickle)):
         if (directory / single).is_file():
@@ -56,7 +56,7 @@ def _list_shards(index: Path, list_file: Callable, errors: list[str]) -> dict[st
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     tensors = {}
     for file in sorted(set(weight_map.values())):
-        # Only files of the index's format, in its folder. os.path.isfile is False for impossible names.
+        # A shard must lie in the folder of the index and have its format. os.path.isfile is False for invalid names.
         if Path(file).name != file or not file.endswith(suffix) or not os.path.isfile(index.parent / file):
             raise UserError(f"{index} names the shard {file[:99]!r}, which is no weight file beside it")
         for name, tensor in list_file(index.parent / file).items():
@@ -76,7 +76,7 @@ def _list_safetensors(path: Path) -> dict[str, Tensor]:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER_BYTES:
                 raise UserError(f"{path} announces a header of {length:,} bytes; {MAX_HEADER_BYTES:,} are allowed")
-            with safe_open(path, framework="numpy"):  # the format's library checks the header
+            with safe_open(path, framework="numpy"):  # the safetensors library checks the header
                 header = json.loads(file.read(length))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a sound safetensors file ({error}); fetch it again") from None
@@ -103,7 +103,7 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
     try:
         mappable = _check_pickle(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # a damaged pickle can raise any type
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = first_line(error)[:200]
         raise UserError(f"{path} was refused: it is damaged or holds more than tensors ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -111,7 +111,7 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
     for value in state.values():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
             raise UserError(f"{path} holds more than plain tensors; a state dict is needed")
-    # Few stored numbers can be expanded to a tensor of any size. The factor 2 is for a tied head, which is there twice.
+    # A huge tensor can be a view of a few stored numbers. The factor 2 allows a tied head, which is listed twice.
     if sum(value.nbytes for value in state.values()) > 2 * path.stat().st_size:
         raise UserError(f"{path} was refused: its tensors repeat numbers and exceed the file; save copies of them")
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -124,7 +124,7 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _check_pickle(path: Path) -> bool:
-    """Raises ValueError if a .bin file has more than a state dict. Returns whether it is a zip, torch 1.6's format."""
+    """Raises ValueError if a .bin file has more than a state dict. Returns whether it is a zip file (torch >= 1.6)."""
     with path.open("rb") as file:
         head, zipped = file.read(MAX_HEADER_BYTES), zipfile.is_zipfile(file)
         if zipped != head.startswith(b"PK\x03\x04"):
@@ -149,7 +149,7 @@ def _check_pickle(path: Path) -> bool:
 
 
 def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-    """Writes model.safetensors, or numbered shards and their index if there are more than MAX_SHARD_BYTES.
+    """Writes model.safetensors, or numbered shards and their index if the weights exceed MAX_SHARD_BYTES.
 
     `dtype` is a key of FLOATS. Tensors of that type are not copied.
     """
@@ -166,7 +166,7 @@ def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: st
     files = numbered if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
         contiguous = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in shard.items()}
-        save_file(contiguous, directory / file, {"format": "pt"})  # older transformers refuse files without it
+        save_file(contiguous, directory / file, {"format": "pt"})  # older transformers versions require "format"
     if len(files) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         size = sum(tensor.size for tensor in tensors.values()) * dtype.itemsize

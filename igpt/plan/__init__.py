@@ -1,1 +1,1 @@
-"""Plans: what a training run would need on machines that are not attached."""
+"""Plans the memory, time and communication of training runs on machines that are not attached."""

@@ -26,12 +26,12 @@ from igpt.sharding import AXES, BATCH, check_batch_size, mesh_sizes, path_of
 from igpt.state import abstract_state, build_program
 
 GIB = 1 << 30
-USABLE_SHARE = 0.9  # of a chip's memory; the rest is for what the compiler does not count
-# A flag of the TPU compiler. By default it splits the products with FSDP's kernels into rings of small products, each
-# of which reads and writes the sum. By its own estimate that took three times as long for m on v5e:2x4 with fsdp 8.
+USABLE_SHARE = 0.9  # share of a chip's memory that a plan may use; the compiler does not count everything
+# Without this flag, the TPU compiler splits a product with an FSDP kernel into small products that all read and write
+# the whole sum. By the compiler's own estimate, these took three times as long for size m on v5e:2x4 with fsdp 8.
 COMPILER_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-KERNEL_SHARE = 0.4  # of the peak: the assumed speed of the attention kernels in the blocks that they compute
-KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of queries and keys; both backward kernels recompute the scores
+KERNEL_SHARE = 0.4  # share of the peak: the assumed speed of attention kernels in the blocks that they compute
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products per block; dq and dkv both recompute the scores
 
 
 class Chip(NamedTuple):
@@ -40,7 +40,7 @@ class Chip(NamedTuple):
     memory: int  # bytes
     peak: float  # dense bfloat16 FLOP/s
     bandwidth: float  # bytes/s of the memory
-    links: float  # bytes/s that collectives reach over the links of one torus dimension, both ways
+    links: float  # bytes/s that collectives reach over the links of one torus dimension, in both directions
     clock: float  # Hz: the peak divided by the FLOPs that the compiler assumes per cycle
 
 
@@ -50,12 +50,12 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 2.77e12, 1.8e11, 1.75e9),
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, 1.8e11, 1.75e9),
 }
-# How often a collective's bytes pass the links of a closed ring. On an open ring it takes up to twice as long.
+# How often the bytes of a collective pass the links of a closed ring. Open rings take up to twice as long.
 LINK_PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 0.25, "collective-permute": 2}
 
 
 def topology_devices(name: str, slices: int = 1) -> list:
-    """Describes the devices of a topology such as "v5e:8x8", or of several such slices. UserError if there is none."""
+    """Describes the devices of a topology such as "v5e:8x8", or of several such slices. UserError if it is unknown."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"--topology={name}; give {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, or gpu:NUMBER")
@@ -73,7 +73,7 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     """Returns everything that can be known of a run of `config` on `topology` without the machine.
 
     A program that does not fit into memory is no error: `fits` is False, and `largest_buffer` names its largest
-    array. For GPUs there is no compiler here, so that both are missing. Raises UserError for a run that cannot start.
+    array. For GPUs, both are missing, because there is no compiler. Raises UserError if the run cannot start.
     """
     config = Config.of(config, trains=True)
     kind, _, shape = topology.partition(":")
@@ -143,7 +143,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Mesh) -> dict:
 
 
 def _compile(traced, gradients: int) -> tuple[jax.stages.Compiled | None, dict]:
-    """(the executable, its bytes per chip). If the program is too large, the executable is None."""
+    """Returns the executable and its bytes per chip. If the program is too large, the executable is None."""
     try:
         executable = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -165,7 +165,7 @@ def _required_bytes(message: str) -> int:
 
 
 def _read_program(text: str, plan: dict, model: ModelConfig, chip: Chip) -> dict:
-    """Collectives, kernels and the estimate of a program's HLO text."""
+    """Reads collectives and kernels from a program's HLO text, and estimates the run."""
     program = HloProgram(text)
     facts = {"collectives": program.collectives(), "kernels": dict(program.kernels())}
     facts["uncounted_loops"] = len(program.uncounted)
@@ -177,10 +177,10 @@ def _read_program(text: str, plan: dict, model: ModelConfig, chip: Chip) -> dict
 
 
 def estimate_run(plan: dict, compute_seconds: float, model: ModelConfig, chip: Chip) -> dict:
-    """Estimates the step time and what follows from it. Collectives are assumed not to overlap with computation."""
+    """Estimates step time, MFU, images/s and run time. Collectives are assumed not to overlap with computation."""
     seconds = {"compute": compute_seconds}
     if plan["kernels"]:
-        # A kernel's name is like splash_mha_dkv_no_residuals.
+        # An example of a kernel's name is splash_mha_dkv_no_residuals.
         products = sum(KERNEL_PRODUCTS[name.split("_")[2]] * count for name, count in plan["kernels"].items())
         images = plan["batch_size"] / plan["accumulate"] / plan["chips"]
         seconds["attention_kernels"] = images * kernel_flops(model, products / model.depth) / (KERNEL_SHARE * chip.peak)
@@ -199,7 +199,7 @@ def estimate_run(plan: dict, compute_seconds: float, model: ModelConfig, chip: C
 
 
 def kernel_flops(model: ModelConfig, products: float) -> float:
-    """FLOPs per image of `products` attention products in each layer, on whole blocks, also along the diagonal."""
+    """FLOPs per image of `products` attention products in each layer. Blocks on the diagonal are computed whole."""
     block = block_size(model.seq_len)
     across = math.ceil(model.seq_len / block)
     blocks = across * (across + 1) / 2 if model.causal else across**2
@@ -209,21 +209,21 @@ def kernel_flops(model: ModelConfig, products: float) -> float:
 def float32_products_in_blocks(jaxpr, depth: int) -> int | None:
     """Counts matrix products with a float32 operand inside the loops over the layers, forward and backward.
 
-    Products inside attention kernels do not count: softmax is float32 there. None: the program has no such loop.
+    Products inside attention kernels do not count: softmax is float32 there. Returns None if there is no such loop.
     """
     found = []
     for equation, in_layers in _equations(jaxpr, depth):
         if in_layers and equation.primitive.name == "dot_general":
             summed, batch = equation.params["dimension_numbers"]
             operands = [operand.aval for operand in equation.invars]
-            # Else it is a sum of elementwise products.
+            # Otherwise the equation is a sum of elementwise products.
             if all(x.ndim > len(s) + len(b) for x, s, b in zip(operands, summed, batch, strict=True)):
                 found.append(any(x.dtype == jnp.float32 for x in operands))
     return sum(found) if found else None
 
 
 def _equations(jaxpr, depth: int = 0, in_layers: bool = False) -> Iterator[tuple]:
-    """Yields (equation, whether it is inside a loop over `depth` layers), except what is inside kernels."""
+    """Yields (equation, whether it is inside a loop over `depth` layers), except equations inside kernels."""
     for equation in jaxpr.eqns:
         yield equation, in_layers
         if equation.primitive.name != "pallas_call":
@@ -233,33 +233,33 @@ def _equations(jaxpr, depth: int = 0, in_layers: bool = False) -> Iterator[tuple
 
 
 def _is_layer_loop(equation, depth: int) -> bool:
-    """Whether it is a scan with `depth` steps over parameters; a scan over micro-batches or blocks reads integers."""
+    """Whether it is a scan of `depth` steps over parameters. Scans over micro-batches or blocks read only integers."""
     if equation.primitive.name != "scan" or equation.params["length"] != depth:
         return False
     return any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in _stacked(equation, "invars"))
 
 
 def _stacked(scan, variables: str) -> list:
-    """Shapes of those of a scan's "invars" or "outvars" that have a slice for each step."""
+    """The abstract values of a scan's "invars" or "outvars", if they have one slice for each step."""
     (body,) = jaxprs_in_params(scan.params)
     pairs = zip(getattr(scan, variables), getattr(body, variables), strict=True)
     return [whole.aval for whole, piece in pairs if whole.aval.shape != piece.aval.shape]
 
 
 def saved_by_scans(jaxpr) -> list:
-    """Shapes of what scans collect over their steps: what the backward pass needs of every layer."""
+    """The abstract values that scans collect over their steps. The backward pass needs them for every layer."""
     scans = [equation for equation, _ in _equations(jaxpr) if equation.primitive.name == "scan"]
     return [aval for scan in scans for aval in _stacked(scan, "outvars")]
 
 
 def largest_buffer(params, jaxpr, model: ModelConfig, mesh: Mesh) -> str:
-    """Names the largest array that a chip holds: a parameter, or what scans save for the backward pass."""
+    """Names the largest array that a chip holds: a parameter, or an array that scans save for the backward pass."""
     found, shapes = [], {leaf.shape for leaf in jax.tree.leaves(params)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         text = f" of {path_of(path)}; its gradient and both of Adam's moments are as large"
         found.append((_shard_bytes(leaf), leaf, text))
     for aval in saved_by_scans(jaxpr):
-        if aval.shape not in shapes:  # else it is a gradient
+        if aval.shape not in shapes:  # an array with the shape of a parameter is a gradient
             by_tensor = aval.shape[-1:] == (model.mlp_width,) or model.num_heads in aval.shape[2:-1]
             parts = mesh.shape["data"] * mesh.shape["fsdp"] * (mesh.shape["tensor"] if by_tensor else 1)
             found.append((aval.dtype.itemsize * aval.size / parts, aval, ", kept for the backward pass"))

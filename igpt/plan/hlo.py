@@ -1,7 +1,7 @@
 """Reads a compiled program's HLO text: its collectives, its kernels and the TPU compiler's cycle estimates.
 
-The text contains the body of a loop once. Here its instructions count as often as the loop runs. All branches of a
-conditional count, so the results are upper bounds.
+The text contains the body of a loop once. This module counts its instructions as often as the loop runs. It counts all
+branches of a conditional, so the results are upper bounds.
 """
 
 import math
@@ -25,8 +25,8 @@ class Instruction(NamedTuple):
 class HloProgram:
     """A module of HLO text: its computations, and how often each of them runs when the program runs once.
 
-    Iterating yields (instruction, number of runs). `uncounted` names the loops whose length the text does not
-    contain; they count once.
+    Iterating yields (instruction, number of runs). `uncounted` has the names of loops whose number of iterations is
+    not in the text. These are counted as one iteration.
     """
 
     def __init__(self, text: str):
@@ -51,7 +51,7 @@ class HloProgram:
                         self._count(called, times * iterations)
 
     def _iterations(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler noted, or else the constant that its counter is compared with."""
+        """The number of iterations of a loop: from the compiler's note, or the constant that ends the loop."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
             return int(known[1])
         condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.line)[1]]
@@ -67,13 +67,13 @@ class HloProgram:
                 yield instruction, times
 
     def collectives(self) -> dict[str, dict]:
-        """Returns {kind: {"count", "bytes"}}: how many run, and the size of one device's results.
+        """Returns {kind: {"count", "bytes"}}: the number of runs, and the bytes of their results on one device.
 
-        A reduce-scatter counts with its size before scattering, an all-to-all with the size of its whole group.
+        The bytes of a reduce-scatter are its size before scattering. An all-to-all has the bytes of its whole group.
 
-        On TPUs a reduce-scatter is a fusion named all-reduce-scatter: an all-reduce and a slice of its result. An
-        asynchronous collective is a chain of fusions: a start, the products that run beside it, an end. Each of them
-        repeats the collective and its channel; only the first counts.
+        On TPUs, a reduce-scatter is a fusion named all-reduce-scatter: an all-reduce and a slice of its result. An
+        asynchronous collective is a chain of fusions: the start, the products that run at the same time, and the end.
+        Each fusion of a chain repeats the collective and its channel, so only the first is counted.
         """
         found, chains = defaultdict(Counter), set()
         for name, times in self.times.items():
@@ -93,17 +93,17 @@ class HloProgram:
         return found
 
     def between_slices(self) -> dict[str, dict]:
-        """Returns {kind: {"count", "bytes"}} of the transfers between slices; bytes are one device's part."""
+        """Returns {kind: {"count", "bytes"}} of the transfers between slices; bytes are those that one device sends."""
         found = defaultdict(Counter)
         for instruction, times in self:
             kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)
             if kind and instruction.opcode == "send":
-                size = _sizes(instruction.shape)[0]  # after it: a counter, a token
+                size = _sizes(instruction.shape)[0]  # the shape also has a counter and a token
                 found[kind[1].lower().replace("_", "-")].update(count=times, bytes=times * size)
         return found
 
     def kernels(self) -> Counter:
-        """Counts the runs of each custom TPU kernel by name."""
+        """Returns {name: number of runs} of the custom TPU kernels. Numbers at the end of names are removed."""
         found = Counter()
         for instruction, times in self:
             if 'custom_call_target="tpu_custom_call"' in instruction.line:
@@ -111,12 +111,12 @@ class HloProgram:
         return found
 
     def cycles(self) -> int:
-        """Sums the compiler's cycle estimates. It has none for custom kernels."""
+        """Sums the compiler's cycle estimates. The compiler makes none for custom kernels."""
         return sum(times * int(n) for one, times in self for n in re.findall(r'"estimated_cycles":"(\d+)"', one.line))
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Bytes of the result. Asynchronous starts return operands, then as many results; permutations add two counters."""
+    """Bytes of the result. The shape of an asynchronous start has operands, results, and for a permute two counters."""
     sizes = _sizes(instruction.shape)
     if instruction.opcode not in ("all-gather-start", "collective-permute-start"):
         return sum(sizes)
@@ -126,7 +126,7 @@ def _result_bytes(instruction: Instruction) -> int:
 
 
 def _sizes(shape: str) -> list[int]:
-    """Bytes of each array in a shape. The type's name ends in its bits; pred has none and takes a byte."""
+    """Bytes of each array in a shape. A type's name ends in its number of bits, except pred, which takes one byte."""
     return [
         max(int(bits or 8) // 8, 1) * math.prod(int(side) for side in sides.split(",") if side)
         for bits, sides in re.findall(r"\b[a-z]+(\d*)\[([\d,]*)\]", shape)
@@ -134,7 +134,7 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _group_size(line: str) -> int:
-    """Devices in a group. `replica_groups` lists them, {{0,1},{2,3}}, or gives group number and size, [2,2]<=[4]."""
+    """Devices per group. `replica_groups` lists all groups, {{0,1},{2,3}}, or [number of groups, size], [2,2]<=[4]."""
     found = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", line)
     if found is None:
         return 1

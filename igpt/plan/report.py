@@ -5,11 +5,11 @@
     igpt plan --config=configs/imagenet.py:l --topology=v5e:8x8 --search
     igpt plan --config=configs/imagenet.py:s --topology=gpu:8 --json=plan.json
 
-Memory, collectives and kernels are read from the compiled program. Step time and MFU are estimates. They add up the
-compiler's cycles, the attention kernels' FLOPs at an assumed share of the peak, and the collectives' bytes over the
-links of one dimension of a closed torus, without overlap. Small slices are not closed: there collectives may take twice
-as long. Transfers between slices are counted, but not estimated. For GPUs there is no compiler here: their plans have
-parameters, FLOPs and bytes of the state only.
+Memory, collectives and kernels are read from the compiled program. Step time and MFU are estimates. The step time is
+the sum, without overlap, of the compiler's cycles, the attention kernels' FLOPs at an assumed share of the peak, and
+the collectives' bytes over the links of one dimension of a closed torus. Small slices are no closed torus: there,
+collectives may take twice as long. Transfers between slices are counted, but not estimated. Plans for GPUs contain only
+parameters, FLOPs and bytes of the state, because there is no compiler for GPUs here.
 """
 
 import jax
@@ -70,8 +70,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args) -> None:
-    """Prints one plan, or searches the best, and writes its figures to --json, whole or not at all."""
-    jax.config.update("jax_platforms", "cpu")  # the plan is not for a TPU that may be attached here
+    """Prints one plan, or with --search the best plan, and writes it to --json, complete or not at all."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU attached to this machine must not be used
     if args.search:
         result = search_plans(args.config, args.topology)
         plan = result.found[0] if result.found else result.nearest

@@ -1,6 +1,6 @@
-"""Searches the fastest plan: predicts all meshes, remat policies and micro-batches, then compiles the promising ones.
+"""Searches for the fastest plan: predicts all meshes, remat policies and micro-batches, and compiles the best.
 
-A compilation takes half a minute, a prediction no time. Predictions only have to rank the candidates well.
+A compilation takes half a minute, a prediction almost no time. Predictions only have to rank the candidates well.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ from igpt.flops import attention_flops_per_image, train_flops_per_image
 from igpt.model import ModelConfig, count_params
 from igpt.plan.compiled import CHIPS, KERNEL_SHARE, Chip, compile_plan, kernel_flops, topology_devices
 
-MAX_COMPILED = 8
-ENOUGH = 4  # plans that fit
-MARGIN = 0.1  # by how much one prediction may be wrong relative to another
+MAX_COMPILED = 8  # programs in one search
+ENOUGH = 4  # plans that fit end a search
+MARGIN = 0.1  # assumed relative error between two predictions
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-# Per token and layer, in units of D bfloat16 numbers: what the backward pass keeps, and what a step reads and writes.
-# Fitted to compiled programs of s on v5e and l on v5p, which pad their arrays; recomputing saves traffic.
+# Per token and layer, in units of D bfloat16 numbers: memory kept for the backward pass, and memory traffic of a step.
+# Fitted to compiled programs of size s on v5e and l on v5p, whose arrays are padded. Recomputation saves traffic.
 KEPT_WIDTHS = {"none": 36, "minimal": 12.5, "dots": 11, "full": 1.5}
 TRAFFIC_WIDTHS = {"none": 500, "minimal": 260, "dots": 245, "full": 165}
 UNSPLIT_TRAFFIC = 0.2  # share of the traffic that the tensor axis does not split
-UPDATE_BYTES = 40  # per parameter: what its update reads and writes
-FSDP_PASSES = 4  # of kernels over the links: two gathers, and the sum of gradients (on few chips 3)
+UPDATE_BYTES = 40  # bytes per parameter that an update reads and writes
+FSDP_PASSES = 4  # times that all kernels pass the links: two gathers and the gradients' sum (3 on few chips)
 
-_count_params = functools.cache(count_params)  # each call traces the network
+_count_params = functools.cache(count_params)  # cached, because each call traces the network
 
 
 class Candidate(NamedTuple):
@@ -54,11 +54,11 @@ class SearchResult(NamedTuple):
 
 
 def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUGH) -> SearchResult:
-    """Compiles plans of the config's global batch, the fastest prediction first, and prints each.
+    """Compiles candidates for the config's global batch, the fastest prediction first, and prints each plan.
 
-    The search ends with `enough` plans that fit, or when all other predictions are more than MARGIN slower than the
-    prediction of the best plan. It skips candidates with at least the predicted memory of a program that did not fit,
-    and meshes that differ only in fsdp from one that fits. Raises UserError if there is no candidate.
+    The search ends when `enough` plans fit, or when all other predictions are more than MARGIN slower than the
+    prediction of the best plan. It skips a candidate if its predicted memory is not below that of a program that did
+    not fit, or if it differs only in fsdp from a plan that fits. Raises UserError if there is no candidate.
     """
     config = Config.of(config, trains=True)
     ranked, capacity = _rank_candidates(config, topology)
@@ -87,7 +87,7 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
 
 
 def _rank_candidates(config: Config, topology: str) -> tuple[list[Candidate], float]:
-    """(candidates, the fastest prediction first; the predicted memory at which the search skips a candidate)."""
+    """Returns the candidates, fastest prediction first, and the predicted memory from which they are skipped."""
     kind, batch_size, slices = topology.partition(":")[0], config.train.batch_size, config.mesh.dcn_data
     if kind == "gpu":
         raise UserError(f"--topology={topology}: no search for GPUs, which have no compiler here; leave --search out")
@@ -97,7 +97,7 @@ def _rank_candidates(config: Config, topology: str) -> tuple[list[Candidate], fl
     if not ranked:
         meshes = f"any mesh of {len(devices)} chips; use a multiple of {len(devices)}"
         raise UserError(f"train.batch_size {batch_size} does not divide over {meshes}")
-    # Even if all are predicted to be too large, the compiler decides about the smallest.
+    # At least the smallest candidate is compiled, even if all are predicted to be too large.
     return ranked, max(chip.memory, 1.01 * min(one.memory for one in ranked))
 
 
@@ -113,7 +113,7 @@ def step_seconds(plan: dict) -> float:
 
 
 def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip, slices: int = 1) -> Iterator[Candidate]:
-    """Yields all meshes, micro-batches and remat policies that divide the sizes; only `data` may cross slices."""
+    """Yields all meshes, micro-batches and remat policies that divide the sizes. Only `data` may cross slices."""
     powers = [2**n for n in range(chips.bit_length()) if chips % 2**n == 0]
     for split in itertools.product(powers, powers, MICRO_BATCHES, KEPT_WIDTHS):
         tensor, fsdp, accumulate, _ = split
@@ -126,8 +126,8 @@ def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip, slic
 def _predict_memory(model: ModelConfig, batch_size: int, chips: int, tensor, fsdp, accumulate, remat) -> float:
     params = _count_params(model)
     hidden = _hidden_bytes(model, batch_size * tensor / chips / accumulate)
-    per_param = 16 if accumulate == 1 else 20  # itself, two moments, gradient; with accumulation, the gradients' sum
-    # All layers' saved activations; one layer's activations and gathered kernels during its backward pass.
+    per_param = 16 if accumulate == 1 else 20  # bytes: parameter, two moments, gradient; the sum if accumulated
+    # The saved activations of all layers, plus activations and gathered kernels of one layer in its backward pass.
     activations = hidden * (KEPT_WIDTHS[remat] + KEPT_WIDTHS["none"] / model.depth) / tensor
     return per_param * params / (tensor * fsdp) + activations + 6 * params / model.depth / tensor
 
@@ -136,15 +136,15 @@ def _predict_seconds(model: ModelConfig, batch_size: int, chips: int, chip, tens
     products = train_flops_per_image(model) - 3 * attention_flops_per_image(model)
     images = batch_size / chips
     recomputed = products / 3 if remat == "full" else 0.0
-    attention = kernel_flops(model, (4 if remat in ("dots", "full") else 2) + 7)  # forward, backward: KERNEL_PRODUCTS
+    attention = kernel_flops(model, (4 if remat in ("dots", "full") else 2) + 7)  # forward + 7, see KERNEL_PRODUCTS
     compute = images * (products + recomputed + attention / KERNEL_SHARE) / chip.peak
     traffic = _hidden_bytes(model, images) * TRAFFIC_WIDTHS[remat] * (1 + UNSPLIT_TRAFFIC * (tensor - 1))
     traffic += UPDATE_BYTES * _count_params(model) / (tensor * fsdp)
 
     kernels = 2 * _count_params(model) / tensor  # bytes in bfloat16
     data = chips // (tensor * fsdp)
-    # In each micro-batch, fsdp gathers kernels and scatters gradients, and `data` sums gradients. `tensor` sums once
-    # for each half of a block: forward, backward, and in recomputation.
+    # In each micro-batch, fsdp gathers kernels and scatters gradients, and `data` sums gradients. `tensor` sums
+    # hidden states once for each half of a block, in the forward pass, the backward pass and the recomputation.
     moved = accumulate * kernels * (FSDP_PASSES * (fsdp > 1) + 2 * (data > 1) / fsdp)
     if tensor > 1:
         moved += 2 * 2 * (2 + (remat == "full")) * _hidden_bytes(model, images * tensor)

@@ -1,4 +1,4 @@
-"""Features of every layer: computed by a frozen network, and kept on disk (Chen et al. 2020, section 2.4)."""
+"""Computes the features of every layer of a frozen network, and stores them on disk (Chen et al. 2020, section 2.4)."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,16 @@ from igpt.model import ImageGPT
 from igpt.sharding import process_rows, replicate, shardings
 from igpt.state import run_batches
 
-FeatureBatches = Iterable[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]  # with the labels of the images
+FeatureBatches = Iterable[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b"]]]  # features and labels
 
 
 def stream_features(
     model: ImageGPT, split: Split, tokenizer, batch_size: int, mesh: Mesh, layers=None, drops: Drops | None = None
 ) -> FeatureBatches:
-    """Yields the features f^l of `layers` (default: all) and the labels of a batch of images, after one forward pass.
+    """Yields the features f^l of `layers` (default: all) and the labels of each batch, with one forward pass per batch.
 
-    With `drops`, for BERT, each image is seen under M masks; without, M is 1. Unreadable images are left out. Every
-    process reads its own rows of a batch, and yields the features of all rows.
+    With `drops` (for BERT), each image is masked in M ways, otherwise M is 1. Unreadable images are skipped. Every
+    process reads only its own rows of a batch, but yields the features of all rows.
     """
     graph, params = nnx.split(model)
     layers = tuple(range(model.config.depth + 1) if layers is None else layers)
@@ -46,7 +46,7 @@ def stream_features(
 
 @functools.partial(jax.jit, static_argnames=("graph", "layers"))  # compiled once for all splits and checkpoints
 def _features(graph, params, batch, layers) -> tuple[Float[Array, "B l M D"], Int[Array, "B"], Float[Array, "B"]]:
-    """Features, labels and mask of a whole batch, replicated."""
+    """Computes features, labels and mask of a whole batch, replicated on all devices."""
     model = nnx.merge(graph, params)
     under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks_of(batch)]
     features = jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
@@ -54,7 +54,7 @@ def _features(graph, params, batch, layers) -> tuple[Float[Array, "B l M D"], In
 
 
 def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
-    """The same network with random parameters, sharded over the mesh in the same way."""
+    """Returns `pretrained` with random parameters, which are sharded over `mesh` like the parameters of any model."""
     graph, params = nnx.split(pretrained.model)
     config, placement = pretrained.model.config, shardings(nnx.to_pure_dict(params), mesh)
     create = jax.jit(lambda: nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), out_shardings=placement)
@@ -69,21 +69,21 @@ class Features:
     labels: Int[np.ndarray, "N"]
 
     def take(self, indices: Int[np.ndarray, "n"]) -> "Features":
-        """The features of some images, in memory."""
+        """Returns the features of the images `indices`, in memory."""
         return Features({layer: rows[indices] for layer, rows in self.layers.items()}, self.labels[indices])
 
     def joined(self, layers: Sequence[int]) -> Float[np.ndarray, "N M lD"]:
-        """The features of several layers side by side, in memory. A single layer stays where it is."""
+        """Concatenates the features of `layers` in memory. The features of a single layer are not copied."""
         if len(layers) == 1:
             return self.layers[layers[0]]
         return np.concatenate([self.layers[layer] for layer in layers], axis=-1)
 
 
 def scratch_folder(workdir: Path) -> tempfile.TemporaryDirectory:
-    """A temporary folder in the workdir, which is made if it does not exist. Raises UserError if that fails."""
+    """Makes a temporary folder in the workdir, which is made if it is missing. Raises UserError if that fails."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # NFS keeps a removed file until no process maps it, so that the folder may not be empty at the end.
+        # NFS keeps a removed file while a process maps it. Then the folder cannot be removed, which is not an error.
         return tempfile.TemporaryDirectory(prefix="features.", dir=workdir, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
@@ -120,7 +120,7 @@ def raw_pixels(split: Split, channels: int, batch_size: int = 1024) -> FeatureBa
 
 
 def write_features(parts: dict[str, Features], path: Path) -> None:
-    """An .npz of SPLIT_labels and, for each layer, SPLIT_layer_NN: float32 [N, D], or [N, M, D] under M masks."""
+    """Writes an .npz of SPLIT_labels and, for each layer, SPLIT_layer_NN: float32 [N, D], or [N, M, D] if M > 1."""
     arrays = {}
     for name, part in parts.items():
         arrays[f"{name}_labels"] = part.labels

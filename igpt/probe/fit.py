@@ -23,11 +23,11 @@ from igpt.run.cluster import is_first_process
 
 
 def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeConfig, mesh: Mesh) -> dict:
-    """Fits classifiers on the first of SPLITS, chooses one on the second, and tests it on the third.
+    """Fits classifiers on the training split, chooses one by its validation accuracy, and tests it on the test split.
 
-    Uses the features of `layers` side by side. Fits one classifier for each C (L-BFGS) or learning rate (SGD). If
-    several are equally accurate, the smallest C or rate is chosen. Training has one mask; in the other splits the masks
-    of an image vote on its class. An example counts as wrong if its class does not occur in training, or if the
+    Concatenates the features of `layers`. Fits one classifier for each C (L-BFGS) or learning rate (SGD). If several
+    are equally accurate, the smallest C or rate is chosen. Training has one mask; in the other splits, the predictions
+    under all masks of an image vote. An example counts as wrong if its class does not occur in training, or if the
     classifier diverged. Returns the chosen C or rate, the accuracies, and the 95 % interval of the test accuracy.
     """
     train, validation, test = ((part.joined(layers), part.labels) for part in parts)
@@ -75,9 +75,9 @@ class Probe:
         return self._kept("pixels", streams, [0])
 
     def features(self, pretrained: Pretrained) -> list[Features]:
-        """The features of each split; a network with BERT's objective sees masked images, as in its training.
+        """Computes the features of each split. A network of the BERT objective receives masked images, as in training.
 
-        They replace the files of the previous network, so that the disk does not fill with many checkpoints.
+        First deletes the feature files of the previous network, so that many checkpoints do not fill the disk.
         """
         model, config = pretrained.model, self.config
         drops = [None] * 3
@@ -91,7 +91,7 @@ class Probe:
         return self._kept("features", streams, self.layers)
 
     def _kept(self, kind: str, streams: list, layers: list[int]) -> list[Features]:
-        for old in self.folder.glob(f"{kind}.*"):  # NFS does not remove mapped files, so the new folder has a new name
+        for old in self.folder.glob(f"{kind}.*"):  # NFS keeps mapped files, so the new folder has another name
             shutil.rmtree(old, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{kind}.", dir=self.folder))
         return [keep_features(stream, layers, folder / name) for name, stream in zip(SPLITS, streams, strict=True)]
@@ -101,7 +101,7 @@ class Probe:
         return fit_probe(parts, layers, self.config, self.mesh)
 
     def fit_layers(self, parts: list[Features], title: str) -> dict:
-        """One fit for each layer; the best layer is the one with the highest validation accuracy."""
+        """Fits each layer. The best layer is the one with the highest validation accuracy."""
         progress = tqdm(self.layers, desc=title, unit="layer", leave=False, disable=not is_first_process())
         fits = [{"layer": layer} | self.fit(parts, [layer]) for layer in progress]
         best = max(fits, key=lambda fit: fit["validation_accuracy"])
@@ -119,7 +119,7 @@ class Probe:
 
 
 def neighbours(best: int, count: int, layers: list[int]) -> list[int]:
-    """`count` layers around the best one, which lies as near to their middle as possible (section 4.4)."""
+    """`count` neighbours in `layers`, with `best` as near to the middle as possible (Chen et al. 2020, section 4.4)."""
     at = layers.index(best)
     first = min(max(at - count // 2, 0), max(len(layers) - count, 0))
     return layers[first : first + count]

@@ -1,7 +1,7 @@
 """Multinomial logistic regression on a mesh of devices: L-BFGS for data sets that fit the devices, SGD for larger ones.
 
-Both fit R classifiers at once, one for each penalty or learning rate, and share every pass over the features among
-them. Dims: N examples, D features, C classes.
+Both fit R classifiers at once, one for each penalty or learning rate, so that one pass over the features serves all
+classifiers. Dims: N examples, D features, C classes.
 """
 
 import functools
@@ -20,9 +20,9 @@ from igpt.loss import cross_entropy
 from igpt.probe.config import SGD
 from igpt.sharding import batch_shards, check_batch_size, process_rows, replicate, to_devices
 
-ROWS_AT_ONCE = 1 << 12  # read from a file, or predicted
-STEPS_AT_ONCE = 64  # of SGD, in one call to the devices
-TOLERANCE = 1e-5  # of the gradient's largest entry; scikit-learn's default is 1e-4
+ROWS_AT_ONCE = 1 << 12  # rows that are read from a file, or predicted, at a time
+STEPS_AT_ONCE = 64  # steps of SGD in one jitted call
+TOLERANCE = 1e-5  # L-BFGS stops when no gradient entry is larger; scikit-learn's default: 1e-4
 
 
 class Scale(NamedTuple):
@@ -33,9 +33,9 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> "Scale":
-        """Reads the features, which may be in a file, once. A constant feature gets the standard deviation 1."""
+        """Computes the scale in one pass over features in memory or a file. The std of a constant feature is 1."""
         total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
-        shift = np.asarray(features[0], np.float64)  # keeps the difference of squares accurate
+        shift = np.asarray(features[0], np.float64)  # subtracted first, so that E[x^2] - E[x]^2 is accurate
         for start in range(0, len(features), ROWS_AT_ONCE):
             rows = features[start : start + ROWS_AT_ONCE].astype(np.float64) - shift
             total += rows.sum(axis=0)
@@ -50,7 +50,7 @@ class Scale(NamedTuple):
 
 
 class Classifiers(NamedTuple):
-    """R linear classifiers of standardised features."""
+    """R linear classifiers for standardised features."""
 
     kernel: Float[Array, "R D C"]
     bias: Float[Array, "R C"]
@@ -58,7 +58,7 @@ class Classifiers(NamedTuple):
     converged: Bool[np.ndarray, "R"]
 
     def predict(self, features: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "R N"]:
-        """The class of each example; -1 for all examples of a classifier with parameters that are not finite."""
+        """Predicts the class of each example. A classifier with parameters that are not finite always predicts -1."""
         chunks = (features[start : start + ROWS_AT_ONCE] for start in range(0, len(features), ROWS_AT_ONCE))
         classes = [_predict(self.kernel, self.bias, self.scale(rows)) for rows in chunks]
         return np.concatenate(jax.device_get(classes), axis=1)
@@ -72,17 +72,17 @@ def _predict(kernel, bias, rows):
 
 
 def _logits(kernel: Float[Array, "R D C"], bias: Float[Array, "R C"], rows: Float[Array, "n D"]):
-    # By default, a TPU rounds the factors of a float32 product to bfloat16.
+    # Without "highest", a TPU rounds the factors of a float32 product to bfloat16.
     return jnp.einsum("nd,rdc->rnc", rows, kernel, precision="highest") + bias[:, None]
 
 
 def fit_lbfgs(
     features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], num_classes: int, Cs, max_iter: int, mesh: Mesh
 ) -> Classifiers:
-    """scikit-learn's LogisticRegression(C) for each C of `Cs`, on standardised features.
+    """Fits what scikit-learn's LogisticRegression(C) fits, for each C of `Cs`, on standardised features.
 
     The rows are sharded over the mesh. Minimises mean cross-entropy + |kernel|^2 / (2 C N); biases have no penalty. For
-    two classes scikit-learn fits the difference of our two vectors only, and its C corresponds to C / 2 here.
+    two classes, scikit-learn fits only the difference of our two vectors, so its C corresponds to C / 2 here.
     """
     scale, count = Scale.of(features), len(features)
     padded = count + -count % batch_shards(mesh)
@@ -131,7 +131,7 @@ def _minimise(rows, targets, weights, penalties, num_classes, max_iter):
 def fit_sgd(
     features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], num_classes: int, sgd: SGD, seed: int, mesh: Mesh
 ) -> Classifiers:
-    """SGD with momentum 0.9 and a cosine to zero (Chen et al. 2020, section 3.4), for each of `sgd.learning_rates`.
+    """SGD with momentum 0.9 and cosine decay to 0 (Chen et al. 2020, section 3.4), for each of `sgd.learning_rates`.
 
     Features are standardised. They may be in a file: STEPS_AT_ONCE batches are in memory at a time. Batches are sharded
     over the mesh, and each process reads its own rows of them.
@@ -140,7 +140,7 @@ def fit_sgd(
     scale, order = Scale.of(features), EpochOrder(len(features), seed)
     rates, mine = np.asarray(sgd.learning_rates, np.float32), process_rows(sgd.batch_size, mesh)
     shapes = (len(rates), features.shape[1], num_classes), (len(rates), num_classes)
-    # Parameters and momentum. A jitted function makes them, since a process cannot copy to devices of another process.
+    # Parameters and momentum, from a jitted function: a process cannot copy arrays to devices of another process.
     zeros = jax.jit(lambda: tuple(map(jnp.zeros, shapes)), out_shardings=NamedSharding(mesh, P()))
     carry = zeros(), zeros()
     with jax.set_mesh(mesh):
@@ -148,7 +148,7 @@ def fit_sgd(
             numbers = np.arange(start, min(start + STEPS_AT_ONCE, sgd.steps))
             indices = order[np.arange(numbers[0] * sgd.batch_size, (numbers[-1] + 1) * sgd.batch_size)]
             indices = indices.reshape(len(numbers), sgd.batch_size)[:, mine]
-            wanted, back = np.unique(indices, return_inverse=True)  # reads a file in its own order, which is faster
+            wanted, back = np.unique(indices, return_inverse=True)  # sorted: reading a file in its own order is faster
             rows = scale(features[wanted])[back.reshape(indices.shape)]
             decay = np.asarray(0.5 * (1 + np.cos(np.pi * numbers / sgd.steps)), np.float32)
             batches = to_devices({"rows": rows, "labels": labels[indices]}, sgd.batch_size, mesh, axis=1)
@@ -159,7 +159,7 @@ def fit_sgd(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _descend(carry, rows, targets, decay, rates, weight_decay):
-    """The steps of SGD on batches of `rows` [steps, n, D]; `decay` [steps] multiplies the learning rates."""
+    """Runs steps of SGD on batches of `rows` [steps, n, D]. `decay` [steps] multiplies the learning rates."""
 
     def objective(params, rows, targets):
         kernel, bias = params

@@ -11,7 +11,7 @@ from igpt.plots import probe_curve
 
 
 def check_features_out(name: str, workdir: Path) -> None:
-    """Raises UserError unless a file `name` can be written. The workdir itself may not exist yet."""
+    """Raises UserError unless a file `name` can be written. The workdir need not exist, because it is made later."""
     path = Path(name).absolute()
     writable = path.parent == workdir.absolute() or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
     if name and (path.is_dir() or not writable):
@@ -19,7 +19,7 @@ def check_features_out(name: str, workdir: Path) -> None:
 
 
 def validation_loss(directory: Path, step: int) -> dict:
-    """{"validation_loss": ...}, as the training run logged it at this step; {} if it did not."""
+    """Returns {"validation_loss": ...} if the training run logged the loss at this step, otherwise {}."""
     found = {}
     with contextlib.suppress(OSError, ValueError):
         for line in (directory / "metrics.jsonl").read_text().splitlines():
@@ -41,7 +41,7 @@ def write_results(results: dict, workdir: Path) -> None:
 
 
 def table(results: dict) -> str:
-    """Test accuracy by layer, the baselines, the checkpoints and the fits on few labels, as lines of text."""
+    """Formats the results as text: test accuracy by layer, baselines, checkpoints, and fits on few labels."""
     random = {fit["layer"]: fit for fit in results.get("random_init", {}).get("layers", [])}
     lines = ["layer       pretrained    95% interval" + ("      random initialisation" if random else "")]
     for fit in results["pretrained"]["layers"]:

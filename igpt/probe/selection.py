@@ -1,4 +1,4 @@
-"""What is probed: the checkpoints, the layers and the images that a configuration selects."""
+"""Selects the checkpoints, the layers and the images of a probe by its configuration."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from igpt.run import checkpoint
 
 
 def chosen_steps(steps: str, directory: Path) -> list[int | None]:
-    """Steps of the checkpoints to probe: "" is the newest (None), "all" every one, "1,2" these two, else UserError."""
+    """The checkpoints to probe. `steps` is "" for the newest ([None]), "all", or numbers like "1,2". Else UserError."""
     existing, foreign = checkpoint.common_steps(directory), is_huggingface(directory)
     if not existing and (steps or not foreign):
         remedy = "leave config.steps empty for a Hugging Face model" if foreign else "train first"
@@ -39,7 +39,7 @@ def chosen_layers(layers: Sequence[int], depth: int) -> list[int]:
 
 
 def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str | Path) -> Source:
-    """The chosen images, by default those of the model's training. UserError if they or their labels do not fit."""
+    """Opens the images to probe, by default the model's training data. UserError if they do not fit."""
     fraction = config.validation_fraction if config.validation_fraction >= 0 else None
     changes = dict(source=config.source, preprocess=config.preprocess, data_dir=config.data_dir)
     settings = data_settings(pretrained.config, validation_fraction=fraction, **changes)
@@ -54,10 +54,12 @@ def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str | Path) 
 
 
 def few_images(source: Source, count: int) -> Source:
-    """The source with `count` random training images, the same in every call; 0 keeps all of them."""
+    """Returns the source with `count` random training images, the same in every call. 0 keeps all training images."""
     if not count:
         return source
     if count > len(source.train):
-        raise UserError(f"train_images is {count}; {source.name} has {len(source.train)} training images, or 0 for all")
+        most = len(source.train)
+        problem = f"train_images is {count}; {source.name} has {most} training images"
+        raise UserError(f"{problem}: give at most {most}, or 0 for all")
     chosen = np.sort(np.random.default_rng(0).permutation(len(source.train))[:count])
     return dataclasses.replace(source, train=source.train.take(chosen))

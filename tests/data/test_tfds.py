@@ -282,7 +282,7 @@ def test_data_sets_that_cannot_be_used_are_refused(prepared, name, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cifar11", "no data set 'cifar11'.*close to it: .*cifar10"),
+        ("cifar11", "no data set 'cifar11', and the directory .*similar names: .*cifar10"),
         ("cifar10:9.9.9", "cifar10:9.9.9 cannot be opened: .*9.9.9"),
         ("imagenet_resized/31x31", "31x31"),
     ],

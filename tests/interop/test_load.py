@@ -104,8 +104,7 @@ def test_a_run_may_add_a_classifier_and_leave_out_either_head(tmp_path):
     config.model.num_classes = 3
     with pytest.raises(UserError, match=r"classifier of 5 classes, model\.num_classes is 3; set model\.num_classes=5"):
         check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
-    config = write_run_config(tmp_path, pixel_head=False)
-    config.model.num_classes = 7
+    config = write_run_config(tmp_path, pixel_head=False, num_classes=7)
     check_same_network(str(tmp_path), Config.of(learn_with_heads(config)))
     config.model.pixel_head = True
     with pytest.raises(UserError, match="has no head for pixels"):

@@ -93,7 +93,7 @@ def test_extract_returns_what_fill_wrote():
 def test_a_leaf_is_read_onto_its_devices_and_left_out_without_tensors():
     arrays = random_arrays()
     del arrays["table"]
-    sharding = NamedSharding(make_mesh(2, 2, 2), PartitionSpec(None, None, "fsdp"))
+    sharding = NamedSharding(make_mesh(2, 2, 2), PartitionSpec(None, "fsdp"))
     params = read_params(as_tensors(arrays), TABLE, abstract(sharding))
     assert params.keys() == {"blocks"} and {leaf.sharding for leaf in params["blocks"].values()} == {sharding}
     for name, leaf in params["blocks"].items():

@@ -56,7 +56,7 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path
     for step in ("3", "6"):
         damaged(largest(tmp_path / "run" / "checkpoints" / step / "params"))
     with pytest.raises(UserError, match=r"checkpoint of step 6 of .* is damaged \(params/.*there are \[3, 6\]"):
-        checkpoint.restore_params(tmp_path / "run", None)
+        checkpoint.restore_params(tmp_path / "run", {})
     with pytest.raises(UserError, match="every checkpoint of .* is damaged.*--start_over"):
         train.run(tiny_config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").glob("damaged-*")} == {"damaged-3-1", "damaged-6-1"}

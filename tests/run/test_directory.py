@@ -10,7 +10,8 @@ from igpt.config import Config
 from igpt.errors import StorageError, UserError
 from igpt.run.checkpoint import Checkpoints, Progress
 from igpt.run.directory import RunDirectory, check_resumable, load_config, save_config
-from igpt.state import TrainState
+from igpt.sharding import make_mesh
+from igpt.state import TrainState, build_program
 from tests.helpers import GREY_PALETTE
 
 
@@ -23,7 +24,7 @@ def configured(**changes):
 
 def test_looking_at_a_directory_writes_nothing(tmp_path):
     run = RunDirectory(tmp_path / "run", configured())
-    assert not run.is_resumed and run.palette() is None and run.restore(None) is None
+    assert not run.is_resumed and run.palette() is None and run.restore(build_program(run.config, make_mesh())) is None
     assert list(tmp_path.iterdir()) == []
 
 
