@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -198,7 +199,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint(joint, images):
     pretrained = igpt.load(workdir)
     assert pretrained.step == results["step"] == best and results["validation_accuracy"] == accuracies[best]
     source = sources.open_source(pretrained.config.data)
-    tokens = pretrained.palette.encode(source.test.images).reshape(24, -1)
+    tokens = pretrained.palette.encode(source.test.images[:]).reshape(24, -1)
     counts = np.zeros((3, 3), int)
     np.add.at(counts, (source.test.labels, np.argmax(pretrained.model.classify(jnp.asarray(tokens)), axis=-1)), 1)
     assert results["confusion"] == counts.tolist() and counts.sum() == results["images"]["test"] == 24
@@ -221,7 +222,7 @@ def test_bert_s_masks_vote_on_the_class_of_a_test_image(bert):
     assert "eval/bits_per_dim" not in evaluation and "export" not in output and "igpt sample" not in output
     pretrained = igpt.load(workdir)
     source = sources.open_source(pretrained.config.data)
-    tokens = pretrained.palette.encode(source.test.images).reshape(24, -1)
+    tokens = pretrained.palette.encode(source.test.images[:]).reshape(24, -1)
     keep = Drops(0.8, masks=3, seed=5).of_images(np.arange(24), 35)
     votes = np.stack(
         [np.argmax(pretrained.model.classify(jnp.asarray(tokens), jnp.asarray(keep[:, m])), axis=-1) for m in range(3)],
@@ -236,7 +237,7 @@ def test_bert_s_masks_vote_on_the_class_of_a_test_image(bert):
 
 
 def test_a_bert_network_is_neither_exported_nor_sampled(bert, tmp_path, capsys):
-    with pytest.raises(UserError, match="trained with the BERT objective; transformers' ImageGPT is always causal"):
+    with pytest.raises(UserError, match="trained with the BERT objective, but transformers' ImageGPT is always causal"):
         export(bert[0], tmp_path / "hf")
     with pytest.raises(SystemExit) as stopped:
         run_igpt(["sample", f"--model={bert[0]}", f"--out={tmp_path}/samples.png"])
@@ -294,7 +295,7 @@ def test_a_missing_report_is_written_when_the_run_is_started_again(joint):
     expected = (workdir / "finetune.json").read_bytes()
     (workdir / "finetune.json").unlink()
     config = igpt.load(workdir).config
-    config.model.attention = "auto"
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     _, evaluation, output = tuned(config, workdir)
     assert (workdir / "finetune.json").read_bytes() == expected and "already finished its 4 steps" in output
     assert evaluation == {"test/accuracy": json.loads(expected)["test_accuracy"]}

@@ -182,7 +182,7 @@ def test_bert_is_probed_under_masks_and_trains_on_one(source, tmp_path, eval_mas
     eval_probe.run(config, run, tmp_path / "probe")
     arrays, pretrained = arrays_of(tmp_path / "features.npz"), igpt.load(run)
     split = open_source(pretrained.config.data).test
-    tokens = GREY_PALETTE.encode(split.images).reshape(len(split), -1)
+    tokens = GREY_PALETTE.encode(split.images[:]).reshape(len(split), -1)
     drops = Drops(rate=0.15, masks=max(eval_masks, 1), seed=config.seed)
     keep = (
         jnp.moveaxis(drops.of_images(np.arange(len(split)), PROBE_HEIGHT * PROBE_WIDTH), 1, 0) if eval_masks else [None]

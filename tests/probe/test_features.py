@@ -34,7 +34,7 @@ def streamed(model, split, palette, batch_size=10, mesh=ONE, **kwargs):
 
 def at_once(model, split, palette, keep=None):
     """[N, l, D]"""
-    return np.swapaxes(np.asarray(features_of(model, palette.encode(split.images)[:, 0], keep)), 0, 1)
+    return np.swapaxes(np.asarray(features_of(model, palette.encode(split.images[:])[:, 0], keep)), 0, 1)
 
 
 @pytest.mark.parametrize("layers", [None, (0,), (2,), (3, 1)])
