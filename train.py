@@ -61,7 +61,7 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
 
-    # The program has the shapes, the shardings and the compiled steps. `igpt plan` compiles the same program.
+    # `program` holds shapes, shardings and the compiled step functions. `igpt plan` compiles the same functions.
     program = build_program(config, mesh)
 
     # Initial values come from 1. this run's newest undamaged checkpoint; 2. config.init_from; 3. random initialisation.
@@ -246,7 +246,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"
     )
-    parser.add_argument("--start_over", action="store_true", help="rename an earlier run in --workdir and begin anew")
+    parser.add_argument("--start_over", action="store_true", help="rename an earlier run and train from step 0")
     add_process_arguments(parser)
     return parser
 

@@ -76,7 +76,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args) -> None:
-    """Evaluates a model with the options of the command line. Prints the results and writes them to the file --json."""
+    """Evaluates a model as the command line says. Prints the results and writes them to the file that --json names."""
     cluster.join_from(args)
     directory = resolve(args.model)
     shapes = outline(directory)

@@ -37,7 +37,7 @@ def make_section(
     for given, value in plain.items():
         if not _fits(value, fields[given].type):
             wanted = getattr(fields[given].type, "__name__", fields[given].type)
-            raise UserError(f"{name}{given} is {value!r}; its type is {wanted}")
+            raise UserError(f"{name}{given} is {value!r}; it must be of type {wanted}")
     return kind(**plain)
 
 

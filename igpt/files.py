@@ -14,7 +14,7 @@ import numpy as np
 from igpt.errors import StorageError, UserError
 
 MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
-MAX_JSON_DEPTH = 32  # Python can read deeper nesting, but cannot copy or write it
+MAX_JSON_DEPTH = 32  # Python reads far deeper nesting, but raises RecursionError when it copies or writes it
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # error numbers that only writing causes
 
 
@@ -42,7 +42,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Writes an array as .npy. On a full disk it raises OSError, but np.save silently loses the end of the array."""
+    """Writes an array as .npy. Raises OSError on a full disk, where np.save silently loses the end of the array."""
     header = np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(file, header)
     file.write(np.ascontiguousarray(array).data)

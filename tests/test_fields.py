@@ -31,12 +31,12 @@ def test_a_section_is_made_from_a_config_dict_with_lists_as_tuples():
     [
         ({"raet": 1.0}, r"a\.raet is no field of a configuration; did you mean a\.rate\?"),
         ({"zzz": 1.0}, r"a\.zzz is no field of a configuration; there are rate, size"),
-        ({"rate": "fast"}, r"a\.rate is 'fast'; its type is float"),
-        ({"rate": True}, r"a\.rate is True; its type is float"),
-        ({"count": 1.5}, r"a\.count is 1\.5; its type is int"),
-        ({"flag": 1}, r"a\.flag is 1; its type is bool"),
-        ({"size": 3}, r"a\.size is 3; its type is tuple"),
-        ({"size": (3, "4")}, r"a\.size is \(3, '4'\); its type is tuple"),
+        ({"rate": "fast"}, r"a\.rate is 'fast'; it must be of type float"),
+        ({"rate": True}, r"a\.rate is True; it must be of type float"),
+        ({"count": 1.5}, r"a\.count is 1\.5; it must be of type int"),
+        ({"flag": 1}, r"a\.flag is 1; it must be of type bool"),
+        ({"size": 3}, r"a\.size is 3; it must be of type tuple"),
+        ({"size": (3, "4")}, r"a\.size is \(3, '4'\); it must be of type tuple"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_would_be_right(changes, message):

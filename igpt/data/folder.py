@@ -63,7 +63,7 @@ def list_images(folder: Path) -> tuple[list[str], np.ndarray | None]:
             "so that every picture must lie in one, or none"
         )
     if not here and not found:
-        raise UserError(f"{folder} has no pictures: files ending in {', '.join(SUFFIXES)} are read")
+        raise UserError(f"{folder} has no pictures: only files ending in {', '.join(SUFFIXES)} are read")
     if here:
         return here, None
     if empty := [name for name, count in zip(names, counts, strict=True) if not count]:

@@ -69,5 +69,5 @@ class DataConfig:
 
     @classmethod
     def of(cls, settings) -> "DataConfig":
-        """Makes a DataConfig of a mapping, such as a ConfigDict. A DataConfig is returned unchanged."""
+        """Makes a DataConfig from a mapping, such as a ConfigDict. A DataConfig is returned unchanged."""
         return make_section(cls, "data.", settings)

@@ -109,7 +109,7 @@ def run(args) -> None:
     else:
         if args.revision or not args.clusters:
             needed = "--clusters=kmeans_centers.npy, the palette of that checkpoint"
-            raise UserError(f"--checkpoint needs {needed}; --revision does not apply")
+            raise UserError(f"--checkpoint needs {needed}, and is not used with --revision")
         made = import_checkpoint(args.checkpoint, args.clusters, args.out, args.size)
     print(_report(outline(made), made))
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from igpt.errors import UserError
 from igpt.model import ImageGPT, ModelConfig
 
-SHOWN = 12  # most items of a list in one message
+SHOWN = 12  # the largest number of list items that one message shows
 
 
 class Tensor(NamedTuple):

@@ -69,7 +69,7 @@ def _as_numpy(image) -> np.ndarray:
 
 
 def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
-    """A PIL image -> uint8 [H, W, 3 or 4]. Modes of more than 8 bits per channel: unchanged values [H, W]."""
+    """A PIL image as uint8 [H, W, 3 or 4]. One of more than 8 bits per channel as [H, W], with its values unchanged."""
     try:
         if image.mode.startswith(("I", "F")):  # more than 8 bits per channel: I, I;16, I;16B and so on, and F
             numbers = np.asarray(image)

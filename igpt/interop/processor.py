@@ -251,7 +251,7 @@ def _returned(batches: list[np.ndarray], kind: str | None):
 
 
 def checked(name: str, value):
-    """Converts a value of the setting `name` to the stored type. None gives the default. UserError if it is invalid."""
+    """Converts a value of the setting `name` to its type, and None to the default. Raises UserError if it is invalid."""
     default, check = SETTINGS[name]
     value = default if value is None else value
     return None if value is None else check(name, value)
@@ -295,7 +295,9 @@ def _size(name, value):
 
 
 def _filter(name, value):
-    allowed = {choice.value: choice.name.lower() for choice in sorted(Image.Resampling)}  # depends on Pillow's version
+    allowed = {
+        choice.value: choice.name.lower() for choice in sorted(Image.Resampling)
+    }  # the choices depend on Pillow's version
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in allowed:
         choices = ", ".join(f"{number} {word}" for number, word in allowed.items())
         raise UserError(f"{name} is {reprlib.repr(value)}; a filter of PIL is needed: {choices}")

@@ -54,7 +54,7 @@ def _features(graph, params, batch, layers) -> tuple[Float[Array, "B l M D"], In
 
 
 def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
-    """Returns `pretrained` with random parameters, which are sharded over `mesh` like the parameters of any model."""
+    """Returns `pretrained` with random parameters, sharded over `mesh` by the usual rules."""
     graph, params = nnx.split(pretrained.model)
     config, placement = pretrained.model.config, shardings(nnx.to_pure_dict(params), mesh)
     create = jax.jit(lambda: nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), out_shardings=placement)

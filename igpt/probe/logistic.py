@@ -33,7 +33,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> "Scale":
-        """Computes the scale in one pass over features in memory or a file. The std of a constant feature is 1."""
+        """Computes each feature's mean and std in one pass over memory or a file. A constant's std is set to 1."""
         total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
         shift = np.asarray(features[0], np.float64)  # subtracted first, so that E[x^2] - E[x]^2 is accurate
         for start in range(0, len(features), ROWS_AT_ONCE):

@@ -206,7 +206,7 @@ def _reader(workdir: Path) -> ocp.CheckpointManager:
 
 
 def folder_of(workdir: Path, step: int) -> Path:
-    """The directory of the checkpoint of a step."""
+    """The directory that holds the checkpoint of `step`."""
     return workdir / FOLDER / str(step)
 
 
@@ -232,7 +232,7 @@ def newest_sound_step(workdir: Path) -> int:
     if steps or broadcast(any(workdir.glob("damaged-*"))):  # found damaged now, or at an earlier start
         raise UserError(
             f"every checkpoint of {workdir} is damaged, and was moved to {workdir}/damaged-STEP; restore one from a "
-            "copy, or run with --start_over to begin anew"
+            "copy, or run with --start_over to train from step 0"
         )
     return 0
 

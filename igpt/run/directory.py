@@ -42,7 +42,7 @@ class RunDirectory:
             check_resumable(config, self.path)
         elif not start_over and checkpoint.common_steps(self.path):
             raise UserError(
-                f"{self.path} has checkpoints but no config.json; --start_over sets them aside and begins anew"
+                f"{self.path} has checkpoints but no config.json; --start_over renames it and trains from step 0"
             )
         self.first_step, self.progress = 0, checkpoint.Progress()
 
@@ -114,7 +114,7 @@ def set_aside(workdir: Path) -> None:
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1
     workdir.rename(aside)
-    print(f"set the earlier run aside as {aside}")
+    print(f"renamed the earlier run to {aside}")
 
 
 def save_config(config: Config, workdir: Path) -> None:
@@ -133,7 +133,7 @@ def load_config(workdir: Path) -> Config:
             content["optim"].pop("spike_sigma", None)  # earlier versions had this field; 0 turned it off
         return Config.of(content)
     except UserError as error:
-        raise UserError(f"{path} is damaged, or of another version of igpt: {error}") from None
+        raise UserError(f"{path} is damaged, or was written by another version of igpt: {error}") from None
 
 
 def check_resumable(config: Config, workdir: Path) -> None:
@@ -147,6 +147,6 @@ def check_resumable(config: Config, workdir: Path) -> None:
     if differing:
         raise UserError(
             f"{workdir} holds a run with another configuration:\n" + "\n".join(differing) + "\n"
-            "Give another --workdir, or --start_over to set the old run aside and begin anew, or "
+            "Give another --workdir, or --start_over to rename the old run and train from step 0, or "
             f"--config.init_from={workdir} with another --workdir to start from its weights."
         )

@@ -25,7 +25,7 @@ def roll_call(coordinator: str, process: int, processes: int, timeout: float) ->
 
 
 def _call(coordinator: str, processes: int, deadline: float, timeout: float) -> None:
-    """Runs on process 0. Accepts a connection from every other process, then sends the same verdict to each of them."""
+    """Runs on process 0. Waits for every other process, then sends each of them "all" or the reason of a failure."""
     present: dict[int, socket.socket] = {}
     verdict = ""
     with _listen(coordinator, processes) as listener:

@@ -118,7 +118,7 @@ def test_folders_that_hold_nothing_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(UserError, match=r"there is no folder .*notes\.txt"):
         load_source(f"folder:{tmp_path}/notes.txt")
-    with pytest.raises(UserError, match=r"has no pictures: files ending in \.png, .* are read"):
+    with pytest.raises(UserError, match=r"has no pictures: only files ending in \.png, .* are read"):
         load_source(f"folder:{tmp_path}")
     save(tmp_path / "a.png")
     with pytest.raises(UserError, match="1 images split into 1 for train, 0 for validation"):

@@ -40,7 +40,7 @@ def test_starting_over_renames_the_earlier_run(tmp_path, capsys):
         with RunDirectory(tmp_path / "run", configured(), start_over=True).opened(GREY_PALETTE):
             pass
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.old-1", "run.old-2"}
-    assert "set the earlier run aside" in capsys.readouterr().out
+    assert "renamed the earlier run" in capsys.readouterr().out
 
 
 def test_checkpoints_without_a_config_need_a_word_from_the_user(tmp_path):
