@@ -119,7 +119,7 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
 def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette:
     """The first palette that exists: the resumed run's, init_from's, palette.path's, the source tokens', or a new fit.
 
-    Raises UserError if the palette has a wrong size, or if init_from, palette.path and tokens have different palettes.
+    Raises UserError if the palette has a wrong size, or if palette.path or the tokens have another one than init_from.
     """
     resumed, init_from, path = run.palette(), config.init_from, config.palette.path
     if resumed:

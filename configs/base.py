@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     data.pad_mode = "constant"  # constant (black) | edge | reflect
     data.flip = False  # mirror left and right with probability 1/2
     data.augment_probability = 1.0  # probability that an image is padded, cropped and flipped at all
-    data.preprocess = "none"  # none | shrink: centre square to image_size | crop: as the paper does for ImageNet
+    data.preprocess = "none"  # none | shrink: largest centre part | crop: as the paper does for ImageNet
     data.short_side = (256, 384)  # crop: in training, the shorter side is resized to a random length in this range
     data.crop = 224  # crop: side of the square that is cut out, then shrunk to image_size
     data.filter = "bicubic"  # for every resize: nearest | box | bilinear | hamming | bicubic | lanczos
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     train.eval_every = 1000  # steps between evaluations on the validation split
     train.eval_batch_size = 128  # images in a forward pass of an evaluation
     train.sample_every = 1000  # steps between grids in samples/
-    train.num_samples = 16  # images in a grid; 0: no grids. Networks for BERT or without pixel_head draw none
+    train.num_samples = 16  # images in a grid; 0: no grids. BERT, and runs without the pixel loss, draw none
     train.checkpoint_every = 1000  # steps between checkpoints
     train.max_to_keep = 2  # newest checkpoints kept; fine-tuning also keeps the one with the best validation accuracy
     train.profile_at = 0  # first of 3 steps whose profile is written to WORKDIR/profile; 0: no profile

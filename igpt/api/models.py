@@ -29,12 +29,13 @@ from igpt.errors import UserError
 from igpt.interop import hf_weights
 from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig, to_model_config
 from igpt.interop.hub import resolve
+from igpt.interop.mapping import abstract_params
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.interop.weight_files import write_safetensors
 from igpt.model import ImageGPT
 from igpt.sample import Sampling, continue_inputs, image_keys
 
-AutoImageProcessor = ImageGPTFeatureExtractor = ImageGPTImageProcessor  # all three names are documented
+AutoImageProcessor = ImageGPTFeatureExtractor = ImageGPTImageProcessor  # the older name left transformers 5
 
 
 @jax.tree_util.register_dataclass
@@ -311,4 +312,4 @@ def _initial_params(network, config: ImageGPTConfig, seed: int, given: dict) -> 
         rng = np.random.default_rng((seed, *"/".join(names).encode()))
         return jnp.asarray(std * rng.standard_normal(leaf.shape, np.float32))
 
-    return jax.tree_util.tree_map_with_path(initial, hf_weights.abstract_params(network))
+    return jax.tree_util.tree_map_with_path(initial, abstract_params(network))

@@ -15,6 +15,7 @@ from igpt.data.examples import Split
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 
+AHEAD = 4  # batches that are prepared before the device needs them
 Rows = slice | Int[np.ndarray, "n"]  # the rows of a batch that this process reads: see sharding.process_rows
 
 
@@ -131,10 +132,10 @@ class TrainBatches:
             return batch
         return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
 
-    def iterate(self, start: int, stop: int, threads: int = 1, ahead: int = 4) -> Iterator[dict]:
-        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare up to `ahead` batches in advance."""
+    def iterate(self, start: int, stop: int, threads: int = 1) -> Iterator[dict]:
+        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare up to AHEAD batches in advance."""
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
-        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)))
 
 
 def eval_batches(

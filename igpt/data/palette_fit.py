@@ -5,7 +5,7 @@
 
 Chooses training images at random, samples equally many pixels from each (at most --pixels in total), and clusters them
 with k-means. The quantisation error is measured on pixels of validation images. The picture shows the palette and
-eight images before and after. train.py computes the same palette for the same source, colours, pixels and seed.
+eight images before and after. train.py computes the same palette for the same images, colours, pixels and seed.
 """
 
 import argparse

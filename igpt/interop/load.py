@@ -86,6 +86,8 @@ def is_huggingface(directory: Path) -> bool:
 def data_settings(config: Config, **changes) -> DataConfig:
     """`config.data` with `changes` applied. Changes that are None or "" are ignored."""
     given = {name: value for name, value in changes.items() if value not in (None, "")}
+    if given.get("source", config.data.source) != config.data.source:
+        given["split_file"] = ""  # it names files of the old source
     return dataclasses.replace(config.data, **given)
 
 

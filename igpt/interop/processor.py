@@ -200,9 +200,6 @@ class ImageGPTImageProcessor:
         return f"{type(self).__name__}({colors}{changed})"
 
 
-ImageGPTFeatureExtractor = ImageGPTImageProcessor  # the older name, which transformers 5 has removed
-
-
 def _resized(batch: np.ndarray, settings) -> np.ndarray:
     height, width = settings.size["height"], settings.size["width"]
     if batch.shape[1:3] == (height, width):  # no need to resize: PIL would copy the images unchanged
@@ -251,7 +248,7 @@ def _returned(batches: list[np.ndarray], kind: str | None):
 
 
 def checked(name: str, value):
-    """Converts a value of the setting `name` to its type, and None to the default. Raises UserError if it is invalid."""
+    """Converts the setting `name` to its type, and None to the default. Raises UserError if the value is invalid."""
     default, check = SETTINGS[name]
     value = default if value is None else value
     return None if value is None else check(name, value)

@@ -231,7 +231,7 @@ def newest_sound_step(workdir: Path) -> int:
         barrier()
     if steps or broadcast(any(workdir.glob("damaged-*"))):  # found damaged now, or at an earlier start
         raise UserError(
-            f"every checkpoint of {workdir} is damaged, and was moved to {workdir}/damaged-STEP; restore one from a "
+            f"every checkpoint of {workdir} is damaged, and was moved to {workdir}/damaged-STEP-N; restore one from a "
             "copy, or run with --start_over to train from step 0"
         )
     return 0

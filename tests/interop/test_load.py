@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 
 import igpt
+from configs import base
 from igpt.config import Config
 from igpt.errors import UserError
 from igpt.interop.import_run import import_directory
-from igpt.interop.load import check_same_network
+from igpt.interop.load import check_same_network, data_settings
 from igpt.palette import Palette
 from igpt.run import checkpoint
 from igpt.run.directory import check_resumable
@@ -139,3 +140,12 @@ def test_weights_may_come_from_a_hugging_face_directory(hf):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, use_bias=False))
     with pytest.raises(UserError, match="another network: use_bias is True there, False here"):
         check_same_network(str(hf), other)
+
+
+def test_another_source_does_not_inherit_the_split_file():
+    config = base.get_config()
+    config.data.update(source="folder:photos", split_file="split.txt")
+    config = Config.of(config)
+    assert data_settings(config, source=None, preprocess="crop").split_file == "split.txt"
+    assert data_settings(config, source="folder:photos").split_file == "split.txt"
+    assert data_settings(config, source="digits").split_file == ""

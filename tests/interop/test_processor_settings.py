@@ -9,7 +9,7 @@ from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTI
 
 from igpt.errors import UserError
 from igpt.interop import processor as processor_module
-from igpt.interop.processor import ImageGPTFeatureExtractor, ImageGPTImageProcessor
+from igpt.interop.processor import ImageGPTImageProcessor
 from tests.helpers import PROCESSOR_CLUSTERS, PROCESSOR_IMAGES, PROCESSOR_PICTURE, make_processor, tokens_as_rgb
 
 # ---- settings
@@ -73,7 +73,6 @@ def test_the_signature_is_the_documented_one():
     assert documented[1:4] == ["images", "do_resize", "size"] and len(documented) == 16
     with pytest.raises(TypeError, match="do_crop"):
         make_processor()(PROCESSOR_PICTURE, do_crop=True)
-    assert ImageGPTFeatureExtractor is ImageGPTImageProcessor
     fresh = ImageGPTImageProcessor()
     theirs = ImageGPTImageProcessorPil().to_dict()
     assert fresh.to_dict().keys() == theirs.keys()
