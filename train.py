@@ -112,7 +112,7 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
     is_tested = step == run.first_step and not evaluation and exists(run.path / "finetune.json")
     if config.objective.classification and source.test.labels is not None and not is_tested:
         evaluation |= test_classifier(config, run, program, source, palette)
-    farewell(run, step, evaluation, time.perf_counter() - started, source.unreadable)
+    farewell(run, step, evaluation, time.perf_counter() - started, source)
     return evaluation
 
 

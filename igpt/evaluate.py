@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.batches import Drops, eval_batches
-from igpt.data.examples import Split, check_labels
+from igpt.data.examples import Split, check_classes
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import write_json
@@ -87,7 +87,7 @@ def run(args) -> None:
     check_same_palette(shapes.palette, args.model, source.palette, f"--source={source.name}")
     split = getattr(source, args.split)
     if shapes.model.config.num_classes and split.labels is not None:
-        check_labels(split, num_classes=shapes.model.config.num_classes)
+        check_classes([split], shapes.model.config.num_classes)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(directory, args.step, mesh)
     results = {"model": args.model, "step": pretrained.step, "source": source.name, "split": args.split}

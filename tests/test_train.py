@@ -28,6 +28,15 @@ def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys)
         assert shown in output
 
 
+def test_a_run_without_labels_does_not_propose_a_probe(tiny_config, write_npz, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    tiny_config.data.source = f"npz:{write_npz(images=images)}"
+    tiny_config.train.update(steps=1, num_samples=0)
+    train.run(tiny_config, tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "igpt sample" in output and "eval_probe.py" not in output
+
+
 def test_bert_learns_dropped_pixels_from_ln_v_down_and_draws_no_samples(tiny_config, tmp_path, capsys):
     tiny_config.model.update(causal=False, depth=1)
     evaluation = train.run(tiny_config, tmp_path / "run")

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -179,16 +179,20 @@ def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
             "labels are needed, and this source has none; add an integer array 'labels' to an .npz, or sort the "
             "pictures of a folder into a sub-folder for each class"
         )
-    trained = _classes(train)
-    classes = np.unique(np.concatenate([trained, *map(_classes, others)]))
+    check_classes((train, *others), num_classes)
+    if len(_classes(train)) < 2:
+        raise UserError(f"all training images have the label {train.labels[0]}; two classes or more are needed")
+
+
+def check_classes(splits: Sequence[Split], num_classes: int) -> None:
+    """Raises UserError if a label of these splits is not in 0..num_classes - 1. 0 allows any label."""
+    classes = np.unique(np.concatenate([_classes(split) for split in splits]))
     if num_classes and not (classes[0] >= 0 and classes[-1] < num_classes):
         raise UserError(
             f"the labels run from {classes[0]} to {classes[-1]}, but model.num_classes is {num_classes}, which allows "
             f"0 to {num_classes - 1}; "
             + (f"set model.num_classes={classes[-1] + 1}" if classes[0] >= 0 else "number the classes from 0 on")
         )
-    if len(trained) < 2:
-        raise UserError(f"all training images have the label {train.labels[0]}; two classes or more are needed")
 
 
 def _classes(split: Split) -> np.ndarray:

@@ -45,13 +45,13 @@ def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
-def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, unreadable: list[str]) -> None:
-    """Prints the result and the commands that usually follow. Only process 0 prints."""
+def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, source: Source) -> None:
+    """Prints the result and the commands that usually follow. Only process 0 prints. A probe needs labels."""
     if not is_first_process():
         return
     config, workdir = run.config, run.path
-    if unreadable:
-        print(f"passed over {len(unreadable)} unreadable images, such as: {unreadable[0]}")
+    if source.unreadable:
+        print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
     if run.first_step == step:
         print(f"{workdir} had already finished its {step} steps.")
     else:
@@ -68,7 +68,8 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, unr
             f"[{100 * low:.1f}, {100 * high:.1f}] of {results['images']['test']} images; {workdir}/confusion.png"
         )
     print("next:")
-    print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
+    if source.train.labels is not None:
+        print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
     if config.model.causal and config.objective.classification:
         print(f"  igpt export --model={workdir} --out=hf_classifier")
     elif config.model.causal:

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.data.examples import ArrayImages, DecodedTokens, EncodedImages, Source, Split, check_labels, few_labels
+from igpt.data.examples import (
+    ArrayImages,
+    DecodedTokens,
+    EncodedImages,
+    Source,
+    Split,
+    check_classes,
+    check_labels,
+    few_labels,
+)
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.palette import Palette
@@ -168,6 +177,12 @@ def blank(count):
 
 def labelled_split(*labels):
     return Split(blank(len(labels)), np.array(labels, np.int32))
+
+
+def test_a_test_split_of_one_class_has_classes_a_model_knows():
+    check_classes([labelled_split(1, 1)], num_classes=2)
+    with pytest.raises(UserError, match="from 2 to 2, but model.num_classes is 2"):
+        check_classes([labelled_split(2, 2)], num_classes=2)
 
 
 def test_labels_that_do_not_serve_are_refused():
