@@ -56,13 +56,13 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
     run = RunDirectory(workdir, config, start_over)  # a fresh or a resumed run; this line writes no file
     train, mesh = config.train, config.mesh.make()
 
+    # `program` holds shapes, shardings and the compiled step functions. `igpt plan` compiles the same functions.
+    program = build_program(config, mesh)
+
     # The palette turns the source's images into tokens. The seed and the step determine every batch.
     source = finetune.labelled(open_source(config.data), config)
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
-
-    # `program` holds shapes, shardings and the compiled step functions. `igpt plan` compiles the same functions.
-    program = build_program(config, mesh)
 
     # Initial values come from 1. this run's newest undamaged checkpoint; 2. config.init_from; 3. random initialisation.
     state, origin = starting_state(config, run, program)
@@ -144,7 +144,6 @@ def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette
 def training_batches(config: Config, source: Source, palette: Palette, mesh) -> TrainBatches:
     """This process's rows of every training batch."""
     batch_size = config.train.batch_size
-    check_batch_size("train.batch_size", batch_size, config.train.accumulate, mesh)
     check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
     drops = None if config.model.causal else Drops(config.objective.drop_rate, 1, config.seed)
     rows = process_rows(batch_size, mesh)

@@ -176,7 +176,10 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/digits.py", "--workdir=RUN", "--config.model.widht=3"], 'Did you mean "width"'),
+        (
+            ["--config=configs/digits.py", "--workdir=RUN", "--config.model.widht=3"],
+            "there is no field 'widht'; did you mean 'width'?",
+        ),
         (["--config=configs/digits.py"], "arguments are required: --workdir"),
         (["--config=configs/probe_digits.py", "--workdir=RUN"], "no training configuration"),
         (["--config=configs/digits.py", "--workdir=RUN", "--config.train.batch_size=7"], "batch_size 7"),

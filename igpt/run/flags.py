@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +51,9 @@ def _read(file: str, overrides: list[str]) -> ConfigDict:
         raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+        field = re.match(r"'?(\w+)('? Did you mean \W*(\w+)|$)", message)
+        if field and isinstance(error, AttributeError | KeyError):
+            message = f"there is no field {field[1]!r}" + (f"; did you mean {field[3]!r}?" if field[3] else "")
         raise UserError(
             f"{message} (every field and its default: configs/base.py, a probe's: configs/probe_digits.py; the flags: "
             "--help)"

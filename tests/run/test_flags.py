@@ -47,7 +47,8 @@ def test_what_stands_behind_the_files_name_goes_to_get_config():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([DIGITS, "--config.model.widht=3"], 'Did you mean "width"'),
+        ([DIGITS, "--config.model.widht=3"], r"there is no field 'widht'; did you mean 'width'\?"),
+        ([DIGITS, "--config.optim.zzz=1"], r"there is no field 'zzz' \(every field and its default: configs/base.py"),
         ([DIGITS, "--config.model.width=wide"], "model.width=wide"),
         ([DIGITS, "--config.train.steps=2.5"], "train.steps=2.5"),
         ([DIGITS, "stray"], "'stray' is not a flag; options are written --name=value"),
