@@ -93,7 +93,7 @@ OF_TRAINING = ("optim", "train", "mesh")  # the sections that only training read
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The full configuration of a run. model.dtype and model.attention may be "auto": see the method `network`."""
+    """The full configuration of a run. model.dtype and model.attention may be "auto"; `network` replaces it."""
 
     data: DataConfig
     palette: PaletteConfig

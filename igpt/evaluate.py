@@ -27,10 +27,11 @@ from igpt.state import run_batches
 
 
 def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:
-    """Means over the images of a split: loss (nats per token, with its standard error), accuracy (with its interval).
+    """Returns means over a split: loss (nats per token, with standard error), accuracy (with its 95 % interval).
 
     A BERT network runs once for each of `masks` masks: it predicts the dropped positions, and the masks vote on the
-    class. `mesh` is the mesh that the model was loaded onto. Raises UserError if no head of the model can be tested.
+    class. `mesh` is the mesh that the model was loaded onto. Raises UserError if none of the model's heads can be
+    tested on the split.
     """
     mesh = mesh or one_device()
     batch_size += -batch_size % batch_shards(mesh)

@@ -41,7 +41,7 @@ def _products_and_attention(primitive, *inputs, **params):
 REMAT = {  # the results that each block stores for the backward pass, which computes all other results again
     "none": None,  # all results
     "minimal": _products_and_attention,  # outputs of products with parameters and of attention; no elementwise results
-    "dots": _PRODUCTS,  # outputs of products with parameters
+    "dots": _PRODUCTS,  # outputs of products with parameters; nothing of attention
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input
 }
 
@@ -157,8 +157,8 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
         """Returns the block's output and its BlockOutputs.
 
-        `attend(q, k, v, key)` computes attention. q, k, v and the mixed values that it returns are [B, T, N, K]. It
-        also returns any extra result that the caller wants from every layer (`BlockOutputs.extra`).
+        `attend(q, k, v, key)` computes attention: it returns the mixed values and an extra result, or None. q, k, v and
+        the mixed values are [B, T, N, K]. The caller gets the extra result of every layer as `BlockOutputs.extra`.
         """
         config = self.config
         normed = self.attention_norm(x)
@@ -297,7 +297,7 @@ class ImageGPT(nnx.Module):
 
         Where `keep` is False, the token's vector is zero, as for BERT in OpenAI's src/model.py.
         """
-        # Both tables are small. They are all-gathered first, so that the lookup needs no communication.
+        # Both tables are small: all-gather them first, so that the lookup itself needs no communication.
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
         x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
         x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]

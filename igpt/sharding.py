@@ -176,7 +176,7 @@ def to_devices(batch: dict, batch_size: int, mesh: Mesh, axis: int = 0) -> dict:
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-    """Shards the leading dimension over the batch axes. Outside a mesh (sampling on one device) it changes nothing."""
+    """Shards the leading dimension of `x` over the batch axes. Outside a mesh (one device) it changes nothing."""
     return _constrain(x, BATCH)
 
 

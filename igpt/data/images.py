@@ -61,7 +61,7 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
     except (MemoryError, UserError):  # a file within the limits is not the cause of a MemoryError
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limit is much higher
-        raise UnreadableImage(f"{name} is too large: at most {MAX_PIXELS:,} pixels are opened: shrink it") from None
+        raise UnreadableImage(f"{name} is too large; the limit is {MAX_PIXELS:,} pixels: shrink it first") from None
     except UnidentifiedImageError:
         raise UnreadableImage(f"{name} cannot be read as an image: it is no {', '.join(FORMATS)} file") from None
     except Exception as error:  # decoders may raise any exception for damaged files
@@ -85,7 +85,7 @@ def _read(path: Path, name: str) -> bytes:
 
 def _check_bytes(count: int, name: str) -> None:
     if count > MAX_BYTES:
-        raise UnreadableImage(f"{name} has {count:,} bytes; at most {MAX_BYTES:,} are opened: shrink it first")
+        raise UnreadableImage(f"{name} has {count:,} bytes; the limit is {MAX_BYTES:,}: shrink it first")
 
 
 def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
@@ -93,7 +93,7 @@ def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
     most = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
     if pixels > most:
         size = f"{image.width} x {image.height}"
-        raise UnreadableImage(f"{name} has {size} pixels; at most {most:,} are opened: shrink it first")
+        raise UnreadableImage(f"{name} has {size} pixels; the limit is {most:,}: shrink it first")
     scans = content.count(b"\xff\xda")  # may be too high: metadata can contain these bytes by chance
     if image.format in ("JPEG", "MPO") and scans * pixels > MAX_SCANNED:
         raise UnreadableImage(f"{name} would be drawn in {scans} passes, which takes minutes: save it again")

@@ -23,7 +23,7 @@ from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.plots import check_writable, palette_picture, save_png
 
-PIXELS_OF_AN_IMAGE = 64  # minimum per image; with fewer, decoding more images would take longer than k-means
+PIXELS_OF_AN_IMAGE = 64  # at least; with fewer, more images are needed, and decoding them takes longer than k-means
 PIXELS_AT_ONCE = 1 << 18  # largest number of pixels of decoded images in memory at a time
 MOST_TO_START_FROM = 1 << 16  # k-means++ chooses among this many colours; with all, it would be slower than k-means
 MOST_ITERATIONS = 100

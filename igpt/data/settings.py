@@ -18,10 +18,10 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """configs/base.py explains every field. Raises UserError, which names the field, if a value is not allowed.
+    """Where the images come from and how they are read. configs/base.py explains every field.
 
-    Fields without a default describe the images themselves. The defaults of the other fields are for imported models,
-    whose images are read without augmentation.
+    The fields that describe the images themselves have no default. The other defaults suit an imported model, whose
+    images are read without augmentation. If a value is not allowed, raises a UserError that names the field.
     """
 
     source: str

@@ -37,10 +37,10 @@ def open_source(settings, is_command: bool = False) -> Source:
         prefix = "--" if is_command else "--config.data."
         size = f"size={height}x{width}" if is_command else f"image_size='({height},{width})'"
         raise UserError(
-            f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), not "
-            f"{' x '.join(map(str, settings.image_size))} with {settings.channels}; set "
-            f"{prefix}{size} {prefix}channels={source.channels}"
-            + ("" if source.palette else f", or {prefix}preprocess=shrink for another size")
+            f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), but "
+            f"the settings ask for {' x '.join(map(str, settings.image_size))} with {settings.channels}. To use the "
+            f"images as they are, set {prefix}{size} {prefix}channels={source.channels}"
+            + ("" if source.palette else f". To resize them, set {prefix}preprocess=shrink")
         )
     return source
 

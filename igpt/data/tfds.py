@@ -80,10 +80,10 @@ class Labels:
 
 
 def open_tfds(name: str, settings: DataConfig) -> Source:
-    """Opens the data set `name`, an argument of tfds.builder. Raises UserError if it cannot be used.
+    """Opens the data set `name`, as tfds.builder calls it. Raises UserError if it cannot be used.
 
     A part of the split "train" is held out for validation. The test images are the split "test" or, if that is missing
-    or has no labels as in ImageNet, the split "validation". If both are missing, another part of "train" is held out
+    or has no labels as in ImageNet, the split "validation". If neither can be used, another part of "train" is held out
     for test. Other splits are ignored.
     """
     source_name = settings.source

@@ -46,7 +46,7 @@ def import_directory(
         processor = ImageGPTImageProcessor(clusters=Palette.load(clusters).centers.tolist(), size=side)
     else:
         problem = f"{positions} positions are no square number, so the image size is unknown"
-        raise UserError(f"{problem}: write a preprocessor_config.json with size and clusters")
+        raise UserError(f'{problem}: write a preprocessor_config.json with "size" and "clusters"')
     config, palette = config_of_weights(directory, weights, processor), processor.palette()
     origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
     return _write_run(out, config, palette, weights.read(), origin | {"weights": weights.dtype})
@@ -109,7 +109,7 @@ def run(args) -> None:
     else:
         if args.revision or not args.clusters:
             needed = "--clusters=kmeans_centers.npy, the palette of that checkpoint"
-            raise UserError(f"--checkpoint needs {needed}, and is not used with --revision")
+            raise UserError(f"--checkpoint needs {needed}, and cannot be combined with --revision")
         made = import_checkpoint(args.checkpoint, args.clusters, args.out, args.size)
     print(_report(outline(made), made))
 

@@ -36,7 +36,7 @@ def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) ->
 
 
 def _arrays(images, layout: str | None, convert_rgb: bool) -> Iterator[tuple[np.ndarray, str | None]]:
-    """Yields the images in nested lists, each with the layout of its array. A nested list of numbers is one array."""
+    """Walks nested lists and yields (array, layout), an image or a batch. A nested list of numbers is one array."""
     if isinstance(images, str | bytes | os.PathLike):
         raise UserError(f"{str(images)[:80]!r} is a name, not an image; open it first: PIL.Image.open(...)")
     if isinstance(images, Image.Image):

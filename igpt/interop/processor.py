@@ -231,7 +231,7 @@ def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -
 
 
 def _returned(batches: list[np.ndarray], kind: str | None):
-    """Converts batches to the tensors of `kind`. Only `kind` None, a list, allows images of different sizes."""
+    """Converts batches to tensors of `kind`. If `kind` is None, returns a list; only then may image sizes differ."""
     if kind is None:
         return [image for batch in batches for image in batch]
     if kind == "np":

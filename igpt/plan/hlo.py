@@ -93,7 +93,7 @@ class HloProgram:
         return found
 
     def between_slices(self) -> dict[str, dict]:
-        """Returns {kind: {"count", "bytes"}} of the transfers between slices; bytes are those that one device sends."""
+        """Returns {kind of transfer: {"count", "bytes"}} between TPU slices; "bytes" is what one device sends."""
         found = defaultdict(Counter)
         for instruction, times in self:
             kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)

@@ -159,7 +159,7 @@ def fit_sgd(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _descend(carry, rows, targets, decay, rates, weight_decay):
-    """Runs steps of SGD on batches of `rows` [steps, n, D]. `decay` [steps] multiplies the learning rates."""
+    """Runs a step of SGD for each batch of `rows` [steps, n, D]. `decay` [steps] multiplies the R learning `rates`."""
 
     def objective(params, rows, targets):
         kernel, bias = params

@@ -60,6 +60,6 @@ def few_images(source: Source, count: int) -> Source:
     if count > len(source.train):
         most = len(source.train)
         problem = f"train_images is {count}; {source.name} has {most} training images"
-        raise UserError(f"{problem}: give at most {most}, or 0 for all")
+        raise UserError(f"{problem}: set it to at most {most}, or to 0 for all")
     chosen = np.sort(np.random.default_rng(0).permutation(len(source.train))[:count])
     return dataclasses.replace(source, train=source.train.take(chosen))

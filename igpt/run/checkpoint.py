@@ -183,7 +183,7 @@ def _settle_replaced(workdir: Path) -> None:
 
 
 def finished_steps(workdir: Path) -> list[int]:
-    """Lists the steps of a run's finished checkpoints on this process, oldest first. Changes no file."""
+    """Lists the steps of a run's finished checkpoints, as this process sees them, oldest first. Changes no file."""
     if not (workdir / FOLDER).is_dir():
         return []
     with _reader(workdir) as checkpoints:
@@ -292,7 +292,7 @@ def _restored(workdir: Path, step: int, items):
     with _reader(workdir) as checkpoints:
         try:
             return checkpoints.restore(step, args=items)
-        except Exception as error:  # the digests exclude damage; usually the network has other arrays
+        except Exception as error:  # the files have their digests; the network's arrays differ
             raise UserError(
                 f"the checkpoint of step {step} of {workdir} does not fit this network: {first_line(error)[:300]}. It "
                 "may come from another version of igpt; another run can still start from its weights with init_from"

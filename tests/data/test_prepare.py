@@ -245,7 +245,7 @@ def test_other_images_are_refused_with_the_flags_of_the_command(palette, tmp_pat
                 f"--out={tmp_path}/o",
             ]
         )
-    assert "set --size=8x8 --channels=1, or --preprocess=shrink" in capsys.readouterr().err
+    assert "set --size=8x8 --channels=1. To resize them, set --preprocess=shrink" in capsys.readouterr().err
     for wrong, message in (("--size=x", "--size=x; give a number"), ("--workers=0", "--workers is 0; it must")):
         with pytest.raises(SystemExit):
             run_igpt(["prepare", "--source=digits", "--size=8", f"--palette={palette}", f"--out={tmp_path}/o", wrong])
