@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 from igpt.errors import UserError
+from igpt.files import expand_home
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,19 +15,31 @@ class Parser(argparse.ArgumentParser):
         as_written = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=text.strip(), formatter_class=as_written, allow_abbrev=False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses like argparse. In every path, also in `folder:~/x`, it replaces `~` by the home directory."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, str):
+                setattr(found, name, expand_home(value))
+            elif isinstance(value, list):
+                setattr(found, name, [expand_home(item) if isinstance(item, str) else item for item in value])
+        return found, rest
+
     def error(self, message: str):
         message = re.sub(r"^argument (--\w+): ", r"\1 ", message)
         raise UserError(f"{message}. {self.prog} --help has examples and every flag")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Returns an argparse type that accepts whole numbers of at least `least`."""
+    """Returns an argparse type that accepts whole numbers of at least `least` and below 2^32, the seeds of JAX."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text):
             raise argparse.ArgumentTypeError(f"is {text!r}; it must be a whole number")
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"is {text}; it must be at least {least}")
+        if int(text) >= 1 << 32:
+            raise argparse.ArgumentTypeError(f"is {text}; it must be at most {(1 << 32) - 1}")
         return int(text)
 
     return parse

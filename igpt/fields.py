@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from igpt.errors import UserError
+from igpt.files import expand_home
 
 Section = TypeVar("Section")
+LARGEST_INT = (1 << 32) - 1  # JAX's seeds have 32 bits, and no other whole number of a configuration is larger
+SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # the range in which float32 has its full precision
 
 
 def make_section(
@@ -17,8 +20,8 @@ def make_section(
     """Makes the dataclass `kind` from the fields of a ConfigDict or dict. Returns an instance of `kind` unchanged.
 
     `name` is the section's prefix in error messages, such as "data." or "". `example` is a file with all fields. Lists
-    become tuples. Raises UserError for a missing field, for a value of a wrong type, and for an unknown field; then it
-    suggests the field with the most similar name.
+    become tuples, and `~` in a path becomes the home directory. Raises UserError for a missing field, for a value of a
+    wrong type or outside the range of all numbers, and for an unknown field; then it suggests the most similar name.
     """
     if isinstance(values, kind):
         return values
@@ -33,12 +36,29 @@ def make_section(
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [f"{name}{field}" for field in required if field not in values]:
         raise UserError(f"the configuration has no {', '.join(missing)}; start from {example}")
-    plain = {given: tuple(value) if isinstance(value, list) else value for given, value in values.items()}
+    plain = {given: _plain(value) for given, value in values.items()}
     for given, value in plain.items():
         if not _fits(value, fields[given].type):
             wanted = getattr(fields[given].type, "__name__", fields[given].type)
             raise UserError(f"{name}{given} is {value!r}; it must be of type {wanted}")
+        for number in value if isinstance(value, tuple) else (value,):
+            check_number(f"{name}{given}", number)
     return kind(**plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return expand_home(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises UserError for NaN, infinity, a float that float32 rounds to 0 or infinity, and a too large integer."""
+    if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        allowed = f"0, or a number between {SMALLEST_FLOAT} and {LARGEST_FLOAT}"
+        raise UserError(f"{name} is {value}; it must be {allowed} in size, so that float32 can hold it")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise UserError(f"{name} is {value}; it must be at most {LARGEST_INT}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

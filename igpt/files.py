@@ -18,12 +18,19 @@ MAX_JSON_DEPTH = 32  # Python reads far deeper nesting, but raises RecursionErro
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # error numbers that only writing causes
 
 
+def expand_home(path: str | os.PathLike) -> str:
+    """Replaces a leading `~` or `~user` by the home directory, also behind the kind of a source, as in `folder:~/x`."""
+    kind, colon, place = str(path).rpartition(":~")
+    return f"{kind}:{os.path.expanduser('~' + place)}" if colon else os.path.expanduser(path)
+
+
 @contextlib.contextmanager
 def whole(path: Path | str) -> Iterator[BinaryIO]:
     """Opens a temporary binary file to write, and renames it to `path` when the block ends.
 
     If the block fails, `path` is unchanged. Raises OSError if the file cannot be written.
     """
+    path = expand_home(path)
     partial = Path(f"{path}.partial")
     try:
         with partial.open("wb") as file:
@@ -81,7 +88,7 @@ def check_workdir(workdir: str | Path) -> Path:
     """Returns `workdir` as a Path. Raises UserError if this process cannot write to it."""
     if "://" in str(workdir):
         raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
-    workdir = Path(workdir)
+    workdir = Path(expand_home(workdir))
     nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
@@ -105,7 +112,7 @@ def check_new(out: str | Path) -> None:
     """Raises UserError if `out` exists and is not an empty directory, so that no file is overwritten."""
     if "://" in str(out):
         raise UserError(f"--out={out} is a bucket; write to a local or mounted path")
-    out = Path(out)
+    out = Path(expand_home(out))
     try:
         free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     except OSError as error:
@@ -116,7 +123,7 @@ def check_new(out: str | Path) -> None:
 
 def write_new(out: str | Path, write: Callable[[Path], None]) -> Path:
     """Calls `write` with a new folder, then renames this folder to `out`. If `write` fails, it removes the folder."""
-    out = Path(out).absolute()
+    out = Path(expand_home(out)).absolute()
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")  # no other process uses this name
     try:
         partial.mkdir(parents=True)

@@ -83,7 +83,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_at_least(self, "model.", width=1, depth=1, num_heads=1, vocab_size=1, seq_len=1)
-        check_at_least(self, "model.", mlp_width=0, num_classes=0)
+        check_at_least(self, "model.", mlp_width=0, num_classes=0, norm_epsilon=0.0)
         check_choice(self, "model.", dtype=("float32", "bfloat16", "auto"), attention=(*BACKENDS, "auto"))
         check_choice(self, "model.", activation=tuple(ACTIVATIONS), remat=tuple(REMAT))
         if self.width % self.num_heads:

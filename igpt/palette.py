@@ -12,7 +12,7 @@ import numpy as np
 
 from igpt.color_table import BYTE_LEVELS, MAX_COLORS, ColorTable
 from igpt.errors import UserError
-from igpt.files import whole, write_array
+from igpt.files import expand_home, whole, write_array
 
 
 class Palette:
@@ -67,7 +67,7 @@ class Palette:
         Prints a warning if a colour repeats. Such a palette is allowed, but `encode` never uses the later copies.
         """
         try:
-            palette = cls(np.load(path, allow_pickle=False))
+            palette = cls(np.load(expand_home(path), allow_pickle=False))
         except FileNotFoundError:
             raise UserError(f"there is no palette at {path}") from None
         except (ValueError, OSError, EOFError) as error:

@@ -33,8 +33,18 @@ def test_flags_are_not_abbreviated():
         ("2.5", "--number is '2.5'; it must be a whole number"),
         ("two", "--number is 'two'; it must be a whole number"),
         ("", "--number is ''; it must be a whole number"),
+        ("4294967296", "--number is 4294967296; it must be at most 4294967295"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag_and_the_rule(value, message):
     with pytest.raises(UserError, match=message):
         parser().parse_args([f"--number={value}"])
+
+
+def test_a_tilde_in_a_flag_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/of/me")
+    made = parser()
+    made.add_argument("--source")
+    made.add_argument("files", nargs="*")
+    found = made.parse_args(["--source=folder:~/photos", "~/a.png", "b~.png"])
+    assert found.source == "folder:/of/me/photos" and found.files == ["/of/me/a.png", "b~.png"]

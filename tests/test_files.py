@@ -118,3 +118,17 @@ def test_what_is_no_json_object_is_refused(tmp_path, content, message):
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_json(tmp_path / "a.json")
+
+
+def test_files_and_folders_under_a_tilde_lie_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    write_text("~/text", "x")
+    check_new("~/new")
+    assert write_new("~/new", lambda folder: write_text(folder / "inside", "y")) == tmp_path / "home" / "new"
+    assert check_workdir("~/run") == tmp_path / "home" / "run"
+    with pytest.raises(UserError, match="exists already"):
+        check_new("~/new")
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"text", "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

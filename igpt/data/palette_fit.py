@@ -15,13 +15,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.sources import add_source_arguments, load_source, source_settings
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.plots import check_writable, palette_picture, save_png
+from igpt.progress import progress_bar
 
 PIXELS_OF_AN_IMAGE = 64  # at least; with fewer, more images are needed, and decoding them takes longer than k-means
 PIXELS_AT_ONCE = 1 << 18  # largest number of pixels of decoded images in memory at a time
@@ -42,7 +42,7 @@ def sample_pixels(images, most: int, seed: int) -> tuple[np.ndarray, int]:
     chosen = np.sort(rng.permutation(count)[: most // of_each])  # sorted, so that the disk is read in order
     pixels = np.empty((len(chosen), of_each, 3), np.uint8)
     at_once = max(1, PIXELS_AT_ONCE // (height * width))
-    with tqdm(total=len(chosen), unit="image", desc="sample", dynamic_ncols=True, disable=None) as bar:
+    with progress_bar(total=len(chosen), unit="image", desc="sample") as bar:
         for start in range(0, len(chosen), at_once):
             read = images[chosen[start : start + at_once]].reshape(-1, height * width, 3)
             for row, image in enumerate(read, start):
@@ -77,7 +77,7 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "pale
     some = np.random.default_rng((seed, 5)).permutation(len(points))[: max(MOST_TO_START_FROM, 2 * colors)]
     centers, _ = kmeans_plusplus(points[some], colors, sample_weight=counts[some], random_state=seed)
     error = math.inf
-    with tqdm(total=MOST_ITERATIONS, unit="iteration", desc="k-means", dynamic_ncols=True, disable=None) as bar:
+    with progress_bar(total=MOST_ITERATIONS, unit="iteration", desc="k-means") as bar:
         for _ in range(0, MOST_ITERATIONS, ITERATIONS_AT_ONCE):
             kmeans = KMeans(colors, init=centers, n_init=1, max_iter=ITERATIONS_AT_ONCE, tol=0, random_state=seed)
             with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):

@@ -33,6 +33,7 @@ from igpt.data.sources import add_source_arguments, load_source, open_source, so
 from igpt.errors import UserError
 from igpt.files import read_json, whole, write_array, write_json, write_text
 from igpt.palette import Palette
+from igpt.progress import progress_bar
 
 PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
 
@@ -63,7 +64,7 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
     total, left = sum(plan["images"].values()), sum(len(shard_rows(plan, *shard)) for shard in missing)
     # One process encodes images in memory quickly, and each further process would need its own copy of them.
     workers = 1 if isinstance(source.train.images, ArrayImages) else min(workers, len(missing))
-    with tqdm(total=total, initial=total - left, unit="image", smoothing=0.1, dynamic_ncols=True) as bar:
+    with progress_bar(total=total, initial=total - left, unit="image", smoothing=0.1) as bar:
         if workers > 1:
             _write_in_processes(missing, workers, bar, folder)
         else:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from igpt.errors import UserError, first_line
+from igpt.files import expand_home
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 CONFIG_FILES = ["config.json", "preprocessor_config.json"]
@@ -17,7 +18,7 @@ def resolve(ref: str | Path, revision: str | None = None) -> Path:
     If the first part of `ref` is an existing folder, `ref` is never used as a hub id. So a misspelt path fails at once,
     without network access. Raises UserError if there is no such directory or model.
     """
-    directory = Path(ref)
+    directory = Path(expand_home(ref))
     try:
         if directory.is_dir():
             return directory

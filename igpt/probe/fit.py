@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool
-from tqdm import tqdm
 
 from igpt.data.batches import Drops
 from igpt.data.examples import SPLITS, Source, few_labels
@@ -19,6 +18,7 @@ from igpt.loss import vote, wilson_interval
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
 from igpt.probe.logistic import fit_lbfgs, fit_sgd
+from igpt.progress import progress_bar
 from igpt.run.cluster import is_first_process
 
 
@@ -102,7 +102,7 @@ class Probe:
 
     def fit_layers(self, parts: list[Features], title: str) -> dict:
         """Fits each layer. The best layer is the one with the highest validation accuracy."""
-        progress = tqdm(self.layers, desc=title, unit="layer", leave=False, disable=not is_first_process())
+        progress = progress_bar(self.layers, desc=title, unit="layer", leave=False, disable=not is_first_process())
         fits = [{"layer": layer} | self.fit(parts, [layer]) for layer in progress]
         best = max(fits, key=lambda fit: fit["validation_accuracy"])
         return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": fits}

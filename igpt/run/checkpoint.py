@@ -292,7 +292,7 @@ def _restored(workdir: Path, step: int, items):
     with _reader(workdir) as checkpoints:
         try:
             return checkpoints.restore(step, args=items)
-        except Exception as error:  # the files have their digests; the network's arrays differ
+        except Exception as error:  # the files are undamaged; the network has other arrays
             raise UserError(
                 f"the checkpoint of step {step} of {workdir} does not fit this network: {first_line(error)[:300]}. It "
                 "may come from another version of igpt; another run can still start from its weights with init_from"

@@ -11,10 +11,6 @@ import time
 from pathlib import Path
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import image, scalar
-from tqdm import tqdm
 
 from igpt.data.examples import Source
 from igpt.errors import NonFiniteError
@@ -22,9 +18,11 @@ from igpt.files import write_text
 from igpt.flops import PEAK_FLOPS, train_flops_per_image
 from igpt.model import ModelConfig
 from igpt.plots import save_png
+from igpt.progress import progress_bar
 from igpt.run.checkpoint import Checkpoints
 from igpt.run.cluster import is_first_process
 from igpt.run.directory import RunDirectory
+from igpt.run.tensorboard import Event, EventsWriter, SessionLog, image, scalar
 
 FLUSH_SECONDS = 30  # how often TensorBoard events are flushed to disk
 MAX_SKIPPED = 20  # training ends after so many bad steps in a row
@@ -43,8 +41,8 @@ class Journal:
         self.skipped, self.skipped_in_a_row = skipped, 0
         self.writer = Writer(run.path, run.first_step, run.evaluation_is_missing)
         self.speed = Speed(model, config.train.batch_size)
-        shown = dict(unit="step", dynamic_ncols=True, disable=not is_first_process())
-        self.bar = tqdm(total=config.train.steps, initial=run.first_step, **shown)
+        shown = dict(unit="step", disable=not is_first_process())
+        self.bar = progress_bar(total=config.train.steps, initial=run.first_step, **shown)
         self._unread = None  # (step, metrics) of the newest step, whose metrics are not read yet
 
     def __enter__(self):
@@ -77,7 +75,8 @@ class Journal:
                 metrics["data/unreadable"] = len(self.unreadable.unreadable)
             self.writer.write(step, metrics)
             rate = metrics.get("perf/images_per_sec")
-            self.bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}" + (f", {rate:.0f} images/s" if rate else ""))
+            speed = f", {rate:.0f} images/s" if rate else ""
+            self.bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}{speed}", refresh=False)
 
     def _check(self, step: int, metrics: dict) -> bool:
         """Returns whether the optimizer skipped this step. Raises NonFiniteError if training must end."""

@@ -236,8 +236,9 @@ def test_reading_works_in_a_process_in_which_importing_tensorflow_raises(prepare
         assert np.array_equal(array, batch)
 
 
-def test_importing_igpt_brings_in_no_other_framework():
-    code = "import sys, igpt; print([n for n in ('tensorflow', 'torch', 'tensorflow_datasets') if n in sys.modules])"
+def test_igpt_and_its_scripts_import_no_other_framework():
+    others = "'tensorflow', 'torch', 'tensorflow_datasets'"
+    code = f"import sys, igpt, train, eval_probe; print([name for name in ({others}) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -1,0 +1,29 @@
+"""Shows the progress of long work: a bar on a terminal and in a notebook, a plain line a minute in a log file."""
+
+import io
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 60
+
+
+class LogLines(io.TextIOBase):
+    """A text file for tqdm. It turns every state of the bar into a line with date and time on stderr."""
+
+    def write(self, text: str) -> int:
+        if state := text.strip("\r\n "):  # tqdm also writes blanks, to erase the bar
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {state}", file=sys.stderr, flush=True)
+        return len(text)
+
+
+def progress_bar(*iterable, **options) -> tqdm:
+    """Returns a tqdm bar with the given options. In a log file it shows count, time, speed and postfix, and no bar.
+
+    Work of less than a minute leaves no line there. Set the postfix with refresh=False, or each change becomes a line.
+    """
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        return tqdm(*iterable, dynamic_ncols=True, **options)
+    calm = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES) | dict(miniters=1, ncols=0)
+    return tqdm(*iterable, file=LogLines(), **calm, **options)
