@@ -13,7 +13,6 @@ each of them. While it runs, every process keeps the features of all images in a
 
 from pathlib import Path
 
-import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -103,10 +102,8 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     with reported():
         args = parse_with_config(parser(), argv)
-        cluster.join_from(args)
         config = ProbeConfig.of(args.config)
-        if config.mesh.cpu_devices:
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        cluster.join_from(args, config.mesh.cpu_devices)
         results = run(config, args.model, args.workdir)
         if cluster.is_first_process():
             print(f"{table(results)}\nwrote {args.workdir}/probe.json and {args.workdir}/probe.png")

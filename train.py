@@ -253,10 +253,8 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     with reported():
         args = parse_with_config(parser(), argv)
-        join_from(args, saves_at_sigterm=True)
         config = Config.of(args.config, trains=True)
-        if config.mesh.cpu_devices:
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        join_from(args, config.mesh.cpu_devices, saves_at_sigterm=True)
         run(config, args.workdir, args.start_over)
 
 

@@ -7,15 +7,13 @@ data/settings.py, ModelConfig in model.py, OptimConfig in optim.py, MeshConfig i
 import dataclasses
 from collections.abc import Mapping
 
-import jax
-
 from igpt.attention import resolve_backend
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice, make_section
 from igpt.model import ModelConfig
 from igpt.optim import OptimConfig
-from igpt.sharding import MeshConfig
+from igpt.sharding import MeshConfig, all_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +163,7 @@ class Config:
 
         Raises UserError if the attention back end cannot run on the device.
         """
-        device = device or jax.devices()[0]
+        device = device or all_devices()[0]
         model, dtype = self.model, self.model.dtype
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"

@@ -4,6 +4,7 @@ import colorsys
 import contextlib
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +105,27 @@ def probe_curve(results: dict, path) -> None:
         axes.grid(alpha=0.3)
 
 
+def _figure_class():
+    """matplotlib's Figure, which is slow to import. pyplot would use global state and a notebook's back end.
+
+    The import fails if MPLBACKEND names a back end that is not installed, as a shell inherits it from a notebook.
+    Therefore the variable is hidden during the import, and then set as matplotlib would have set it.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            rcParams["backend"] = backend
+    return Figure
+
+
 @contextlib.contextmanager
 def _figure(path, width: float, height: float):
     """Yields the axes of a figure, and writes it as PNG when the block ends. The size is in inches."""
-    from matplotlib.figure import Figure  # slow to import; pyplot would use global state and a notebook's back end
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _figure_class()(figsize=(width, height), layout="constrained")
     yield figure.subplots()
     with whole(path) as file:
         figure.savefig(file, dpi=120, format="png")

@@ -5,6 +5,7 @@ splits heads and mlp channels inside a block (Shoeybi et al. 2019). The product 
 """
 
 import dataclasses
+import os
 import re
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 from igpt.fields import check_at_least
 
 AXES = ("data", "fsdp", "tensor")
@@ -56,13 +57,37 @@ class MeshConfig:
         return make_mesh(self.data, self.fsdp, self.tensor, devices, self.dcn_data)
 
 
+def all_devices(cpu_devices: int = 0) -> list[jax.Device]:
+    """Returns the devices of all processes. With `cpu_devices`, first makes so many devices from this CPU's cores.
+
+    Raises UserError if JAX cannot start these devices, or has already started another number of CPU devices.
+    """
+    try:
+        if cpu_devices:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+    except RuntimeError:  # JAX has started its devices
+        if (there := len(jax.local_devices(backend="cpu"))) != cpu_devices:
+            raise UserError(
+                f"mesh.cpu_devices is {cpu_devices}, but JAX has already started {there} in this process; set it to "
+                f"{there}, or start a new process (in a notebook: restart the kernel)"
+            ) from None
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a back end which it was told to use exists
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"JAX cannot start its devices ({first_line(error)}); JAX_PLATFORMS is {asked!r}. Unset it to use the "
+            'devices that there are, or install what the named ones need: pip install -e ".[gpu]" or ".[tpu]"'
+        ) from None
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, dcn_data: int = 1) -> Mesh:
     """Makes the mesh over the given devices (default: all). One axis may be -1: then it gets all remaining devices.
 
     `dcn_data` is the number of slices. The data axis passes through one slice after the other, so that only the
     all-reduce of gradients crosses slices. If devices have no slices, the devices of a process count as a slice.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
     if dcn_data > 1:
@@ -90,6 +115,7 @@ def _over_slices(sizes: dict[str, int], dcn_data: int, devices) -> np.ndarray:
 
 def one_device() -> Mesh:
     """The mesh of this process's first device."""
+    all_devices()  # raises if there are none
     return make_mesh(data=1, devices=jax.local_devices()[:1])
 
 

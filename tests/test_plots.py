@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import matplotlib
 import numpy as np
 import pytest
@@ -5,6 +9,7 @@ from PIL import Image
 
 from igpt.errors import UserError
 from igpt.plots import check_writable, confusion_picture, image_grid, palette_picture, probe_curve, save_png
+from tests.helpers import ROOT
 
 
 def test_a_grid_shows_every_image_row_by_row_enlarged_by_whole_pixels():
@@ -66,3 +71,10 @@ def test_drawing_does_not_switch_matplotlib_s_back_end(tmp_path):
     with matplotlib.rc_context({"backend": "svg"}):
         confusion_picture(np.eye(3, dtype=int), tmp_path / "confusion.png")
         assert matplotlib.get_backend() == "svg"
+
+
+def test_a_back_end_that_is_not_installed_does_not_stop_drawing(tmp_path):
+    code = "import sys, numpy, igpt.plots; igpt.plots.confusion_picture(numpy.eye(3, dtype=int), sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    done = subprocess.run(command, env=os.environ | {"MPLBACKEND": "absent"}, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "a.png").exists()

@@ -164,3 +164,21 @@ def test_missing_slices_and_fsdp_across_slices_are_refused(sizes, dcn_data):
         sharding._over_slices(dict(zip(sharding.AXES, sizes, strict=True)), dcn_data, devices)
     with pytest.raises(UserError, match="mesh.dcn_data is 2, but the devices lie in 1 processes"):
         make_mesh(dcn_data=2)
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'tpu'")])
+def test_devices_that_jax_cannot_start_are_explained(monkeypatch, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    with pytest.raises(UserError, match=r"JAX_PLATFORMS is 'tpu'. Unset it to use the devices that there are"):
+        make_mesh()
+
+
+def test_cpu_devices_are_made_only_before_jax_starts():
+    there = len(jax.devices())
+    assert sharding.all_devices(cpu_devices=there) == jax.devices()
+    with pytest.raises(UserError, match=f"mesh.cpu_devices is 3, but JAX has already started {there}"):
+        sharding.all_devices(cpu_devices=3)

@@ -18,6 +18,7 @@ import numpy as np
 
 from igpt.errors import UserError
 from igpt.run.roll_call import roll_call
+from igpt.sharding import all_devices
 
 PROCESS_FLAGS = {
     "coordinator": "HOST:PORT of process 0; not needed on Cloud TPU, SLURM, Kubernetes, Open MPI",
@@ -43,9 +44,14 @@ def add_process_arguments(parser) -> None:
         group.add_argument(f"--{name}", help=text)
 
 
-def join_from(args, saves_at_sigterm: bool = False) -> None:
-    """Calls `join` with the values of the flags that `add_process_arguments` added."""
+def join_from(args, cpu_devices: int = 0, saves_at_sigterm: bool = False) -> None:
+    """Calls `join` with the values of the flags that `add_process_arguments` added, then starts the devices.
+
+    `cpu_devices`: the number of devices to make from this CPU's cores; 0: as JAX is set. Raises UserError as `join` and
+    `sharding.all_devices` do.
+    """
     join(*(getattr(args, name) for name in PROCESS_FLAGS), saves_at_sigterm=saves_at_sigterm)
+    all_devices(cpu_devices)
 
 
 def join(coordinator=None, processes=None, process=None, join_timeout=None, saves_at_sigterm: bool = False) -> None:
