@@ -1,6 +1,7 @@
 import jax
 import pytest
 
+from igpt.errors import StorageError, UserError
 from igpt.run import checkpoint
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
@@ -56,3 +57,31 @@ def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
         progress.evaluated_step = 3
         checkpoints.save(state, 3)
     assert checkpoint.progress_at(tmp_path, 3) == progress and checkpoint.finished_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "what?*[a-z]", "50% (best) #2 {x}"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    written = save_states(tmp_path / name, make_mesh(2, 2, 2), steps=(1, 2, 3))
+    _, abstract = abstract_state(RUN_MODEL, default_optimizer(), make_mesh())
+    assert_trees_equal(written, checkpoint.restore(tmp_path / name, abstract, 3))
+    assert checkpoint.finished_steps(tmp_path / name) == [2, 3] and checkpoint.newest_sound_step(tmp_path / name) == 3
+
+
+def test_a_checkpoint_that_cannot_be_read_back_replaces_none(tmp_path, monkeypatch):
+    state = save_states(tmp_path / "run[1]", make_mesh(), steps=(1,))
+    monkeypatch.setattr(checkpoint.EtilsPath, "glob", checkpoint.etils_glob)  # leaves out a part of the checkpoint
+    with (
+        pytest.raises(StorageError, match="step 2 could not be written.*step 1 is unchanged"),
+        checkpoint.Checkpoints(tmp_path / "run[1]", max_to_keep=1) as checkpoints,
+    ):
+        checkpoints.save(state, 2)
+    monkeypatch.undo()
+    assert checkpoint.newest_sound_step(tmp_path / "run[1]") == 1
+
+
+def test_the_progress_of_a_newer_version_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.dataclasses, "asdict", lambda progress: {"evaluated_step": 3, "newest": 1})
+    save_states(tmp_path, make_mesh())
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="3/progress was written by another version of igpt: .*'newest'"):
+        checkpoint.progress_at(tmp_path, 3)
