@@ -51,6 +51,18 @@ def _glob(folder: EtilsPath, pattern: str):
 EtilsPath.glob = _glob
 
 
+def _unraisable(problem, printed=sys.unraisablehook) -> None:
+    """Keeps quiet about reads that end after another read of the same checkpoint failed and closed Orbax's event loop.
+
+    Python prints any other exception that it cannot raise.
+    """
+    if str(problem.exc_value) != "Event loop is closed":
+        printed(problem)
+
+
+sys.unraisablehook = _unraisable
+
+
 @dataclasses.dataclass
 class Progress:
     """The last evaluation, fine-tuning's best validation accuracy, and the number of evaluations after the best one."""

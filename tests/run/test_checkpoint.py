@@ -1,11 +1,16 @@
+import dataclasses
+import subprocess
+import sys
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from igpt.errors import StorageError, UserError
 from igpt.run import checkpoint
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
-from tests.helpers import RUN_MODEL, assert_trees_equal, default_optimizer, save_states
+from tests.helpers import ROOT, RUN_MODEL, assert_trees_equal, default_optimizer, save_states
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4), (8, 1, 1)])
@@ -80,8 +85,34 @@ def test_a_checkpoint_that_cannot_be_read_back_replaces_none(tmp_path, monkeypat
 
 
 def test_the_progress_of_a_newer_version_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.dataclasses, "asdict", lambda progress: {"evaluated_step": 3, "newest": 1})
+    newer = dataclasses.make_dataclass("Newer", [("newest", int, 1)], bases=(checkpoint.Progress,))
+    monkeypatch.setattr(checkpoint, "Progress", newer)
     save_states(tmp_path, make_mesh())
     monkeypatch.undo()
     with pytest.raises(UserError, match="3/progress was written by another version of igpt: .*'newest'"):
         checkpoint.progress_at(tmp_path, 3)
+
+
+READS_ANOTHER_NETWORK = """
+import sys, time
+from pathlib import Path
+import jax
+from igpt.errors import reported
+from igpt.run import checkpoint
+
+here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+other = {f"w{i}": jax.ShapeDtypeStruct((4 + i % 2,), "float32", sharding=here) for i in range(60)}
+with reported():
+    try:
+        checkpoint.restore_params(Path(sys.argv[1]), other)
+    finally:
+        time.sleep(0.5)
+"""
+
+
+def test_a_failed_read_ends_in_one_message_without_tracebacks(tmp_path):
+    checkpoint.save_params(tmp_path, {f"w{i}": jnp.ones(4) for i in range(60)}, 1)
+    done = subprocess.run(
+        [sys.executable, "-c", READS_ANOTHER_NETWORK, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "does not fit this network" in done.stderr, done
