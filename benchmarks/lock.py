@@ -51,8 +51,10 @@ def start(workdir: Path, name: str) -> subprocess.Popen:
     """Starts train.py with a trace WORKDIR.NAME.trace and its messages in WORKDIR.NAME.log."""
     trace, log = (Path(f"{workdir}.{name}.{kind}") for kind in ("trace", "log"))
     command = [sys.executable, "-c", TRACED, str(workdir), str(trace), f"--workdir={workdir}", *FIELDS]
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{workdir.parent}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | cache
     with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=file, stderr=file)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
 
 def times(workdir: Path, name: str) -> list[float]:

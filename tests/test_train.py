@@ -16,7 +16,7 @@ from tests.helpers import ROOT, losses, records
 def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys):
     evaluation = train.run(tiny_config, tmp_path / "run")
     names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
-    assert names == {"config", "palette", "checkpoints", "metrics", "events", "samples"}
+    assert names == {"config", "images", "palette", "checkpoints", "metrics", "events", "samples"}
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert abs(losses(tmp_path / "run")[1] - np.log(17)) < 1e-5
     assert losses(tmp_path / "run")[6] < 2.7
