@@ -8,12 +8,13 @@ first to the last time that it creates, moves or opens to write a file below the
 """
 
 import argparse
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,34 +28,33 @@ FIELDS = [
     "--config.train.batch_size=8", "--config.train.num_samples=0", "--config.train.log_every=1",
     "--config.train.eval_every=1000000", "--config.train.checkpoint_every=20", "--config.train.steps=1000000",
 ]  # fmt: skip
-# Runs train.py, and writes a line with the time for each of its accesses to the workdir that change something.
-TRACED = """
-import os, runpy, sys, time
-workdir, trace = os.path.abspath(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
-del sys.argv[1:3]
-
-def hook(event, arguments):
-    changes = event in ("os.rename", "os.remove", "shutil.rmtree") or (
-        event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-    )
-    path = str(arguments[0]) if changes else ""
-    if os.path.abspath(path).startswith(workdir + os.sep) and not os.path.basename(path).startswith("running-"):
-        trace.write(f"{time.monotonic()} {event} {path}\\n")
-
-sys.addaudithook(hook)
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
 
 
-def start(workdir: Path, name: str) -> subprocess.Popen:
-    """Starts train.py with a trace WORKDIR.NAME.trace and its messages in WORKDIR.NAME.log."""
-    trace, log = (Path(f"{workdir}.{name}.{kind}") for kind in ("trace", "log"))
-    command = [sys.executable, "-c", TRACED, str(workdir), str(trace), f"--workdir={workdir}", *FIELDS]
-    cache = {"JAX_COMPILATION_CACHE_DIR": f"{workdir.parent}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | cache
-    with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+def work(workdir: Path, name: str) -> None:
+    """Runs train.py in this process. Writes its messages to WORKDIR.NAME.log, and changes of files to .trace."""
+    with Path(f"{workdir}.{name}.log").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    trace = Path(f"{workdir}.{name}.trace").open("w", buffering=1)  # noqa: SIM115 - stays open until the process ends
+
+    def hook(event: str, arguments: tuple) -> None:
+        changes = event in ("os.rename", "os.remove") or (
+            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        )
+        path = os.path.abspath(str(arguments[0])) if changes else ""
+        if path.startswith(f"{workdir}/") and not os.path.basename(path).startswith("running-"):
+            trace.write(f"{time.monotonic()} {event} {path}\n")
+
+    sys.addaudithook(hook)
+    os.chdir(ROOT)
+    importlib.import_module("train").main([f"--workdir={workdir}", *FIELDS])
+
+
+def start(workdir: Path, name: str) -> multiprocessing.Process:
+    """Starts train.py in a new process, from one that has already imported it."""
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=(workdir, name))
+    process.start()
+    return process
 
 
 def times(workdir: Path, name: str) -> list[float]:
@@ -75,22 +75,26 @@ def trial(workdir: Path, apart: float, learned: int) -> dict:
     time.sleep(apart)
     runs["second"] = start(workdir, "second")
     lines = workdir / "metrics.jsonl"
-    while not (lines.exists() and lines.read_text().count("\n") >= learned):
+    while all(run.is_alive() for run in runs.values()) or not (
+        lines.exists() and lines.read_text().count("\n") >= learned
+    ):
         time.sleep(0.02)
-    while all(process.poll() is None for process in runs.values()):
-        time.sleep(0.02)  # until the other one is refused
-    refused = {name: process for name, process in runs.items() if process.poll() is not None}
-    [(loser, process)] = refused.items()
-    said = Path(f"{workdir}.{loser}.log").read_text()
-    winner = next(process for name, process in runs.items() if name != loser)
-    winner.send_signal(signal.SIGKILL)
+        if not any(run.is_alive() for run in runs.values()):
+            raise SystemExit(f"both runs ended, with {[run.exitcode for run in runs.values()]}; see {workdir}.*.log")
+    [winner] = [run for run in runs.values() if run.is_alive()]
+    [(name, loser)] = [(name, run) for name, run in runs.items() if run is not winner]
+    said = Path(f"{workdir}.{name}.log").read_text()
+    winner.kill()
+
     begun, third = time.monotonic(), start(workdir, "third")
     log = Path(f"{workdir}.third.log")
-    while third.poll() is None and "train/loss" not in log.read_text():
+    while third.is_alive() and not (log.exists() and "train/loss" in log.read_text()):
         time.sleep(0.02)
     seconds = time.monotonic() - begun
-    third.send_signal(signal.SIGTERM)
-    codes = {"refused": process.returncode, "killed": winner.wait(), "third": third.wait()}
+    third.terminate()
+    for run in (loser, winner, third):
+        run.join()
+    codes = {"refused": loser.exitcode, "killed": winner.exitcode, "third": third.exitcode}
     return {
         "apart": apart,
         "codes": codes,
@@ -109,7 +113,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, trials = random.Random(args.seed), []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": f"{name}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["train"])
         for number in range(args.trials):
             # Most starts are so close that both run's first looks at the workdir may coincide.
             apart = rng.choice((0.0, rng.uniform(0.0, 0.1), rng.uniform(0.0, 5.0)))

@@ -43,6 +43,13 @@ def file_splits(source: Source) -> dict[str, str]:
     return {file: name for name, split in source.splits().items() for file in _relative_paths(split.images)}
 
 
+def split_lines(source: Source) -> str:
+    """The lines "path,split" of all files of a folder, as data.split_file takes them. Empty for other sources."""
+    return "".join(
+        f"{file},{name}\n" for name, split in source.splits().items() for file in sorted(_relative_paths(split.images))
+    )
+
+
 def differences(there: dict, here: dict, files_there: dict[str, str], files_here: dict[str, str]) -> list[str]:
     """Describes how the images of two fingerprints differ, each with its `file_splits`. Empty if they do not."""
     if there == here:

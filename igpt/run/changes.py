@@ -9,7 +9,7 @@ from pathlib import Path
 
 from igpt.config import Config
 from igpt.data.examples import Source
-from igpt.data.fingerprint import differences, file_splits
+from igpt.data.fingerprint import differences, file_splits, split_lines
 from igpt.errors import UserError
 from igpt.files import read_json, whole, write_json
 from igpt.optim import make_optimizer
@@ -125,11 +125,9 @@ def record_images(workdir: Path, source: Source, found: dict) -> None:
     content = {"source": source.name} | found
     if (workdir / RECORD).exists() and read_json(workdir / RECORD) == content:
         return
-    splits = file_splits(source)
-    if splits:
+    if lines := split_lines(source):
         with whole(workdir / SPLITS) as file:
-            for name in sorted(splits):
-                file.write(f"{name},{splits[name]}\n".encode("utf-8", "surrogateescape"))
+            file.write(lines.encode("utf-8", "surrogateescape"))
     write_json(workdir / RECORD, content)
 
 

@@ -174,7 +174,7 @@ def test_only_process_0_knows_what_changed(photos, tmp_path, monkeypatch):
 def test_names_that_are_no_text_are_recorded(tmp_path):
     source = open_source(DataConfig.of(prepare_settings("digits", image_size=(8, 8), channels=1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "file_splits", lambda source: {"caf\udce9.png": "train", "a,b.png": "test"})
+        patch.setattr(changes, "split_lines", lambda source: "caf\udce9.png,train\na,b.png,test\n")
         changes.record_images(tmp_path, source, {"format": 1})
     assert read_splits(tmp_path / "splits.csv") == {"caf\udce9.png": "train", "a,b.png": "test"}
-    assert (tmp_path / "splits.csv").read_bytes() == b"a,b.png,test\ncaf\xe9.png,train\n"
+    assert (tmp_path / "splits.csv").read_bytes() == b"caf\xe9.png,train\na,b.png,test\n"
