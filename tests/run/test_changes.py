@@ -6,7 +6,6 @@ import shutil
 import pytest
 from PIL import Image
 
-from igpt.data.settings import DataConfig
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.run import changes
@@ -171,8 +170,8 @@ def test_only_process_0_knows_what_changed(photos, tmp_path, monkeypatch):
         run.same_images(open_source(run.config.data))
 
 
-def test_names_that_are_no_text_are_recorded(tmp_path):
-    source = open_source(DataConfig.of(prepare_settings("digits", image_size=(8, 8), channels=1)))
+def test_names_that_are_no_text_are_recorded(photos, tmp_path):
+    source = open_source(of_folder(photos).data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(changes, "split_lines", lambda source: "caf\udce9.png,train\na,b.png,test\n")
         changes.record_images(tmp_path, source, {"format": 1})
