@@ -27,6 +27,7 @@ from igpt.probe.fit import SPLITS, Probe, neighbours, solver_settings
 from igpt.probe.report import check_features_out, table, validation_loss, write_results
 from igpt.probe.selection import chosen_layers, chosen_steps, probed_images
 from igpt.run import cluster
+from igpt.run.directory import locked
 from igpt.run.flags import parse_with_config
 from igpt.sharding import check_batch_size, shardings
 
@@ -51,7 +52,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     steps, layers = chosen_steps(config.steps, directory), chosen_layers(config.layers, shapes.model.config.depth)
     source = probed_images(config, shapes, ref)
 
-    with scratch_folder(workdir) as folder:
+    with locked(workdir), scratch_folder(workdir) as folder:
         # Compute features and fit them: first the baselines, then every checkpoint. The last gives the main results.
         probe, checkpoints = Probe(config, source, layers, mesh, Path(folder)), []
         results = {"model": str(ref), "step": None, "source": source.name}

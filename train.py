@@ -5,13 +5,16 @@
     python train.py --config=configs/digits.py --workdir=runs/short --config.train.steps=50
     python train.py --config=configs/digits.py --workdir=runs/mine --config.data.source=npz:images.npz \\
         --config.data.image_size="(28,28)" --config.palette.colors=256
+    python train.py --workdir=runs/digits --config.train.steps=4000
 
-The same command with the same --workdir resumes the run. configs/base.py explains every field. At SIGTERM the run saves
-a checkpoint and exits with code 75. To use several hosts, start the same command on each of them (docs/pods.md).
+The same command with the same --workdir resumes the run. So does --workdir alone: the other fields are those of the
+run. configs/base.py explains every field. At SIGTERM the run saves a checkpoint and exits with code 75. To use several
+hosts, start the same command on each of them (docs/pods.md).
 """
 
 import dataclasses
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -33,8 +36,9 @@ from igpt.loss import bits_per_dim
 from igpt.palette import Palette
 from igpt.plots import image_grid
 from igpt.run import checkpoint
+from igpt.run.changes import parse_changes
 from igpt.run.cluster import add_process_arguments, exists, join_from
-from igpt.run.directory import RunDirectory
+from igpt.run.directory import RunDirectory, locked
 from igpt.run.flags import parse_with_config
 from igpt.run.journal import Journal
 from igpt.run.preemption import PreemptedError, StopSignal
@@ -45,22 +49,30 @@ from igpt.sharding import check_batch_size, process_rows, to_devices
 from igpt.state import TrainProgram, TrainState, build_program, run_batches
 
 
-def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = False) -> dict:
+def run(
+    config: ConfigDict | Config, workdir: str | Path, start_over: bool = False, allowed: Collection[str] = ()
+) -> dict:
     """Trains until step config.train.steps. Returns the last evaluation's metrics ({} if the run was already finished).
 
-    Raises UserError for a mistake in the input, before it writes any file, and for an unreadable image, when it reads
-    the image. Raises NonFiniteError if training diverges, and StorageError if the run cannot be saved. After SIGTERM it
-    saves the run and raises PreemptedError.
+    `allowed` names what may differ from the run that is resumed: see the flag --change. Raises UserError for a mistake
+    in the input, before it writes any file of the run, and for an unreadable image, when it reads the image. Raises
+    InUseError if another program trains in `workdir`, NonFiniteError if training diverges, and StorageError if the run
+    cannot be saved. After SIGTERM it saves the run and raises PreemptedError.
     """
     config = Config.of(config, trains=True)
-    run = RunDirectory(workdir, config, start_over)  # a fresh or a resumed run; this line writes no file
+    with locked(workdir) as lock:
+        return pretrain(config, RunDirectory(workdir, config, start_over, allowed, lock))
+
+
+def pretrain(config: Config, run: RunDirectory) -> dict:
+    """Trains in a fresh or a resumed run directory, which no other program uses. Returns and raises like `run`."""
     train, mesh = config.train, config.mesh.make()
 
     # `program` holds shapes, shardings and the compiled step functions. `igpt plan` compiles the same functions.
     program = build_program(config, mesh)
 
     # The palette turns the source's images into tokens. The seed and the step determine every batch.
-    source = finetune.labelled(open_source(config.data), config)
+    source = finetune.labelled(run.same_images(open_source(config.data)), config)
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
 
@@ -93,6 +105,7 @@ def run(config: ConfigDict | Config, workdir: str | Path, start_over: bool = Fal
                 if not (stopping or any(train.is_due(step, every) for every in intervals)):
                     continue
                 journal.settle()  # raises if this step diverged, so that it is neither evaluated nor saved
+                run.check_lock()
 
                 is_new = not stopping and evaluator(state.params, step)
                 stopping = signal.requested()
@@ -246,16 +259,22 @@ def parser() -> Parser:
         "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"
     )
     parser.add_argument("--start_over", action="store_true", help="rename an earlier run and train from step 0")
+    parser.add_argument(
+        "--change",
+        default="",
+        help="what may differ from the run that is resumed: data, or fields such as "
+        "optim.learning_rate, with commas between them",
+    )
     add_process_arguments(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     with reported():
-        args = parse_with_config(parser(), argv)
-        config = Config.of(args.config, trains=True)
+        args = parse_with_config(parser(), argv, resumes=True)
+        config, allowed = Config.of(args.config, trains=True), parse_changes(args.change)
         join_from(args, config.mesh.cpu_devices, saves_at_sigterm=True)
-        run(config, args.workdir, args.start_over)
+        run(config, args.workdir, args.start_over, allowed)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ class Config:
             fields[name] = make_section(SECTIONS[name], f"{name}.", fields[name])
         height, width = fields["data"].image_size  # one token for each pixel
         derived = dict(vocab_size=fields["palette"].colors, seq_len=height * width)
-        fields["model"] = make_section(ModelConfig, "model.", dict(fields["model"].items()) | derived)
+        model = fields["model"]
+        given = dict(model.items()) | derived if hasattr(model, "items") else model
+        fields["model"] = make_section(ModelConfig, "model.", given)
         return make_section(cls, "", fields)
 
     @classmethod

@@ -129,6 +129,14 @@ def write_run_config(path, **model):
     return config
 
 
+def configured(**changes):
+    """The configuration of configs/base.py with 17 colours, and with changes such as **{"train.steps": 3}."""
+    config = base.get_config()
+    config.palette.colors = 17
+    config.update_from_flattened_dict(changes)
+    return Config.of(config, trains=True)
+
+
 def optim_config(**changes):
     """The optimizer's settings of configs/base.py, with changes."""
     return dataclasses.replace(Config.of(base.get_config()).optim, **changes)

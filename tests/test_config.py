@@ -9,7 +9,7 @@ from configs import base, probe_digits
 from igpt.config import OF_TRAINING, SECTIONS, Config
 from igpt.errors import UserError
 from igpt.model import ModelConfig
-from igpt.run.directory import FREE_ON_RESUME
+from igpt.run import changes
 
 
 def test_every_field_of_base_is_a_field_of_its_section():
@@ -21,7 +21,8 @@ def test_every_field_of_base_is_a_field_of_its_section():
 
 
 def test_fields_that_may_change_on_resume_exist():
-    assert set(FREE_ON_RESUME) <= Config.of(base.get_config(), trains=True).flat().keys()
+    known = Config.of(base.get_config(), trains=True).flat().keys()
+    assert {*changes.FREE, *changes.WITH_A_WORD, *changes.OF_IMAGES} <= known
 
 
 def test_a_configuration_is_the_same_after_json():

@@ -62,7 +62,8 @@ def parse(command: str, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     match words:
         case ["python", "train.py", *flags]:
-            parse_with_config(train.parser(), flags)
+            own = [] if any(flag.startswith("--config=") for flag in flags) else ["--config=configs/base.py"]
+            parse_with_config(train.parser(), [*own, *flags])  # without --config, a run's own fields are overridden
         case ["python", "eval_probe.py", *flags]:
             parse_with_config(eval_probe.parser(), flags)
         case ["igpt", name, *_] | ["python", "-m", "igpt", name, *_]:

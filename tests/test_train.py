@@ -16,7 +16,7 @@ from tests.helpers import ROOT, losses, records
 def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys):
     evaluation = train.run(tiny_config, tmp_path / "run")
     names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
-    assert names == {"config", "palette", "checkpoints", "metrics", "events", "samples"}
+    assert names == {"config", "images", "palette", "checkpoints", "metrics", "events", "samples"}
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert abs(losses(tmp_path / "run")[1] - np.log(17)) < 1e-5
     assert losses(tmp_path / "run")[6] < 2.7
@@ -55,7 +55,24 @@ def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
     capsys.readouterr()
     train.run(tiny_config, tmp_path / "run")
     assert records(tmp_path / "run") == before
-    assert "already finished its 6 steps" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "already finished its 6 steps" in output and "--config.train.steps=12" in output
+
+
+def test_a_finished_run_goes_on_to_more_steps_at_another_rate(tiny_config, tmp_path, capsys):
+    tiny_config.train.update(num_samples=0, eval_every=6)
+    train.run(tiny_config, tmp_path / "run")
+    tiny_config.train.steps = 8
+    tiny_config.optim.update(learning_rate=1e-3, schedule="constant")
+    with pytest.raises(UserError, match="add --change=optim.learning_rate,optim.schedule to go on"):
+        train.run(tiny_config, tmp_path / "run")
+    train.run(tiny_config, tmp_path / "run", allowed=["optim.learning_rate", "optim.schedule"])
+    assert "the learning rate after step 6 is 0.001 instead of 0, and then stays there" in capsys.readouterr().out
+    rates = {record["step"]: record["train/learning_rate"] for record in records(tmp_path / "run") if len(record) > 4}
+    assert sorted(rates) == list(range(1, 9)) and rates[6] < rates[2] and rates[7] == rates[8] == pytest.approx(1e-3)
+    with pytest.raises(UserError, match="train.steps is 7, but .* has already learned 8 steps"):
+        tiny_config.train.steps = 7
+        train.run(tiny_config, tmp_path / "run", allowed=["train.steps"])
 
 
 def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_config, tmp_path, monkeypatch):

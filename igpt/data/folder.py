@@ -16,10 +16,11 @@ NO_CLASSES = {*SPLITS, "val", "valid", "testing", "training"}  # names of folder
 
 
 class ImagePaths:
-    """Paths of image files and their names for messages. EncodedImages takes them as `files`."""
+    """Paths of image files in a folder and their names for messages. EncodedImages takes them as `files`."""
 
-    def __init__(self, paths: list[str]):
+    def __init__(self, paths: list[str], folder: str | Path):
         self.paths = paths  # strings, because a million Path objects take a gigabyte
+        self.root = os.path.join(Path(folder), "")  # a path without it is relative to the folder
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -39,7 +40,7 @@ def open_folder(folder: str, settings: DataConfig) -> Source:
     else:
         parts = split_indices(len(paths), settings)
     preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
-    images = EncodedImages(ImagePaths(paths), preprocess, settings.channels, skip)
+    images = EncodedImages(ImagePaths(paths, folder), preprocess, settings.channels, skip)
     return Source(settings.source, *map(Split(images, labels).take, parts), settings.channels)
 
 

@@ -12,6 +12,7 @@ Images are preprocessed as for evaluation: --preprocess=crop takes the centre, n
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import multiprocessing
@@ -28,10 +29,12 @@ from tqdm import tqdm
 
 from igpt.command import Parser, at_least
 from igpt.data.examples import SPLITS, ArrayImages, Source
+from igpt.data.fingerprint import fingerprint as fingerprint_of_images
 from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path, shard_rows
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
 from igpt.files import read_json, whole, write_array, write_json, write_text
+from igpt.lock import Lock
 from igpt.palette import Palette
 from igpt.progress import progress_bar
 
@@ -42,6 +45,7 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
     """Writes a source to `out`. `settings` are fields of DataConfig. Returns the images per split and "unreadable".
 
     Raises UserError if `out` contains anything other than this source prepared in the same way: nothing is overwritten.
+    Raises InUseError if another program prepares `out`.
     """
     palette, folder = Palette.load(palette_path), Path(out)
     source = open_source(settings, is_command=True)
@@ -53,12 +57,21 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
         "shard_images": shard_images,
         "images": {name: len(split) for name, split in source.splits().items()},
         "labels": source.train.labels is not None,
+        "images_sha256": hashlib.sha256(json.dumps(fingerprint_of_images(source)).encode()).hexdigest(),
     }
     try:
         _begin(folder, plan, palette)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
 
+    with Lock(folder, frees_at_sigterm=True):
+        _write_missing(source, palette, plan, folder, workers)
+    total = sum(plan["images"].values())
+    return plan["images"] | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
+
+
+def _write_missing(source: Source, palette: Palette, plan: dict, folder: Path, workers: int) -> None:
+    """Writes the shards that are missing, with a progress bar over the images."""
     shards = [(name, number) for name in SPLITS for number in range(count_shards(plan, name))]
     missing = [shard for shard in shards if not _is_finished(folder, *shard, plan)]
     total, left = sum(plan["images"].values()), sum(len(shard_rows(plan, *shard)) for shard in missing)
@@ -70,7 +83,6 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
         else:
             for shard in missing:
                 _write_shard(source, palette, plan, folder, *shard, bar.update)
-    return plan["images"] | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
 
 
 def _begin(folder: Path, plan: dict, palette: Palette) -> None:
@@ -82,9 +94,12 @@ def _begin(folder: Path, plan: dict, palette: Palette) -> None:
         write_json(folder / PLAN, plan)
     elif not (folder / PLAN).is_file():
         raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")
-    ours, theirs = _flat(plan), _flat(read_json(folder / PLAN))
+    ours, images = _flat(plan), "images_sha256"
+    theirs = {images: ours[images]} | _flat(read_json(folder / PLAN))  # plans of earlier versions have no digest
     if differing := [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]:
-        what = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in differing)
+        fields = [name for name in differing if name != images]
+        what = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in fields)
+        what = what or "its images have changed since"
         raise UserError(f"--out={folder} was prepared otherwise: {what}. Name a new directory, or delete this one")
     palette.save(folder / "palette.npy")
 

@@ -31,6 +31,12 @@ class Records:
         self.data_source, self.features, self.name = data_source, features, name
         self.known = np.full(len(data_source), UNREAD, np.int32) if "label" in features else None
 
+    @property
+    def identity(self) -> str:
+        """The data set with its version, the split and its number of records."""
+        info, split = self.data_source.dataset_info, self.data_source.split
+        return f"{info.full_name} {split} {len(self)}"
+
     def __len__(self) -> int:
         return len(self.data_source)
 

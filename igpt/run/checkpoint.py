@@ -8,6 +8,8 @@ Parameters and optimizer are separate items, so that a program that needs only t
 
 import contextlib
 import dataclasses
+import glob
+import os
 import shutil
 import sys
 import threading
@@ -17,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from igpt.errors import StorageError, UserError, first_line, reported
@@ -28,6 +31,36 @@ FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
 REPLACED = "replaced-"
 FILE_BYTES = 64 << 20  # Orbax keeps a data file in memory while it writes the file; Orbax's default is 2 GiB
+
+
+EtilsPath = type(epath.Path("/"))
+etils_glob = EtilsPath.glob
+
+
+def _glob(folder: EtilsPath, pattern: str):
+    """Lists the matches in a folder, for Orbax. Without it, a checkpoint in a folder such as run[1] cannot be read.
+
+    The reason is that etils takes "[", "*" and "?" in the folder's own name for a pattern, and finds nothing.
+    """
+    path = os.fspath(folder)
+    if glob.has_magic(path) and os.path.isdir(path):
+        return map(EtilsPath, glob.glob(os.path.join(glob.escape(path), pattern)))
+    return etils_glob(folder, pattern)
+
+
+EtilsPath.glob = _glob
+
+
+def _unraisable(problem, printed=sys.unraisablehook) -> None:
+    """Keeps quiet about reads that end after another read of the same checkpoint failed and closed Orbax's event loop.
+
+    Python prints any other exception that it cannot raise.
+    """
+    if str(problem.exc_value) != "Event loop is closed":
+        printed(problem)
+
+
+sys.unraisablehook = _unraisable
 
 
 @dataclasses.dataclass
@@ -138,9 +171,14 @@ class Checkpoints:
         self.close()
 
     def _seal(self) -> None:
-        """Writes the digests. Orbax calls this in the background, before it gives the directory its final name."""
+        """Writes the digests, which reads every file back, and opens every array.
+
+        Orbax calls this in the background, before it gives the directory its final name and deletes older ones.
+        """
         for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
             write_digests(unnamed)
+            for item in ("params", "optimizer"):
+                ocp.PyTreeCheckpointHandler().metadata(epath.Path(unnamed / item))
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Waits at Orbax's barrier until all processes of a save have called it.
@@ -253,7 +291,12 @@ def progress_at(workdir: Path, step: int) -> Progress | None:
     if not exists(folder_of(workdir, step) / "progress"):
         return None
     with _reader(workdir) as checkpoints:
-        return Progress(**checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+        found = checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+    try:
+        return Progress(**found)
+    except TypeError as error:
+        problem = f"{folder_of(workdir, step)}/progress was written by another version of igpt: {error}"
+        raise UserError(f"{problem}; resume the run with that version") from None
 
 
 def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:

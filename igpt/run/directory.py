@@ -1,50 +1,77 @@
 """A run's directory: whether the run is fresh or resumed, its progress, and the files that it writes.
 
-    WORKDIR/config.json, palette.npy, checkpoints/STEP/, metrics.jsonl, events.*, samples/, finetune.json
+    WORKDIR/config.json, images.json, palette.npy, checkpoints/STEP/, metrics.jsonl, events.*, samples/, finetune.json
 
 Decisions that must be the same on all processes are made here. Only process 0 writes.
 """
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from igpt.config import Config
+from igpt.data.examples import Source
+from igpt.data.fingerprint import fingerprint
 from igpt.errors import UserError
 from igpt.files import check_workdir, read_json, storage_errors, write_json
+from igpt.lock import InUseError, Lock, lock_files
 from igpt.palette import Palette
-from igpt.run import checkpoint
-from igpt.run.cluster import barrier, broadcast, check_seen, check_shared, exists, is_first_process
+from igpt.run import changes, checkpoint
+from igpt.run.cluster import all_processes, barrier, broadcast, check_seen, check_shared, exists, is_first_process
 from igpt.state import TrainProgram, TrainState
-
-# Fields that may change when a run is resumed: they affect how it is carried out, not what a training step computes.
-FREE_ON_RESUME = (
-    *("data.data_dir", "data.on_unreadable", "data.threads"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.dcn_data", "mesh.cpu_devices"),
-    *("model.attention", "model.remat", "model.scan_layers"),
-    *("train.log_every", "train.eval_every", "train.eval_batch_size", "train.sample_every", "train.num_samples"),
-    *("train.checkpoint_every", "train.max_to_keep", "train.patience", "train.on_bad_step", "train.profile_at"),
-)
 
 
 class RunDirectory:
     """The directory of one run, and the run's progress. The constructor writes no file.
 
-    Raises UserError if the workdir cannot be written, holds a run with another configuration, or holds checkpoints
-    without a config.json.
+    `allowed` are the changes that the user allows to a resumed run, as `changes.parse_changes` returns them. `lock` is
+    this process's lock of the directory, if it has one. Raises UserError if the workdir cannot be written, holds a run
+    with another configuration, or holds checkpoints without a config.json.
     """
 
-    def __init__(self, workdir: str | Path, config: Config, start_over: bool = False):
+    def __init__(
+        self,
+        workdir: str | Path,
+        config: Config,
+        start_over: bool = False,
+        allowed: Collection[str] = (),
+        lock: Lock | None = None,
+    ):
         self.path, self.config, self.start_over = check_workdir(workdir), config, start_over
+        self.allowed, self.lock, self.before, self.changed, self.source = allowed, lock, config, [], None
         self.is_resumed = not start_over and exists(self.path / "config.json")
         if self.is_resumed:
             check_seen(self.path / "config.json")
-            check_resumable(config, self.path)
+            self.before = load_config(self.path)
+            self.changed = changes.changed_fields(self.before, config, self.path, allowed)
         elif not start_over and checkpoint.common_steps(self.path):
             raise UserError(
                 f"{self.path} has checkpoints but no config.json; --start_over renames it and trains from step 0"
             )
         self.first_step, self.progress = 0, checkpoint.Progress()
+
+    def same_images(self, source: Source) -> Source:
+        """Returns the source. Raises UserError if its images are not those of the resumed run, or differ on a process.
+
+        The user may allow other images. Every process must call this method; process 0 compares.
+        """
+        self.source, self.images = source, fingerprint(source)
+        digest = np.frombuffer(hashlib.sha256(json.dumps(self.images).encode()).digest(), np.int32)
+        if not all_processes(np.array_equal(broadcast(digest), digest)):
+            raise UserError(
+                f"{source.name} does not hold the same images on every host; make all hosts see the same files"
+            )
+        is_compared = self.is_resumed and is_first_process()
+        changed = changes.changed_images(self.path, source, self.images) if is_compared else []
+        if not all_processes(not changed) and changes.DATA not in self.allowed:
+            raise changes.images_error(self.path, changed)
+        self.changed += changed
+        return source
 
     def palette(self) -> Palette | None:
         """The palette of the resumed run, or None for a fresh run."""
@@ -59,6 +86,11 @@ class RunDirectory:
         self.first_step = checkpoint.newest_sound_step(self.path) if self.is_resumed else 0
         if not self.first_step:
             return None
+        if self.first_step > self.config.train.steps:
+            raise UserError(
+                f"train.steps is {self.config.train.steps}, but {self.path} has already learned {self.first_step} "
+                f"steps; give at least that number"
+            )
         state = checkpoint.restore(self.path, program.abstract, self.first_step)
         known = checkpoint.progress_at(self.path, self.first_step)
         self.progress = known or checkpoint.Progress(evaluated_step=self.first_step)
@@ -87,11 +119,14 @@ class RunDirectory:
         with storage_errors(self.path):
             if is_first_process():
                 if self.start_over:
-                    set_aside(self.path)
+                    self._set_aside()
                 self.path.mkdir(parents=True, exist_ok=True)
             check_shared(self.path)
             if is_first_process():
+                self._report_changes()
                 save_config(self.config, self.path)
+                if self.source is not None:
+                    changes.record_images(self.path, self.source, self.images)
                 palette.save(self.path / "palette.npy")
                 if self.last_step > self.first_step or self.evaluation_is_missing:
                     (self.path / "finetune.json").unlink(missing_ok=True)  # the old result is out of date
@@ -100,21 +135,64 @@ class RunDirectory:
             with checkpoint.Checkpoints(self.path, self.config.train.max_to_keep, self.progress) as checkpoints:
                 yield checkpoints
 
+    def check_lock(self) -> None:
+        """Raises StorageError if another program has taken this directory over: see `Lock.check`."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def _set_aside(self) -> None:
+        aside = set_aside(self.path)
+        if aside is not None and self.lock is not None:
+            self.lock.follow(aside)
+
+    def _report_changes(self) -> None:
+        """Prints what changed since the last start, and adds it to changes.jsonl."""
+        if not self.changed:
+            return
+        text = changes.learning_rate_text(self.before, self.config, self.first_step)
+        changed = [*self.changed, *([text] if text else [])]
+        print("".join(f"changed  {line}\n" for line in changed), end="", flush=True)
+        with (self.path / "changes.jsonl").open("a") as file:
+            file.write(json.dumps({"after_step": self.first_step, "changed": changed}) + "\n")
+
     def same_palette(self, palette: Palette) -> Palette:
         """Broadcasts process 0's palette, because k-means on another machine may differ in the last bit."""
         return Palette(broadcast(palette.centers))
 
 
-def set_aside(workdir: Path) -> None:
-    """Renames the directory of an earlier run to WORKDIR.old-N, so that --start_over deletes nothing."""
-    if not (workdir.is_dir() and any(workdir.iterdir())):
-        return
+@contextlib.contextmanager
+def locked(workdir: str | Path) -> Iterator[Lock | None]:
+    """Holds the lock of a directory for all processes. Yields it on process 0, and None on the others.
+
+    Raises UserError if the directory cannot be written, and InUseError, on every process, if another program uses it.
+    """
+    workdir, problem = check_workdir(workdir), None
+    with contextlib.ExitStack() as stack:
+        lock = Lock(workdir, frees_at_sigterm=jax.process_count() == 1) if is_first_process() else None
+        try:
+            if lock is not None:
+                stack.enter_context(lock)
+        except UserError as error:
+            problem = error
+        if not all_processes(problem is None):
+            raise problem or InUseError(f"{workdir} is in use or cannot be written; the message of process 0 says more")
+        yield lock
+
+
+def set_aside(workdir: Path) -> Path | None:
+    """Renames the directory of an earlier run to WORKDIR.old-N, so that --start_over deletes nothing. Returns its name.
+
+    Returns None if there is no earlier run.
+    """
+    if not (workdir.is_dir() and set(workdir.iterdir()) - set(lock_files(workdir))):
+        return None
     workdir = workdir.absolute()  # the path "." has no name to extend
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1
     workdir.rename(aside)
     print(f"renamed the earlier run to {aside}")
+    return aside
 
 
 def save_config(config: Config, workdir: Path) -> None:
@@ -134,19 +212,3 @@ def load_config(workdir: Path) -> Config:
         return Config.of(content)
     except UserError as error:
         raise UserError(f"{path} is damaged, or was written by another version of igpt: {error}") from None
-
-
-def check_resumable(config: Config, workdir: Path) -> None:
-    """Raises UserError, which names every differing field, if `workdir` holds a run with another configuration."""
-    there, here = load_config(workdir).flat(), config.flat()
-    differing = [
-        f"  {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and name not in FREE_ON_RESUME
-    ]
-    if differing:
-        raise UserError(
-            f"{workdir} holds a run with another configuration:\n" + "\n".join(differing) + "\n"
-            "Give another --workdir, or --start_over to rename the old run and train from step 0, or "
-            f"--config.init_from={workdir} with another --workdir to start from its weights."
-        )

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import re
 import sys
 from pathlib import Path
@@ -11,19 +12,24 @@ from ml_collections import ConfigDict, config_flags
 
 from igpt.command import Parser
 from igpt.errors import UserError
+from igpt.run.directory import load_config
 
 
-def parse_with_config(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_with_config(parser: Parser, argv: list[str] | None = None, resumes: bool = False) -> argparse.Namespace:
     """Parses the flags of `parser`. The result's `config` is the ConfigDict of the config file, with all overrides.
 
-    Raises UserError for a missing or broken file, an unknown flag or field, and a value of the wrong type.
+    With `resumes`, the configuration of the run in --workdir stands in for a missing --config. Raises UserError for a
+    missing or broken file, an unknown flag or field, and a value of the wrong type.
     """
     group = parser.add_argument_group("configuration")
     group.add_argument("--config", help="a Python file with get_config(); --config.a.b=value sets one of its fields")
     argv = sys.argv[1:] if argv is None else argv
     args, rest = parser.parse_known_args(argv)
+    if not args.config and resumes and (Path(args.workdir) / "config.json").exists():
+        args.config = ConfigDict(load_config(Path(args.workdir)).to_dict())
     if not args.config:
-        parser.error("--config is missing")
+        absent = f", and --workdir={args.workdir} holds no run to resume" if resumes else ""
+        parser.error(f"--config is missing{absent}")
     own = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
         if word.startswith("-") and not word.startswith("--config."):
@@ -33,16 +39,21 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None) -> argparse
     return args
 
 
-def _read(file: str, overrides: list[str]) -> ConfigDict:
-    """Reads a config file and applies the overrides. Raises UserError for any error of absl and ml_collections."""
-    if (root := str(Path(file.partition(":")[0]).absolute().parents[1])) not in sys.path:
-        sys.path.append(root)  # so that configs/digits.py can import configs.base
-    words = [f"--config={file}", *overrides]
+def _read(given: str | ConfigDict, overrides: list[str]) -> ConfigDict:
+    """Reads a config file, or takes a ConfigDict, and applies the overrides.
+
+    Raises UserError for any error of absl and ml_collections.
+    """
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file(
-        "config", flag_values=values, lock_config=True, sys_argv=["igpt", *words], help_string="-"
-    )
+    if isinstance(given, ConfigDict):
+        words, define = overrides, functools.partial(config_flags.DEFINE_config_dict, config=given)
+    else:
+        words, define = [f"--config={given}", *overrides], config_flags.DEFINE_config_file
+        if (root := str(Path(given.partition(":")[0]).absolute().parents[1])) not in sys.path:
+            sys.path.append(root)  # so that configs/digits.py can import configs.base
+    options = dict(flag_values=values, lock_config=True, sys_argv=["igpt", *words], help_string="-")
     try:
+        holder = define("config", **options)
         stray = values(["igpt", *words])[1:]
         config = holder.value
         if not isinstance(config, ConfigDict):

@@ -45,6 +45,14 @@ def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
+def how_to_go_on(run: RunDirectory) -> str:
+    """The command that continues a finished run, or the field that ends it early."""
+    if run.has_ended_early:
+        return " A larger train.patience, or 0, goes on."
+    more = f"--config.train.steps={2 * run.config.train.steps}"
+    return f" To go on: python train.py --workdir={run.path} {more}"
+
+
 def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, source: Source) -> None:
     """Prints the result and the commands that usually follow. Only process 0 prints. A probe needs labels."""
     if not is_first_process():
@@ -53,7 +61,7 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
     if source.unreadable:
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
     if run.first_step == step:
-        print(f"{workdir} had already finished its {step} steps.")
+        print(f"{workdir} had already finished its {step} steps.{how_to_go_on(run)}")
     else:
         minutes, seconds = divmod(round(seconds), 60)
         unit = "" if config.objective.classification else " nats a token"

@@ -175,6 +175,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing_half_written(pictures, palet
         ({"palette": 1}, r"palette_sha256 is"),
         ({"shard_images": 12}, r"shard_images is 11 there, 12 here"),
         ({"picture": 1}, r"images\.train is 43 there, 44 here"),
+        ({"renamed": 1}, r"prepared otherwise: its images have changed since\. Name a new"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -186,6 +187,10 @@ def test_a_directory_prepared_otherwise_is_refused(pictures, palette, prepared_f
     if change.pop("picture", None):
         Image.new("RGB", (PREPARE_WIDTH, PREPARE_HEIGHT)).save(
             prepared_folder.parent / "folder" / "class2" / "more.png"
+        )
+    if change.pop("renamed", None):
+        (prepared_folder.parent / "folder" / "class2" / "060.png").rename(
+            prepared_folder.parent / "folder/class2/6.png"
         )
     shard_images = change.pop("shard_images", 11)
     before = file_contents(prepared_folder)

@@ -15,7 +15,7 @@ from igpt.interop.import_run import import_directory
 from igpt.interop.load import check_same_network, data_settings
 from igpt.palette import Palette
 from igpt.run import checkpoint
-from igpt.run.directory import check_resumable
+from igpt.run.directory import RunDirectory
 from igpt.sample import sample_images
 from igpt.sharding import make_mesh
 from igpt.state import create_state
@@ -73,14 +73,14 @@ def test_a_run_directory_older_than_fine_tuning_loads_and_resumes(tmp_path):
     del old["objective"]
     old["optim"]["spike_sigma"] = 0.0  # an option that was removed
     (tmp_path / "config.json").write_text(json.dumps(old))
-    check_resumable(Config.of(config), tmp_path)
+    RunDirectory(tmp_path, Config.of(config))
     pretrained = igpt.load(tmp_path)
     assert pretrained.step == 3 and pretrained.config.objective.generative == 1.0
     assert pretrained.config.train.patience == 0
     np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
     config.data.labels_per_class = 4
     with pytest.raises(UserError, match="data.labels_per_class: 0 there, 4 here"):
-        check_resumable(Config.of(config), tmp_path)
+        RunDirectory(tmp_path, Config.of(config))
 
 
 def test_a_fine_tuned_run_loads_its_best_step_or_the_chosen_one(tmp_path):

@@ -1,10 +1,16 @@
+import dataclasses
+import subprocess
+import sys
+
 import jax
+import jax.numpy as jnp
 import pytest
 
+from igpt.errors import StorageError, UserError
 from igpt.run import checkpoint
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
-from tests.helpers import RUN_MODEL, assert_trees_equal, default_optimizer, save_states
+from tests.helpers import ROOT, RUN_MODEL, assert_trees_equal, default_optimizer, save_states
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4), (8, 1, 1)])
@@ -56,3 +62,57 @@ def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
         progress.evaluated_step = 3
         checkpoints.save(state, 3)
     assert checkpoint.progress_at(tmp_path, 3) == progress and checkpoint.finished_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "what?*[a-z]", "50% (best) #2 {x}"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    written = save_states(tmp_path / name, make_mesh(2, 2, 2), steps=(1, 2, 3))
+    _, abstract = abstract_state(RUN_MODEL, default_optimizer(), make_mesh())
+    assert_trees_equal(written, checkpoint.restore(tmp_path / name, abstract, 3))
+    assert checkpoint.finished_steps(tmp_path / name) == [2, 3] and checkpoint.newest_sound_step(tmp_path / name) == 3
+
+
+def test_a_checkpoint_that_cannot_be_read_back_replaces_none(tmp_path, monkeypatch):
+    state = save_states(tmp_path / "run[1]", make_mesh(), steps=(1,))
+    monkeypatch.setattr(checkpoint.EtilsPath, "glob", checkpoint.etils_glob)  # leaves out a part of the checkpoint
+    with (
+        pytest.raises(StorageError, match="step 2 could not be written.*step 1 is unchanged"),
+        checkpoint.Checkpoints(tmp_path / "run[1]", max_to_keep=1) as checkpoints,
+    ):
+        checkpoints.save(state, 2)
+    monkeypatch.undo()
+    assert checkpoint.newest_sound_step(tmp_path / "run[1]") == 1
+
+
+def test_the_progress_of_a_newer_version_is_refused_by_name(tmp_path, monkeypatch):
+    newer = dataclasses.make_dataclass("Newer", [("newest", int, 1)], bases=(checkpoint.Progress,))
+    monkeypatch.setattr(checkpoint, "Progress", newer)
+    save_states(tmp_path, make_mesh())
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="3/progress was written by another version of igpt: .*'newest'"):
+        checkpoint.progress_at(tmp_path, 3)
+
+
+READS_ANOTHER_NETWORK = """
+import sys, time
+from pathlib import Path
+import jax
+from igpt.errors import reported
+from igpt.run import checkpoint
+
+here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+other = {f"w{i}": jax.ShapeDtypeStruct((4 + i % 2,), "float32", sharding=here) for i in range(60)}
+with reported():
+    try:
+        checkpoint.restore_params(Path(sys.argv[1]), other)
+    finally:
+        time.sleep(0.5)
+"""
+
+
+def test_a_failed_read_ends_in_one_message_without_tracebacks(tmp_path):
+    checkpoint.save_params(tmp_path, {f"w{i}": jnp.ones(4) for i in range(60)}, 1)
+    done = subprocess.run(
+        [sys.executable, "-c", READS_ANOTHER_NETWORK, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "does not fit this network" in done.stderr, done

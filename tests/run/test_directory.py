@@ -5,21 +5,13 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from configs import base
-from igpt.config import Config
 from igpt.errors import StorageError, UserError
+from igpt.lock import InUseError, lock_files
 from igpt.run.checkpoint import Checkpoints, Progress
-from igpt.run.directory import RunDirectory, check_resumable, load_config, save_config
+from igpt.run.directory import RunDirectory, load_config, locked, save_config
 from igpt.sharding import make_mesh
 from igpt.state import TrainState, build_program
-from tests.helpers import GREY_PALETTE
-
-
-def configured(**changes):
-    config = base.get_config()
-    config.palette.colors = 17
-    config.update_from_flattened_dict(changes)
-    return Config.of(config, trains=True)
+from tests.helpers import GREY_PALETTE, configured
 
 
 def test_looking_at_a_directory_writes_nothing(tmp_path):
@@ -41,6 +33,28 @@ def test_starting_over_renames_the_earlier_run(tmp_path, capsys):
             pass
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.old-1", "run.old-2"}
     assert "renamed the earlier run" in capsys.readouterr().out
+
+
+def test_a_run_that_starts_over_keeps_its_lock(tmp_path):
+    for number in (0, 1):
+        with locked(tmp_path / "run") as lock:
+            run = RunDirectory(tmp_path / "run", configured(), start_over=True, lock=lock)
+            with run.opened(GREY_PALETTE):
+                assert lock_files(tmp_path / "run") == [lock.path]
+                run.check_lock()
+        assert len(list(tmp_path.iterdir())) == 1 + number  # with only the lock's file there is no earlier run
+        assert not list(tmp_path.rglob("running-*"))
+
+
+def test_the_second_of_two_runs_in_a_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("igpt.lock.CONTEND", 0.0)
+    with locked(tmp_path / "run"):
+        with pytest.raises(InUseError, match="in use by process"), locked(tmp_path / "run"):
+            pass
+        monkeypatch.setattr("igpt.run.directory.is_first_process", lambda: False)
+        monkeypatch.setattr("igpt.run.directory.all_processes", lambda mine: False)
+        with pytest.raises(InUseError, match="message of process 0"), locked(tmp_path / "run"):
+            pass
 
 
 def test_checkpoints_without_a_config_need_a_word_from_the_user(tmp_path):
@@ -79,24 +93,6 @@ def test_a_disk_error_while_opening_is_a_storage_error(tmp_path, monkeypatch):
 def test_a_config_is_equal_after_its_file(tmp_path):
     save_config(configured(), tmp_path)
     assert load_config(tmp_path) == configured()
-    check_resumable(configured(), tmp_path)
-
-
-def test_a_run_of_another_configuration_is_named_field_by_field(tmp_path):
-    save_config(configured(), tmp_path)
-    with pytest.raises(UserError, match=r"(?s)model\.width: 512 there, 256 here.*seed: 0 there, 7 here.*--start_over"):
-        check_resumable(configured(**{"model.width": 256, "seed": 7}), tmp_path)
-
-
-def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):
-    save_config(configured(), tmp_path)
-    check_resumable(configured(**{"mesh.fsdp": 2, "model.attention": "reference", "train.log_every": 99}), tmp_path)
-
-
-def test_arithmetic_may_not_change_when_a_run_resumes(tmp_path):
-    save_config(configured(), tmp_path)
-    with pytest.raises(UserError, match=r"model\.attention_dropout: 0\.0 there, 0\.5 here"):
-        check_resumable(configured(**{"model.attention_dropout": 0.5}), tmp_path)  # a name longer than a free one
 
 
 def test_an_earlier_configs_unused_spike_sigma_is_dropped(tmp_path):
@@ -113,11 +109,26 @@ def test_an_earlier_configs_unused_spike_sigma_is_dropped(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot be read as JSON"), ("[]", "an object is needed"), ("{}", "it has no data, palette, model")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "an object is needed"),
+        ("{}", "it has no data, palette, model"),
+        ('{"data": 3, "palette": 3, "model": 3}', "data is 3; a section of fields is needed"),
+    ],
 )
 def test_a_damaged_config_is_one_message(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["model.rotary", "train.newest", "data.newest", "newest"])
+def test_a_field_of_a_newer_version_is_named_with_its_place(tmp_path, field):
+    content = configured().to_dict()
+    section, _, name = field.rpartition(".")
+    (content[section] if section else content)[name] = 3
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"config.json is damaged, or was written by another version.*{field} is no"):
         load_config(tmp_path)
 
 

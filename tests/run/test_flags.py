@@ -3,17 +3,19 @@
 import pytest
 
 from igpt.command import Parser
+from igpt.config import Config
 from igpt.errors import UserError
+from igpt.run.directory import save_config
 from igpt.run.flags import parse_with_config
 from tests.helpers import ROOT
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
 
-def parse(*arguments):
+def parse(*arguments, resumes=False):
     parser = Parser("train.py", "Trains.")
     parser.add_argument("--workdir", required=False, help="where the run is written")
-    return parse_with_config(parser, list(arguments))
+    return parse_with_config(parser, list(arguments), resumes)
 
 
 def test_fields_are_overridden_and_the_others_stay():
@@ -37,6 +39,25 @@ def test_a_value_is_read_as_the_type_of_its_field(override, value):
     section, name = override.partition("=")[0].split(".")
     found = getattr(getattr(parse(DIGITS, f"--config.{override}").config, section), name)
     assert found == value and type(found) is type(value)
+
+
+def test_a_run_is_resumed_by_its_directory_alone(tmp_path):
+    original = parse(DIGITS, "--config.data.image_size=(8,8)").config
+    save_config(Config.of(original), tmp_path)
+
+    def resume(*arguments):
+        return parse(f"--workdir={tmp_path}", *arguments, resumes=True).config
+
+    assert Config.of(resume()) == Config.of(original)
+    changed = resume("--config.train.steps=7", "--config.optim.learning_rate=1e-4", "--config.data.short_side=(7,9)")
+    assert (changed.train.steps, changed.optim.learning_rate, changed.data.short_side) == (7, 1e-4, (7, 9))
+    assert changed.model.width == original.model.width
+    with pytest.raises(UserError, match=r"there is no field 'widht'; did you mean 'width'\?"):
+        resume("--config.model.widht=3")
+    with pytest.raises(UserError, match=f"--config is missing, and --workdir={tmp_path}/absent holds no run to resume"):
+        resume(f"--workdir={tmp_path}/absent")
+    with pytest.raises(UserError, match="--config is missing"):
+        parse(f"--workdir={tmp_path}")  # a probe's --workdir has no configuration of its own
 
 
 def test_what_stands_behind_the_files_name_goes_to_get_config():
