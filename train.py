@@ -178,12 +178,13 @@ def starting_state(config: Config, run: RunDirectory, program: TrainProgram) -> 
         return state, f"resumed after step {run.first_step}"
     if not config.init_from:
         return program.create_state(config.seed), "fresh"
-    load.check_same_network(config.init_from, config)
+    theirs = load.check_same_network(config.init_from, config)
     pretrained = load.starting_params(config.init_from, program.mesh)
     state = program.create_state(config.seed)
     state = dataclasses.replace(state, params=finetune.merge_params(state.params, pretrained))
     new = ", a new classifier" if program.model.num_classes and "classifier" not in pretrained else ""
-    return state, f"weights of {config.init_from}{new}"
+    before = f", learnt with{'' if theirs.sos else 'out'} SOS" if theirs.sos != program.model.sos else ""
+    return state, f"weights of {config.init_from}{before}{new}"
 
 
 @dataclasses.dataclass
@@ -215,7 +216,7 @@ class Evaluator:
                 improved = progress.note(step, metrics["eval/accuracy"])
             if self.run.has_ended_early:
                 self.journal.print(f"step {step}: no better accuracy in {train.patience} evaluations: training ends")
-        draws = train.num_samples and self.config.model.causal and self.config.objective.generative
+        draws = train.num_samples and self.config.model.sos and self.config.objective.generative
         if draws and train.is_due(step, train.sample_every) and not self.signal.requested():
             model = load.Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
             self.journal.sampled(step, image_grid(sample_images(model, train.num_samples, self.config.seed)))
@@ -235,7 +236,7 @@ def evaluate(config: Config, program: TrainProgram, params: dict, source: Source
     metrics = {f"eval/{name}": float(sum(values[name] for values, _ in sums) / count) for name in sums[0][0]}
     if config.model.causal and config.objective.generative:
         nats = metrics.get("eval/generative_loss", metrics["eval/loss"])
-        bits = bits_per_dim(nats, program.model.seq_len, *source.image_size, source.channels)
+        bits = bits_per_dim(nats, program.model, *source.image_size, source.channels)
         metrics["eval/bits_per_dim"] = bits
     return metrics
 

@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     model.attention_dropout = 0.0  # on the attention weights; needs attention = "reference"
     model.norm_epsilon = 1e-5  # added to the mean square in each norm
     model.causal = True  # False: the BERT objective, where every position sees all and dropped pixels are predicted
+    model.sos = True  # reads the start of sequence; False: as transformers' pipelines, which feed none. BERT reads none
     model.pixel_head = True  # False: no head over the palette, for features and classes only
     model.num_classes = 0  # C, of the classifier on the pooled final norm, for fine-tuning; 0: no classifier
     model.activation = "quick_gelu"  # quick_gelu | gelu | gelu_new | relu | silu | tanh
@@ -83,7 +84,7 @@ def get_config() -> ConfigDict:
     train.eval_every = 1000  # steps between evaluations on the validation split
     train.eval_batch_size = 128  # images in a forward pass of an evaluation
     train.sample_every = 1000  # steps between grids in samples/
-    train.num_samples = 16  # images in a grid; 0: no grids. BERT, and runs without the pixel loss, draw none
+    train.num_samples = 16  # images in a grid; 0: no grids. Runs without SOS or without the pixel loss draw none
     train.checkpoint_every = 1000  # steps between checkpoints
     train.max_to_keep = 2  # newest checkpoints kept; fine-tuning also keeps the one with the best validation accuracy
     train.profile_at = 0  # first of 3 steps whose profile is written to WORKDIR/profile; 0: no profile

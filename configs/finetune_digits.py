@@ -3,7 +3,8 @@
     python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-ft
 
 To learn classes only, add --config.objective.generative=0. To train from scratch, omit init_from. If init_from is a run
-with the BERT objective, add --config.model.causal=False.
+with the BERT objective, add --config.model.causal=False. For a classifier that the pipelines of transformers serve as
+it is, add --config.model.sos=False (docs/huggingface.md).
 
 Cost: five to seven minutes on one CPU core, like pretraining (docs/results/study_digits.json).
 """

@@ -58,7 +58,7 @@ def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int =
         results["loss"] = float(losses.mean())
         results["standard_error"] = float(losses.std() / np.sqrt(len(losses)))
         if model.causal:
-            results["bits_per_dim"] = bits_per_dim(results["loss"], model.seq_len, *data.image_size, data.channels)
+            results["bits_per_dim"] = bits_per_dim(results["loss"], model, *data.image_size, data.channels)
     if classifies:
         correct = int(each["accuracy"].sum())
         results["classification_loss"] = float(each["classification_loss"].mean())

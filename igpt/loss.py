@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from igpt.model import pool
+from igpt.model import ModelConfig, pool
 
 
 def next_pixel(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B"]:
@@ -38,17 +38,19 @@ def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: floa
     """Returns loss(params, batch, key), which maps a batch to a dict of arrays [B].
 
     "loss" is `generative` x the pixel loss + `classification` x the cross-entropy of the labels (section 2.3). With
-    classification, the dict also has both parts and the "accuracy". A part whose weight is 0 is not computed. A BERT
-    batch has M masks for each image, `keep` [B, M, T]. The pixel loss is then the mean over dropped pixels, both losses
-    are averaged over the masks, and the masks vote on the class. Dropout is on if there is a key.
+    classification, the dict also has both parts and the "accuracy". A part whose weight is 0 is not computed. Without
+    SOS, the pixel loss is the mean over the last T - 1 tokens, because no position predicts the first one. A BERT batch
+    has M masks for each image, `keep` [B, M, T]. The pixel loss is then the mean over dropped pixels, both losses are
+    averaged over the masks, and the masks vote on the class. Dropout is on if there is a key.
     """
 
     def under_mask(model, batch, keep, key):
         tokens, losses = batch["tokens"], {}
         normed = model.normed(tokens, key, keep)
         if generative:
-            logits = model.logits(normed)
-            pixels = next_pixel(logits, tokens) if keep is None else dropped_pixels(logits, tokens, keep)
+            first = model.config.first_predicted
+            logits, targets = model.logits(normed[:, : tokens.shape[1] - first]), tokens[:, first:]
+            pixels = next_pixel(logits, targets) if keep is None else dropped_pixels(logits, targets, keep)
             losses["generative_loss"] = pixels
         if not classification:
             return losses, None
@@ -85,9 +87,14 @@ def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:
     return jnp.argmax(jnp.sum(weights[:, None, None] * jax.nn.one_hot(classes, num_classes), axis=0), axis=-1)
 
 
-def bits_per_dim(nats_per_token: float, tokens: int, height: int, width: int, channels: int) -> float:
-    """Bits per byte of the image. A palette loses colours, so that only models with the same palette are comparable."""
-    return nats_per_token * tokens / (np.log(2) * height * width * channels)
+def bits_per_dim(nats_per_token: float, model: ModelConfig, height: int, width: int, channels: int) -> float:
+    """Bits per byte of the image. A palette loses colours, so that only models with the same palette are comparable.
+
+    A token that the model does not predict (the first one, without SOS) counts ln V nats: every colour as likely.
+    """
+    first = model.first_predicted
+    nats = nats_per_token * (model.seq_len - first) + first * np.log(model.vocab_size)
+    return nats / (np.log(2) * height * width * channels)
 
 
 def marginal_entropy(tokens: Int[np.ndarray, "N T"], vocab_size: int) -> float:

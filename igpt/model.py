@@ -70,7 +70,8 @@ class ModelConfig:
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
     norm_epsilon: float = 1e-5
-    causal: bool = True  # False for BERT: no causal mask and no SOS, and position i reads token i
+    causal: bool = True  # False for BERT: no causal mask, and no SOS
+    sos: bool = True  # reads SOS, x_0, ..., x_{T-2}. False: x_0, ..., x_{T-1}, as BERT and transformers' pipelines do
     pixel_head: bool = True  # False: the network has no head that predicts pixels
     num_classes: int = 0  # C, the number of classes of a linear classifier on the pooled final norm; 0: no classifier
     activation: str = "quick_gelu"  # a key of ACTIVATIONS
@@ -82,7 +83,8 @@ class ModelConfig:
     scan_layers: bool = True  # True: one compiled block serves all layers; False: the layers are unrolled
 
     def __post_init__(self):
-        check_at_least(self, "model.", width=1, depth=1, num_heads=1, vocab_size=1, seq_len=1)
+        object.__setattr__(self, "sos", self.sos and self.causal)
+        check_at_least(self, "model.", width=1, depth=1, num_heads=1, vocab_size=1, seq_len=1 + self.first_predicted)
         check_at_least(self, "model.", mlp_width=0, num_classes=0, norm_epsilon=0.0)
         check_choice(self, "model.", dtype=("float32", "bfloat16", "auto"), attention=(*BACKENDS, "auto"))
         check_choice(self, "model.", activation=tuple(ACTIVATIONS), remat=tuple(REMAT))
@@ -100,6 +102,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def first_predicted(self) -> int:
+        """The first token with a prediction: 1 for next pixels without SOS, where nothing precedes token 0; else 0."""
+        return int(self.causal and not self.sos)
 
     def query_scale(self, layer: Array | int) -> Array | float:
         """A factor for the queries. Every back end divides scores by sqrt(K); this factor gives other scales."""
@@ -207,7 +214,10 @@ class ImageGPT(nnx.Module):
         self.classifier = Linear("bd,dc->bc", (D, C), 0.0, None, rngs) if C else None
 
     def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
-        """Float32 logits. Position i predicts tokens[:, i], from tokens[:, :i] if causal. A key turns dropout on."""
+        """Float32 logits. Position i predicts tokens[:, i], from tokens[:, :i] if causal. A key turns dropout on.
+
+        Without SOS, position i of a causal network predicts tokens[:, i + 1] (`ModelConfig.first_predicted`).
+        """
         return self.logits(self.normed(tokens, key))
 
     def classify(self, tokens: Int[Array, "B T"], keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B C"]:
@@ -243,7 +253,7 @@ class ImageGPT(nnx.Module):
         return jnp.concatenate([outputs.features, pool(norm(x))[None]])[jnp.asarray(layers)]
 
     def prefill(self, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads `given` inputs (the SOS, then tokens). Returns the logits of the next token and a cache of length T.
+        """Reads the first `given` of `self.inputs`. Returns the logits of the next token and a cache of length T.
 
         The inputs at index `given` and above are padding; `decode` overwrites their cache entries.
         """
@@ -284,8 +294,8 @@ class ImageGPT(nnx.Module):
         ]
 
     def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """The model's inputs: SOS, x_0, ..., x_{T-2} for a causal model, and x_0, ..., x_{T-1} for BERT."""
-        if not self.config.causal:
+        """The model's inputs: SOS, x_0, ..., x_{T-2}, or x_0, ..., x_{T-1} for a model without SOS."""
+        if not self.config.sos:
             return tokens
         start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
         return jnp.concatenate([start, tokens[:, :-1]], axis=1)

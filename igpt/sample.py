@@ -56,12 +56,20 @@ def image_keys(seed: int, num: int, first: int = 0) -> Array:
 def sample_tokens(
     model: ImageGPT, prefix: Int[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
 ) -> Int[Array, "B T"]:
-    """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One compiled program draws all tokens."""
+    """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One compiled program draws all tokens.
+
+    Raises UserError for a network that cannot continue it: one of BERT's, or P = 0 for a network without SOS.
+    """
     length = model.config.seq_len
     if not model.config.causal:
         raise UserError("this model was trained with the BERT objective: it predicts masked pixels and cannot sample")
     if not prefix.shape[1] < length:
         raise UserError(f"{prefix.shape[1]} of {length} pixels are given: there is nothing left to sample")
+    if not model.config.sos:
+        if prefix.shape[1] == 0:
+            problem = "this model was trained without SOS (model.sos=False), so that it knows no first pixel"
+            raise UserError(f"{problem}; give it the upper rows of an image: --complete, with --keep for a row or more")
+        return continue_inputs(model, prefix, length, keys, sampling)
     start = np.full((len(prefix), 1), model.config.vocab_size, np.int32)
     return continue_inputs(model, np.concatenate([start, prefix], axis=1), length + 1, keys, sampling)[:, 1:]
 
@@ -69,7 +77,7 @@ def sample_tokens(
 def continue_inputs(
     model: ImageGPT, inputs: Int[np.ndarray, "B P"], stop: int, keys: Array, sampling: Sampling
 ) -> Int[Array, "B stop"]:
-    """Continues rows of the model's inputs (the SOS, then tokens) until each has `stop` entries, at most T + 1.
+    """Continues rows of inputs (tokens, after the SOS if the model reads one) to `stop` entries, at most T + 1.
 
     `inputs` are padded to a power of two, and `stop` is traced, so that a few compiled programs serve all lengths.
     """

@@ -43,6 +43,14 @@ def test_the_loss_is_a_mean_over_images_for_any_batch_size():
         np.testing.assert_allclose(results["bits_per_dim"], each.mean() / np.log(2), rtol=1e-5)
 
 
+def test_without_sos_the_loss_leaves_out_the_first_pixel():
+    pretrained, split, tokens = pretrained_and_split(sos=False)
+    results = evaluate(pretrained, split, 10)
+    each = nats(pretrained.model(jnp.asarray(tokens))[:, :-1], tokens[:, 1:]).mean(1)
+    np.testing.assert_allclose(results["loss"], each.mean(), rtol=1e-5)
+    np.testing.assert_allclose(results["bits_per_dim"], (12 * each.mean() + np.log(11)) / 13 / np.log(2), rtol=1e-5)
+
+
 def test_a_classifier_is_tested_if_there_are_labels():
     pretrained, split, tokens = pretrained_and_split(num_classes=3)
     results = evaluate(pretrained, split, 10)

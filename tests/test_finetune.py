@@ -148,6 +148,12 @@ def test_a_run_starts_from_all_weights_of_the_model_with_a_new_classifier(images
     )
 
 
+def test_a_run_without_sos_starts_from_one_with_it_and_says_so(images, start, tmp_path, monkeypatch):
+    origin, params = first_params(tuning(images, start, model__sos=False), tmp_path / "run", monkeypatch)
+    assert origin == f"weights of {start}, learnt with SOS, a new classifier"
+    np.testing.assert_array_equal(params["token_table"], igpt.load(start).model.token_table[...])
+
+
 def test_a_run_starts_from_weights_and_tokens_of_openai(tmp_path, monkeypatch, write_openai):
     prefix = write_openai()  # 5 x 5 tokens of 17 colours, with labels, and the clusters beside them
     clusters = tmp_path / "kmeans_centers.npy"

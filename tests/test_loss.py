@@ -17,6 +17,7 @@ from igpt.loss import (
     vote,
     wilson_interval,
 )
+from igpt.model import ModelConfig
 from tests.helpers import TINY_MODEL, random_model, random_tokens
 
 
@@ -39,8 +40,16 @@ def test_palette_id_0_is_a_colour_not_padding():
 
 
 def test_bits_per_dim_counts_every_byte_of_the_image():
-    assert np.isclose(bits_per_dim(np.log(2), tokens=64, height=8, width=8, channels=1), 1.0)
-    assert np.isclose(bits_per_dim(2.0895, 1024, 32, 32, 3), 3.0145 / 3, atol=1e-4)  # iGPT-S on ImageNet
+    model = ModelConfig(12, 2, 2, vocab_size=512, seq_len=1024)
+    assert np.isclose(bits_per_dim(np.log(2), dataclasses.replace(model, seq_len=64), 8, 8, 1), 1.0)
+    assert np.isclose(bits_per_dim(2.0895, model, 32, 32, 3), 3.0145 / 3, atol=1e-4)  # iGPT-S on ImageNet
+
+
+def test_bits_per_dim_without_sos_count_log2_v_for_the_first_pixel():
+    model = dataclasses.replace(TINY_MODEL, vocab_size=16, seq_len=9, sos=False)
+    assert np.isclose(bits_per_dim(3 * np.log(2), model, 3, 3, 1), (8 * 3 + 4) / 9)
+    uniform = np.log(16)  # the loss of a network that knows nothing: every pixel costs the same, the first one too
+    assert np.isclose(bits_per_dim(uniform, model, 3, 3, 1), 4)
 
 
 def test_marginal_entropy_is_the_loss_of_the_best_model_without_context():
@@ -101,6 +110,16 @@ def test_the_joint_loss_weights_its_parts_and_averages_over_masks(masks):
     np.testing.assert_allclose(values["classification_loss"], labels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(values["loss"], 0.5 * pixels.mean(axis=0) + 2.0 * labels.mean(axis=0), rtol=1e-5)
     np.testing.assert_array_equal(values["accuracy"], vote(jnp.asarray(classes), 5) == batch["label"])
+
+
+def test_without_sos_each_position_predicts_the_token_after_it():
+    model, params, batch = network_and_batch(sos=False)
+    values = make_loss(nnx.graphdef(model), generative=1.0, classification=1.0)(params, batch)
+    logits, normed = model(batch["tokens"]), model.normed(batch["tokens"])
+    pixels = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["tokens"][:, 1:]).mean(-1)
+    classes = cross_entropy(normed.mean(axis=1) @ model.classifier.kernel[...], batch["label"])
+    np.testing.assert_allclose(values["generative_loss"], pixels, rtol=1e-5)
+    np.testing.assert_allclose(values["classification_loss"], classes, rtol=1e-5)
 
 
 def test_only_the_heads_that_a_loss_uses_get_a_gradient():

@@ -35,7 +35,7 @@ def by_hand(model, tokens, keep=1.0):
         return x / x.sum(-1, keepdims=True)
 
     inputs = np.concatenate([np.full((len(tokens), 1), config.vocab_size), tokens[:, :-1]], axis=1)
-    if not config.causal:
+    if not (config.causal and config.sos):
         inputs = tokens
     h = params["token_table"][inputs] * np.expand_dims(keep, -1) + params["position_table"]
     features = []
@@ -78,6 +78,12 @@ def test_the_first_loss_is_exactly_ln_v():
     np.testing.assert_allclose(losses, np.log(512), atol=1e-6)
 
 
+def test_bert_reads_no_sos_and_a_network_without_it_needs_two_tokens():
+    assert ModelConfig(12, 2, 2, causal=False) == ModelConfig(12, 2, 2, causal=False, sos=False)
+    with pytest.raises(UserError, match=r"model\.seq_len is 1; it must be at least 2"):
+        dataclasses.replace(TINY_MODEL, sos=False, seq_len=1)
+
+
 def test_initialisation_has_the_released_standard_deviations():
     config = ModelConfig(width=256, depth=4, num_heads=4, vocab_size=512, seq_len=400)
     params = nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(0))))
@@ -102,6 +108,7 @@ def test_initialisation_has_the_released_standard_deviations():
         dict(),
         dict(use_bias=True),
         dict(causal=False),  # OpenAI's BERT graph, with nothing dropped
+        dict(sos=False),
         dict(scale_scores=False),
         dict(scale_scores_by_layer=True),
     ],

@@ -60,6 +60,15 @@ def test_a_completion_keeps_the_given_tokens_and_depends_on_them():
     np.testing.assert_array_equal(tokens[:, 5:], model(tokens).argmax(-1)[:, 5:])
 
 
+def test_without_sos_a_completion_goes_on_from_the_given_tokens():
+    model = random_model(dataclasses.replace(TINY_MODEL, sos=False))
+    for prefix in (np.array([[3], [5]], np.int32), np.tile(np.arange(12, dtype=np.int32) % 11, (2, 1))):
+        tokens = sample_tokens(model, prefix, image_keys(0, 2), Sampling(temperature=0.0))
+        given = prefix.shape[1]
+        np.testing.assert_array_equal(tokens[:, :given], prefix)
+        np.testing.assert_array_equal(tokens[:, given:], model(tokens).argmax(-1)[:, given - 1 : -1])
+
+
 def test_drawn_tokens_follow_the_models_distribution():
     model = random_model()
     count = 20_000
@@ -168,6 +177,12 @@ def test_a_bert_model_does_not_sample():
     model = random_model(dataclasses.replace(TINY_MODEL, causal=False))
     with pytest.raises(UserError, match="BERT objective"):
         sample_tokens(model, np.zeros((1, 0), np.int32), image_keys(0, 1))
+
+
+def test_a_model_without_sos_draws_no_first_pixel():
+    model = random_model(dataclasses.replace(TINY_MODEL, sos=False))
+    with pytest.raises(UserError, match=r"without SOS .*, so that it knows no first pixel; give .*--complete"):
+        sample_tokens(model, nothing(1), image_keys(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import train
 from igpt import state
+from igpt.config import Config
 from igpt.errors import UserError
 from tests.helpers import ROOT, losses, records
 
@@ -47,6 +50,19 @@ def test_bert_learns_dropped_pixels_from_ln_v_down_and_draws_no_samples(tiny_con
     output = capsys.readouterr().out
     assert "15% of the pixels, dropped (BERT): 6 steps of 8 images" in output
     assert "samples:" not in output and "igpt sample" not in output and "eval_probe.py" in output
+
+
+@pytest.mark.parametrize(("fields", "draws"), [({}, 1), ({"sos": False}, 0), ({"causal": False}, 0)], ids=str)
+def test_only_a_network_with_sos_draws_samples_while_it_trains(tiny_config, monkeypatch, fields, draws):
+    tiny_config.model.update(fields)
+    drawn = []
+    monkeypatch.setattr(train.load, "Pretrained", lambda *_: None)
+    monkeypatch.setattr(train.nnx, "merge", lambda *_: None)
+    monkeypatch.setattr(train, "sample_images", lambda *_: drawn.append(1) or np.zeros((3, 8, 8, 3), np.uint8))
+    run = SimpleNamespace(progress=SimpleNamespace(evaluated_step=6), has_ended_early=False)
+    config, others = Config.of(tiny_config, trains=True), [mock.MagicMock(**{"requested.return_value": False})] * 5
+    train.Evaluator(config, run, *others)({}, step=6)
+    assert len(drawn) == draws
 
 
 def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):

@@ -108,6 +108,9 @@ class ImageGPTPreTrainedModel:
         model = cls(config, seed=seed, dtype=dtype, params=params)
         for name in hf_weights.targets(weights.model).keys() - weights.tensors.keys():
             warnings.warn(f"{ref} has no {name}: it is initialised at random, train it before use", stacklevel=2)
+        if cls.head == "classes" and model.config.other.get("prepend_sos"):
+            recipe = "prepend it to input_ids and drop the last token (prepend_sos in config.json)"
+            warnings.warn(f"{ref} reads a start of sequence: {recipe}", stacklevel=2)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -116,7 +119,9 @@ class ImageGPTPreTrainedModel:
         partial = directory / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        config = ImageGPTConfig.from_dict(self.config.to_dict() | {"architectures": [ARCHITECTURES[self.head]]})
+        read = {"prepend_sos": False} if self.head == "classes" else {}  # a classifier reads what its processor gives
+        settings = read | self.config.to_dict() | {"architectures": [ARCHITECTURES[self.head]]}
+        config = ImageGPTConfig.from_dict(settings)
         config.save_pretrained(partial)
         prefix = "" if self.head == "none" else hf_weights.BASE
         write_safetensors(partial, hf_weights.named_tensors(self.params, self._network, prefix), "F32")

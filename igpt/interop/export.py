@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 
 from igpt.command import Parser, add_shared
+from igpt.data.settings import FILTERS
 from igpt.errors import UserError
-from igpt.files import check_new, read_json, write_new
+from igpt.files import check_new, read_json, write_new, write_text
 from igpt.interop import hf_weights
+from igpt.interop.card import card, notice
 from igpt.interop.hf_config import ImageGPTConfig, from_model_config, to_model_config
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, is_huggingface, load, parameter_fields, processor_of
@@ -30,6 +32,7 @@ def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
 
     transformers loads it without missing or unexpected weights. If the network has no biases, zeros are written. If a
     model has a classifier and a palette head, only the classifier is exported: transformers has no class with both.
+    README.md says what the model reads, unless that is what the documentation of transformers says.
     """
     check_new(out)
     directory = resolve(ref)
@@ -47,6 +50,8 @@ def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
         write_safetensors(folder, tensors, dtype)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if text := card(to_model_config(config, head)):
+            write_text(folder / "README.md", text)
 
     return write_new(out, write)
 
@@ -58,8 +63,10 @@ def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple
         return weights.config, processor_of(directory), weights.dtype
     path, network, palette = directory / ORIGIN, pretrained.model.config, pretrained.palette
     if not path.is_file():
-        height, width = pretrained.config.data.image_size
-        processor = ImageGPTImageProcessor(clusters=palette.centers.tolist(), size={"height": height, "width": width})
+        data, clusters = pretrained.config.data, palette.centers.tolist()
+        size = dict(zip(("height", "width"), data.image_size, strict=True))
+        resample = None if data.preprocess == "none" else FILTERS[data.filter]
+        processor = ImageGPTImageProcessor(clusters, size=size, resample=resample)
         return from_model_config(network, head), processor, "F32"
     origin = read_json(path)
     parts = (origin.get("config"), origin.get("preprocessor"))
@@ -80,4 +87,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args) -> None:
     """`igpt export`."""
     made = export(args.model, args.out, args.step)
-    print(f"wrote {made}: config.json, preprocessor_config.json and the weights")
+    model = hf_weights.open_directory(made).model
+    print(f"wrote {made}: config.json, preprocessor_config.json{', README.md' if card(model) else ''} and the weights")
+    if text := notice(model, made):
+        print(text)

@@ -202,6 +202,16 @@ RULES = (  # names of fields, the condition on their values, and the same condit
 )
 
 
+def reads_sos(config: ImageGPTConfig, head: str) -> bool:
+    """Whether the network of a directory reads the start of sequence; `head` is a key of ARCHITECTURES.
+
+    The key "prepend_sos" of our exports states it. Without the key, a classifier that transformers saved reads none,
+    because neither its processor nor its pipeline prepends one. All other networks read it.
+    """
+    stated = config.other.get("prepend_sos")
+    return stated if isinstance(stated, bool) else head != "classes" or "transformers_version" not in config.other
+
+
 def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -> ModelConfig:
     """The network that a configuration describes; `head` is a key of ARCHITECTURES."""
     return ModelConfig(
@@ -209,6 +219,7 @@ def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -
         vocab_size=config.vocab_size - 1,
         mlp_width=config.n_inner or 0,
         use_bias=True,
+        sos=reads_sos(config, head),
         pixel_head=head == "pixels",
         num_classes=config.num_labels if head == "classes" else 0,
         activation=SAME_ACTIVATION.get(config.activation_function, config.activation_function),
@@ -218,6 +229,8 @@ def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -
 
 def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
     """The configuration with which transformers computes the same as `model`; `head` is a key of ARCHITECTURES."""
+    # Only networks that read SOS and have no classifier lack the key: fine-tuned in transformers, they will read none.
+    stated = {"prepend_sos": model.sos} if head == "classes" or not model.sos else {}
     return ImageGPTConfig(
         **{theirs: getattr(model, ours) for ours, theirs in SAME_FIELD.items()},
         vocab_size=model.vocab_size + 1,
@@ -225,4 +238,5 @@ def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
         activation_function=model.activation,
         architectures=[ARCHITECTURES[head]],
         num_labels=model.num_classes if head == "classes" else DEFAULTS["num_labels"],
+        **stated,
     )

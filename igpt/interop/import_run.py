@@ -124,7 +124,8 @@ def _report(pretrained: Pretrained, made: Path) -> str:
         "next:",
     ]
     if model.pixel_head and model.causal:
-        lines.append(f"  igpt sample --model={made} --num=16 --out=samples.png")
+        what = "--num=16" if model.sos else "--complete=image.png"
+        lines.append(f"  igpt sample --model={made} {what} --out=samples.png")
     probe = "python eval_probe.py --config=configs/probe_digits.py --config.source=npz:images.npz"
     lines.append(f"  {probe} --model={made} --workdir={made}/probe")
     if not model.causal:

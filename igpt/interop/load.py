@@ -139,17 +139,19 @@ def starting_params(ref: str, mesh: Mesh) -> dict:
 
 
 def parameter_fields(model: ModelConfig) -> dict:
-    """The fields that determine the shapes and the meaning of the parameters."""
-    free = ("embedding_dropout", "residual_dropout", "attention_dropout", "dtype", "attention", "remat", "scan_layers")
+    """The fields that determine the shapes and the meaning of the parameters. Weights may change from SOS to none."""
+    free = ("sos", "embedding_dropout", "residual_dropout", "attention_dropout")
+    free += ("dtype", "attention", "remat", "scan_layers")
     return {name: value for name, value in vars(model).items() if name not in free}
 
 
-def check_same_network(ref: str, config: Config) -> None:
-    """Raises UserError unless a run of `config` can start from the weights of the model `ref`.
+def check_same_network(ref: str, config: Config) -> ModelConfig:
+    """Raises UserError unless a run of `config` can start from the weights of the model `ref`; returns its network.
 
-    The run may add a classifier, and may omit the classifier or the palette head of the model.
+    The run may add a classifier, may omit the classifier or the palette head, and may read SOS where `ref` reads none.
     """
-    theirs, ours = (parameter_fields(one.model) for one in (config_of(resolve(ref)), config))
+    there = config_of(resolve(ref)).model
+    theirs, ours = parameter_fields(there), parameter_fields(config.model)
     names = [name for name in ours if theirs[name] != ours[name] and name not in ("num_classes", "pixel_head")]
     if names:
         differing = "; ".join(f"{name} is {theirs[name]} there, {ours[name]} here" for name in names)
@@ -162,6 +164,7 @@ def check_same_network(ref: str, config: Config) -> None:
     if ours["pixel_head"] and not theirs["pixel_head"]:
         remedy = "set model.pixel_head=False and objective.generative=0 to learn classes only"
         raise UserError(f"init_from={ref} has no head for pixels; {remedy}, or start from a model that has one")
+    return there
 
 
 def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -> None:

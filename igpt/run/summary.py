@@ -20,7 +20,8 @@ def describe(workdir, origin: str, config: Config, model: ModelConfig, state, me
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # fewer, because files must be decoded
     tokens = palette.encode(source.train.images[:images])
-    marginal = marginal_entropy(tokens.reshape(len(tokens), -1), model.vocab_size)
+    predicted = tokens.reshape(len(tokens), -1)[:, model.first_predicted :]
+    marginal = marginal_entropy(predicted, model.vocab_size)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run      {workdir} ({origin})\n"
@@ -29,7 +30,7 @@ def describe(workdir, origin: str, config: Config, model: ModelConfig, state, me
         f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
         f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: {marginal:.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
-        f"{count:,} parameters\n"
+        f"{count:,} parameters{', reads no SOS' if model.first_predicted else ''}\n"
         f"learns   {learning_goal(config.objective, model)}: {config.train.steps:,} steps of "
         f"{config.train.batch_size} images\n"
         f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
@@ -81,5 +82,6 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
     if config.model.causal and config.objective.classification:
         print(f"  igpt export --model={workdir} --out=hf_classifier")
     elif config.model.causal:
-        print(f"  igpt sample --model={workdir} --num=16 --out=samples.png")
+        if config.model.sos:
+            print(f"  igpt sample --model={workdir} --num=16 --out=samples.png")
         print(f"  igpt sample --model={workdir} --complete=test --num=7 --out=completions.png")

@@ -11,7 +11,7 @@ from igpt import api
 from igpt.api import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
 from igpt.api.forward import forward
 from igpt.errors import UserError
-from igpt.interop import weight_files
+from igpt.interop import hf_weights, weight_files
 from igpt.sample import _generate
 from tests.helpers import API_SIZES, API_SOS, api_labels, api_tokens, write_run_config
 
@@ -99,6 +99,16 @@ def test_a_classifier_loads_generative_weights_with_a_new_head(causal, tmp_path)
     np.testing.assert_array_equal(classifier.params["token_table"], ours.params["token_table"])
     bare = ImageGPTModel.from_pretrained(tmp_path)
     assert "head" not in bare.params
+
+
+def test_a_saved_classifier_reads_no_sos_and_one_that_reads_it_warns(tmp_path):
+    classifier = ImageGPTForImageClassification(ImageGPTConfig(**API_SIZES))
+    classifier.save_pretrained(tmp_path / "ours")  # trained on what the processor gives
+    assert not hf_weights.open_directory(tmp_path / "ours").model.sos
+    classifier.config = ImageGPTConfig(**API_SIZES, prepend_sos=True)
+    classifier.save_pretrained(tmp_path / "exported")
+    with pytest.warns(UserWarning, match="reads a start of sequence: prepend it to input_ids and drop the last token"):
+        ImageGPTForImageClassification.from_pretrained(tmp_path / "exported")
 
 
 def test_a_new_model_is_initialised_by_the_scheme_of_transformers():

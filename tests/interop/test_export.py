@@ -92,15 +92,45 @@ def test_a_run_of_ours_computes_the_same_in_transformers(tmp_path, fields):
     np.testing.assert_allclose(ours(jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pixel_head", [True, False])
-def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_head):
-    run = write_imported_run(tmp_path / "run", num_classes=5, pixel_head=pixel_head)
+@pytest.mark.parametrize(("pixel_head", "sos"), [(True, True), (False, True), (True, False)])
+def test_a_classifier_of_ours_computes_the_same_in_transformers(tmp_path, pixel_head, sos):
+    run = write_imported_run(tmp_path / "run", num_classes=5, pixel_head=pixel_head, sos=sos)
     theirs = load_hf_strictly(export(run, tmp_path / "hf"), "classes")
-    inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1)
+    inputs = np.concatenate([np.full((2, 1), 17), TOKENS[:, :-1]], axis=1) if sos else TOKENS
     with torch.no_grad():
         expected = theirs(torch.from_numpy(inputs)).logits.numpy()
     assert expected.shape == (2, 5)
     np.testing.assert_allclose(igpt.load(run).model.classify(jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_network_without_sos_comes_back_as_one(tmp_path, classes):
+    run = write_imported_run(tmp_path / "run", num_classes=classes, sos=False, use_bias=True)
+    out = export(run, tmp_path / "hf")
+    back = import_directory(out, tmp_path / "back")
+    assert_same_files(out, export(back, tmp_path / "again"), (*FILES, "README.md"))
+    one, *others = (igpt.load(ref).model for ref in (run, out, back))
+    for other in others:
+        assert not other.config.sos
+        np.testing.assert_array_equal(one.features(jnp.asarray(TOKENS)), other.features(jnp.asarray(TOKENS)))
+
+
+def test_a_classifier_of_transformers_is_read_as_its_pipeline_feeds_it(tmp_path):
+    there = save_hf_model(tmp_path / "hf", hf_model("classes"))
+    with torch.no_grad():
+        expected = load_hf_strictly(there, "classes")(torch.from_numpy(TOKENS)).logits.numpy()
+    for ref in (there, import_directory(there, tmp_path / "run")):
+        ours = igpt.load(ref).model.classify(jnp.asarray(TOKENS))
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_an_earlier_import_of_a_classifier_is_exported_as_it_came(tmp_path):
+    there = save_hf_model(tmp_path / "hf", hf_model("classes"))
+    run = import_directory(there, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    del config["model"]["sos"]  # as before the field, when every network was read with the SOS
+    (run / "config.json").write_text(json.dumps(config))
+    assert_same_files(there, export(run, tmp_path / "back"))
 
 
 def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):

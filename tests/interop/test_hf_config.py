@@ -83,6 +83,23 @@ def test_every_network_survives_conversion_in_both_directions(activation):
         assert to_model_config(from_model_config(model, head), head) == model
 
 
+@pytest.mark.parametrize(
+    ("head", "stated", "reads"),
+    [
+        ("pixels", {}, True),
+        ("none", {"transformers_version": "5.23.0"}, True),
+        ("classes", {"transformers_version": "5.23.0"}, False),  # trained there, where nobody prepends the SOS
+        ("classes", {}, True),  # an export of ours before the key
+        ("classes", {"transformers_version": "5.23.0", "prepend_sos": True}, True),  # an export that was saved there
+        ("pixels", {"prepend_sos": False}, False),
+        ("pixels", {"prepend_sos": "no"}, True),
+    ],
+)
+def test_the_config_says_whether_a_network_reads_the_sos(head, stated, reads):
+    model = to_model_config(ImageGPTConfig.from_dict(SMALL | stated), head)
+    assert model.sos == reads and to_model_config(from_model_config(model, head), head) == model
+
+
 def test_every_setting_reaches_the_network():
     settings = dict(n_inner=46, activation_function="swish", num_labels=5, layer_norm_epsilon=1e-3)
     settings |= dict(embd_pdrop=0.2, resid_pdrop=0.3, attn_pdrop=0.4)

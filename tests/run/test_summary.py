@@ -1,10 +1,15 @@
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from igpt.config import ObjectiveConfig
-from igpt.run.summary import learning_goal
-from tests.helpers import TINY_MODEL
+from configs import base
+from igpt.config import Config, ObjectiveConfig
+from igpt.data.examples import ArrayImages, Source, Split
+from igpt.run.summary import describe, learning_goal
+from igpt.sharding import make_mesh
+from tests.helpers import GREY_PALETTE, TINY_MODEL
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,17 @@ def test_the_summary_names_each_objective_and_every_weight_but_1(generative, cla
     objective = ObjectiveConfig(generative, classification)
     model = dataclasses.replace(TINY_MODEL, causal=causal, num_classes=7)
     assert learning_goal(objective, model) == text
+
+
+@pytest.mark.parametrize(("sos", "marginal", "said"), [(True, 2 / 64, False), (False, 1 / 63, True)])
+def test_the_marginal_is_that_of_the_tokens_that_the_network_predicts(capsys, sos, marginal, said):
+    tokens = np.zeros((4, 8, 8), np.int64)
+    tokens[:2, 0, :2] = 5  # only the first two pixels vary, by one bit each
+    source = Source("it", *[Split(ArrayImages(GREY_PALETTE.decode(tokens)), None)] * 3, channels=1)
+    config = base.get_config()
+    config.palette.colors, config.model.sos = 17, sos
+    config = Config.of(config, trains=True)
+    state = SimpleNamespace(params={})
+    describe("run", "fresh", config, config.network(), state, make_mesh(), source, GREY_PALETTE)
+    printed = capsys.readouterr().out
+    assert f"marginal: {marginal * np.log(2):.4f}" in printed and ("reads no SOS" in printed) == said
