@@ -60,7 +60,7 @@ def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple
     if not path.is_file():
         height, width = pretrained.config.data.image_size
         processor = ImageGPTImageProcessor(clusters=palette.centers.tolist(), size={"height": height, "width": width})
-        return from_model_config(network, head), processor, "F32"
+        return from_model_config(network, head, pretrained.class_names), processor, "F32"
     origin = read_json(path)
     parts = (origin.get("config"), origin.get("preprocessor"))
     if not all(isinstance(part, dict) for part in parts) or origin.get("weights") not in FLOATS:

@@ -6,10 +6,11 @@ Decisions that must be the same on all processes are made here. Only process 0 w
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from igpt.config import Config
+from igpt.data.classes import save_names
 from igpt.errors import UserError
 from igpt.files import check_workdir, read_json, storage_errors, write_json
 from igpt.palette import Palette
@@ -81,8 +82,11 @@ class RunDirectory:
         return self.first_step if self.has_ended_early else self.config.train.steps
 
     @contextlib.contextmanager
-    def opened(self, palette: Palette) -> Iterator[checkpoint.Checkpoints]:
-        """Writes configuration and palette, and yields the run's Checkpoints. Raises StorageError if a write fails."""
+    def opened(self, palette: Palette, class_names: Sequence[str] | None = None) -> Iterator[checkpoint.Checkpoints]:
+        """Writes configuration, palette and class names, and yields the run's Checkpoints. StorageError if that fails.
+
+        class_names: those of the classifier's outputs. A directory with a config.json has them all.
+        """
         barrier()  # process 0 renames an old run only after all processes have read it
         with storage_errors(self.path):
             if is_first_process():
@@ -91,6 +95,8 @@ class RunDirectory:
                 self.path.mkdir(parents=True, exist_ok=True)
             check_shared(self.path)
             if is_first_process():
+                if class_names:
+                    save_names(class_names, self.path)
                 save_config(self.config, self.path)
                 palette.save(self.path / "palette.npy")
                 if self.last_step > self.first_step or self.evaluation_is_missing:
