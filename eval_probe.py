@@ -55,7 +55,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     with locked(workdir), scratch_folder(workdir) as folder:
         # Compute features and fit them: first the baselines, then every checkpoint. The last gives the main results.
         probe, checkpoints = Probe(config, source, layers, mesh, Path(folder)), []
-        results = {"model": str(ref), "step": None, "source": source.name}
+        results = {"model": str(ref), "step": None, "source": source.name, "class_names": source.class_names}
         if config.baselines:
             pixels = probe.pixels()
             results["raw_pixels"] = probe.fit(pixels, [0])

@@ -25,6 +25,7 @@ from igpt import finetune
 from igpt.command import Parser
 from igpt.config import Config
 from igpt.data.batches import Augmentation, Drops, TrainBatches, eval_batches
+from igpt.data.classes import load_names
 from igpt.data.examples import SPLITS, Source
 from igpt.data.palette_fit import fit
 from igpt.data.sources import open_source
@@ -72,7 +73,7 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
     program = build_program(config, mesh)
 
     # The palette turns the source's images into tokens. The seed and the step determine every batch.
-    source = finetune.labelled(run.same_images(open_source(config.data)), config)
+    source = finetune.labelled(run.same_images(open_source(config.data)), config, *known_classes(config, run))
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
 
@@ -80,7 +81,8 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
     state, origin = starting_state(config, run, program)
 
     # From here on the run writes files.
-    with StopSignal() as signal, run.opened(palette) as checkpoints, storage_errors(run.path), jax.set_mesh(mesh):
+    opened = run.opened(palette, finetune.output_names(source, config))
+    with StopSignal() as signal, opened as checkpoints, storage_errors(run.path), jax.set_mesh(mesh):
         describe(run.path, origin, config, program.model, state, mesh, source, palette)
         started = time.perf_counter()
         profile = Profile(run.path, train.profile_at, train.steps)
@@ -127,6 +129,13 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
         evaluation |= test_classifier(config, run, program, source, palette)
     farewell(run, step, evaluation, time.perf_counter() - started, source)
     return evaluation
+
+
+def known_classes(config: Config, run: RunDirectory) -> tuple[tuple[str, ...] | None, str]:
+    """The class names that the classifier already has, and whose they are: the resumed run's, or those of init_from."""
+    if run.is_resumed:
+        return load_names(run.path), str(run.path)
+    return load.class_names_of(resolve(config.init_from)) if config.init_from else None, f"init_from={config.init_from}"
 
 
 def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette:
@@ -250,7 +259,8 @@ def test_classifier(config: Config, run: RunDirectory, program: TrainProgram, so
         images = {name: len(getattr(source, name)) for name in SPLITS}
         accuracy = run.progress.best_accuracy
         details = {"source": source.name, "images": images, "step": step, "validation_accuracy": accuracy}
-        return {"test/accuracy": finetune.report(run.path, counts, details)["test_accuracy"]}
+        results = finetune.report(run.path, counts, details, finetune.output_names(source, config))
+        return {"test/accuracy": results["test_accuracy"]}
 
 
 def parser() -> Parser:

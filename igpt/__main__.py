@@ -1,4 +1,4 @@
-"""Image GPT: sample, complete, evaluate and convert models, and prepare images for them.
+"""Image GPT: sample, complete, classify, evaluate and convert models, and prepare images for them.
 
     igpt sample --model=runs/digits --num=16 --out=samples.png
     igpt SUB-COMMAND --help
@@ -17,6 +17,7 @@ from igpt.errors import UserError, reported
 COMMANDS = {  # sub-command -> (module, one line of help)
     "sample": ("igpt.sample", "sample images from a model, or complete given images"),
     "evaluate": ("igpt.evaluate", "measure the loss and the accuracy of a model on a data set"),
+    "predict": ("igpt.predict", "name the classes of image files"),
     "palette": ("igpt.data.palette_fit", "fit a palette of colours to a source of images"),
     "prepare": ("igpt.data.prepare", "encode a source of images as tokens on disk, for fast training"),
     "export": ("igpt.interop.export", "write a model as a Hugging Face directory"),

@@ -7,14 +7,18 @@ Compare the second command's loss with OpenAI's README: 2.0895 for iGPT-S on Ima
 devices. With several processes, start the command in each process.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.batches import Drops, eval_batches
-from igpt.data.examples import Split, check_classes
+from igpt.data.classes import class_counts, full_names, listed, with_classes
+from igpt.data.examples import SPLITS, Split, check_classes
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import write_json
@@ -26,28 +30,34 @@ from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, rep
 from igpt.state import run_batches
 
 
-def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int = 5, mesh: Mesh | None = None) -> dict:
-    """Returns means over a split: loss (nats per token, with standard error), accuracy (with its 95 % interval).
+def evaluate(
+    pretrained: Pretrained, split: Split | Sequence[Split], batch_size: int, masks: int = 5, mesh: Mesh | None = None
+) -> dict:
+    """Returns means over one or several splits: loss (nats per token, with its standard error), accuracy.
 
-    A BERT network runs once for each of `masks` masks: it predicts the dropped positions, and the masks vote on the
-    class. `mesh` is the mesh that the model was loaded onto. Raises UserError if none of the model's heads can be
-    tested on the split.
+    The accuracy comes with its 95 % interval and by class, {name: accuracy}, for the classes that have images. A BERT
+    network runs once for each of `masks` masks: it predicts the dropped positions, and the masks vote on the class.
+    `mesh` is the mesh that the model was loaded onto. Raises UserError if none of the model's heads can be tested on
+    the split.
     """
     mesh = mesh or one_device()
     batch_size += -batch_size % batch_shards(mesh)
     model, objective, data = pretrained.model.config, pretrained.config.objective, pretrained.config.data
     graph, params = nnx.split(pretrained.model)
-    classifies = bool(model.num_classes) and split.labels is not None
+    splits = [split] if isinstance(split, Split) else split
+    classifies = bool(model.num_classes) and all(part.labels is not None for part in splits)
     if not (model.pixel_head or classifies):
         raise UserError("this model has no head that these images could test: it gives features only; probe them")
     loss = make_loss(graph, float(model.pixel_head), float(classifies))
 
     @jax.jit
     def losses_of_images(params, batch):
-        return jax.tree.map(replicate, loss(params, batch) | {"mask": batch["mask"]})
+        given = {name: batch[name] for name in ("mask", "label") if name in batch}
+        return jax.tree.map(replicate, loss(params, batch) | given)
 
     drops = None if model.causal else Drops(objective.drop_rate, masks)
-    batches = eval_batches(split, pretrained.palette, batch_size, process_rows(batch_size, mesh), drops)
+    rows = process_rows(batch_size, mesh)
+    batches = (batch for part in splits for batch in eval_batches(part, pretrained.palette, batch_size, rows, drops))
     with jax.set_mesh(mesh):
         parts = list(run_batches(losses_of_images, params, batches, batch_size, mesh))
     real = np.concatenate([part["mask"] for part in parts]) > 0
@@ -63,14 +73,25 @@ def evaluate(pretrained: Pretrained, split: Split, batch_size: int, masks: int =
         correct = int(each["accuracy"].sum())
         results["classification_loss"] = float(each["classification_loss"].mean())
         results |= {"accuracy": correct / results["images"], "interval": wilson_interval(correct, results["images"])}
+        names = full_names(pretrained.class_names, model.num_classes)
+        results["accuracy_by_class"] = accuracy_by_class(each["label"], each["accuracy"], names)
     return results
+
+
+def accuracy_by_class(labels: Int[np.ndarray, "N"], correct: Float[np.ndarray, "N"], names: Sequence[str]) -> dict:
+    """The mean of `correct` (1.0 or 0.0) for each class that has images: {names[label]: mean}."""
+    classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    means = np.bincount(index, weights=correct) / counts
+    known = dict(enumerate(names))
+    return {known.get(label, str(label)): mean for label, mean in zip(classes.tolist(), means.tolist(), strict=True)}
 
 
 def add_arguments(parser: Parser) -> None:
     add_shared(parser, "model", "step")
     parser.add_argument("--source", help="images, written as data.source (default: the model's training data)")
     parser.add_argument("--preprocess", help="none, shrink or crop (default: as in training)")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default test)")
+    which = "all: every image of the source (default test)"
+    parser.add_argument("--split", default="test", choices=(*SPLITS, "all"), help=which)
     parser.add_argument("--masks", type=at_least(1), default=5, help="masks per image, for BERT (default 5)")
     add_shared(parser, "data_dir", "batch_size", "json", "fsdp", "tensor")
     cluster.add_process_arguments(parser)
@@ -84,15 +105,17 @@ def run(args) -> None:
     settings = data_settings(shapes.config, source=args.source, preprocess=args.preprocess, data_dir=args.data_dir)
     if not settings.source:
         raise UserError(f"{args.model} was not trained here, so that its images are not known; give --source")
-    source = open_source(settings)
+    source = with_classes(open_source(settings, whole=args.split == "all"), shapes.class_names, args.model)
     check_same_palette(shapes.palette, args.model, source.palette, f"--source={source.name}")
-    split = getattr(source, args.split)
-    if shapes.model.config.num_classes and split.labels is not None:
-        check_classes([split], shapes.model.config.num_classes)
+    splits = [*source.splits().values()] if args.split == "all" else [source.splits()[args.split]]
+    if shapes.model.config.num_classes and all(split.labels is not None for split in splits):
+        check_classes(splits, shapes.model.config.num_classes)
+        if cluster.is_first_process():
+            print(f"{'classes':<20}{class_counts(source)}", flush=True)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(directory, args.step, mesh)
     results = {"model": args.model, "step": pretrained.step, "source": source.name, "split": args.split}
-    results |= evaluate(pretrained, split, args.batch_size, args.masks, mesh)
+    results |= evaluate(pretrained, splits, args.batch_size, args.masks, mesh)
     if not cluster.is_first_process():
         return
     if args.json:
@@ -101,4 +124,6 @@ def run(args) -> None:
         except OSError as error:
             raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
     for name, value in results.items():
+        if isinstance(value, dict):
+            value = listed([f"{part}: {share:.4f}" for part, share in value.items()])
         print(f"{name:<20}{value}")

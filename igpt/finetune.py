@@ -5,6 +5,7 @@ Other modules have the classifier (igpt/model.py), the joint loss (igpt/loss.py)
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Int
 
 from igpt.config import Config
 from igpt.data.batches import Drops, eval_batches
+from igpt.data.classes import full_names, with_classes
 from igpt.data.examples import Source, check_labels, few_labels
 from igpt.files import write_json
 from igpt.loss import masks_of, vote, wilson_interval
@@ -26,12 +28,14 @@ from igpt.sharding import process_rows, replicate
 from igpt.state import run_batches
 
 
-def labelled(source: Source, config: Config) -> Source:
+def labelled(source: Source, config: Config, names: Sequence[str] | None = None, whose: str | Path = "") -> Source:
     """The source with only `data.labels_per_class` training images of each class (0: all images).
 
-    Raises UserError if labels are missing, or if they do not fit the number of classes.
+    `names` are those of the classes that the classifier of the model `whose` already knows. Labels are numbered like
+    them. Raises UserError if labels are missing, or if they do not fit these classes or their number.
     """
     if config.objective.classification:
+        source = with_classes(source, names, whose)
         tested = [source.test] if source.test.labels is not None else []
         check_labels(source.train, source.validation, *tested, num_classes=config.model.num_classes)
     if not config.data.labels_per_class:
@@ -71,7 +75,15 @@ def confusion(
         return sum(np.asarray(one).astype(np.int64) for one in counts)
 
 
-def report(workdir: Path, counts: Int[np.ndarray, "C C"], details: dict) -> dict:
+def output_names(source: Source, config: Config) -> tuple[str, ...] | None:
+    """The class names of the classifier's outputs, or None if there is no classifier, or the source has no names."""
+    classes = config.model.num_classes
+    return full_names(source.class_names, classes) if classes and source.class_names else None
+
+
+def report(
+    workdir: Path, counts: Int[np.ndarray, "C C"], details: dict, class_names: Sequence[str] | None = None
+) -> dict:
     """Writes test accuracy, its 95 % interval and the confusion matrix to finetune.json, and draws confusion.png."""
     correct, total = int(np.trace(counts)), int(counts.sum())
     results = details | {
@@ -79,7 +91,9 @@ def report(workdir: Path, counts: Int[np.ndarray, "C C"], details: dict) -> dict
         "interval": wilson_interval(correct, total),
         "confusion": counts.tolist(),
     }
+    if class_names:
+        results["class_names"] = list(class_names)
     if is_first_process():
         write_json(workdir / "finetune.json", results)
-        confusion_picture(counts, workdir / "confusion.png")
+        confusion_picture(counts, workdir / "confusion.png", class_names)
     return results

@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def save_png(picture: np.ndarray, path) -> None:
         Image.fromarray(picture).save(file, format="PNG")
 
 
-def confusion_picture(counts: np.ndarray, path) -> None:
+def confusion_picture(counts: np.ndarray, path, class_names: Sequence[str] | None = None) -> None:
     """Draws a confusion matrix of counts, [true class, predicted class]. Shades show shares of the true class."""
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     accuracy = np.trace(counts) / counts.sum()
@@ -78,6 +79,11 @@ def confusion_picture(counts: np.ndarray, path) -> None:
         axes.set(xlabel="predicted class", ylabel="true class", title=f"test accuracy {accuracy:.2%}")
         if len(counts) <= 20:
             axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+            if class_names:
+                names = [name if len(name) <= 20 else f"{name[:19]}..." for name in class_names]
+                names = [name.replace("$", r"\$") for name in names]  # "$" would begin a formula
+                axes.set_xticklabels(names, rotation=90)
+                axes.set_yticklabels(names)
             for (row, column), count in np.ndenumerate(counts):
                 if count:
                     color = "white" if shares[row, column] > 50 else "black"

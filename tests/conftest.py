@@ -45,6 +45,23 @@ def write_npz(tmp_path):
     return write
 
 
+@pytest.fixture(scope="session")
+def named_run(tmp_path_factory):
+    """(a run with a random classifier of three named classes, its images [N, 4, 5], their labels)."""
+    from igpt.data.classes import save_names
+    from igpt.run import checkpoint
+    from igpt.run.directory import load_config
+    from tests.helpers import grey_pictures, random_params, write_run
+
+    images, labels = grey_pictures()
+    folder, names = tmp_path_factory.mktemp("named"), ("dark", "medium", "light")
+    np.savez(folder / "images.npz", images=images, labels=labels, names=names)
+    run = write_run(folder / "run", f"npz:{folder}/images.npz", steps=(), num_classes=3)
+    checkpoint.save_params(run, random_params(load_config(run).network()), step=2)
+    save_names(names, run)
+    return run, images, labels
+
+
 @pytest.fixture
 def write_openai(tmp_path):
     """write_openai(trX=...) writes a small data set in OpenAI's files; returns its PREFIX. None leaves a file out."""

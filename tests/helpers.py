@@ -23,7 +23,9 @@ from PIL import Image
 from configs import base, probe_digits
 from igpt.config import Config
 from igpt.data import sources
+from igpt.data.examples import ArrayImages, Split
 from igpt.data.images import decode
+from igpt.interop.load import Pretrained
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig
 from igpt.optim import make_optimizer
@@ -83,6 +85,16 @@ def with_config(model, **changes):
 
 def random_tokens(config=TINY_MODEL, batch=3, seed=7):
     return jax.random.randint(jax.random.key(seed), (batch, config.seq_len), 0, config.vocab_size)
+
+
+def pretrained_and_split(count=23, labels=True, **changes):
+    """A random model of 1 x 13 tokens, random images with three classes in turn, and their tokens."""
+    palette = Palette(np.linspace(-1, 1, 11)[:, None].repeat(3, axis=1))
+    network = dataclasses.replace(TINY_MODEL, **changes)
+    config = Config.of_network(network, (1, 13), 1)
+    tokens = np.random.default_rng(0).integers(0, 11, (count, 1, 13))
+    split = Split(ArrayImages(palette.decode(tokens)), np.arange(count, dtype=np.int32) % 3 if labels else None)
+    return Pretrained(config, random_model(network), palette), split, tokens[:, 0]
 
 
 # ---- run directories
@@ -174,6 +186,7 @@ def write_run(path, source, steps=(2, 4), on_unreadable="stop", **model):
     config.data.update(source=source, image_size=(PROBE_HEIGHT, PROBE_WIDTH), on_unreadable=on_unreadable)
     config.palette.colors = 17
     config.model.update(dict(width=16, depth=3, num_heads=2) | model)
+    learn_with_heads(config)
     path.mkdir()
     save_config(Config.of(config), path)
     GREY_PALETTE.save(path / "palette.npy")
@@ -256,6 +269,34 @@ def png_file(width, height, *chunks, depth=8, color=2) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
+def tiff_file(width, height, content=b"", bits=(8,), photometric=1, kind=1, tile=None) -> bytes:
+    """An uncompressed little-endian TIFF file with any header. `kind`: 1 unsigned, 2 signed, 3 floats."""
+    strips = {278: [height], 273: [0], 279: [len(content)]}
+    if tile:
+        strips = {322: [tile], 323: [tile], 324: [0], 325: [len(content)]}
+    tags = {
+        256: [width],
+        257: [height],
+        258: [*bits],
+        259: [1],
+        262: [photometric],
+        277: [len(bits)],
+        339: [kind] * len(bits),
+    }
+    tags = dict(sorted((tags | strips).items()))
+    end = 8 + 2 + 12 * len(tags) + 4
+    values, entries = b"", b""
+    for tag, numbers in tags.items():
+        at = end + len(values)
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        values += packed if len(numbers) > 1 else b""
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + (packed if len(numbers) == 1 else struct.pack("<I", at))
+    start = struct.pack("<I", end + len(values))
+    for tag in (273, 324):
+        entries = entries.replace(struct.pack("<HHII", tag, 4, 1, 0), struct.pack("<HHI", tag, 4, 1) + start)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + values + content
+
+
 @functools.cache
 def lossless_images():
     """name -> (a file, its pixels), for every lossless mode that we read."""
@@ -280,6 +321,7 @@ def lossless_images():
     cut = rgb.copy()
     cut.putalpha(Image.fromarray(hard))
     color = tuple(map(int, colors[3, 4]))
+    deep, deep_big_endian = Image.fromarray(RANDOM_16_BITS), Image.fromarray(RANDOM_16_BITS.astype(">u2"))
     by_index = np.arange(0, 256, 16, dtype=np.uint8)
     frames = dict(save_all=True, append_images=[Image.new("RGB", (RGB_WIDTH, RGB_HEIGHT), "red")], duration=9)
     gif_frames = dict(save_all=True, append_images=[Image.new("P", (RGB_WIDTH, RGB_HEIGHT), 1)])
@@ -308,6 +350,15 @@ def lossless_images():
         "png RGBA": (encode_image(rgba), on_white(colors, alpha)),
         "png I;16": (encode_image(Image.fromarray(RANDOM_16_BITS)), grey_to_rgb(np.round(RANDOM_16_BITS / 257))),
         "png animated": (encode_image(rgb, **frames), colors),
+        "tiff 1": (encode_image(Image.fromarray(gray > 127), "TIFF"), grey_to_rgb((gray > 127) * 255)),
+        "tiff L": (encode_image(luma, "TIFF", compression="tiff_lzw"), grey_to_rgb(gray)),
+        "tiff LA": (encode_image(la, "TIFF"), on_white(grey_to_rgb(gray), alpha)),
+        "tiff P": (encode_image(indexed(), "TIFF", compression="packbits"), table[indices]),
+        "tiff RGB": (encode_image(rgb, "TIFF", compression="tiff_adobe_deflate"), colors),
+        "tiff RGBA": (encode_image(rgba, "TIFF"), on_white(colors, alpha)),
+        "tiff I;16": (encode_image(deep, "TIFF"), grey_to_rgb(np.round(RANDOM_16_BITS / 257))),
+        "tiff I;16B": (encode_image(deep_big_endian, "TIFF"), grey_to_rgb(np.round(RANDOM_16_BITS / 257))),
+        "tiff of two pages": (encode_image(rgb, "TIFF", save_all=True, append_images=[luma]), colors),
         "bmp 1": (encode_image(Image.fromarray(gray > 127), "BMP"), grey_to_rgb((gray > 127) * 255)),
         "bmp L": (encode_image(luma, "BMP"), grey_to_rgb(gray)),
         "bmp P": (encode_image(indexed(), "BMP"), table[indices]),
@@ -374,16 +425,20 @@ def load_hf_strictly(directory, head):
     return model.eval()
 
 
+def random_params(model):
+    """Parameters of a network, none of them zero."""
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ImageGPT(model, nnx.Rngs(0)))))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jax.device_put(0.2 * rng.standard_normal(leaf.shape, np.float32)), params)
+
+
 def write_imported_run(directory, **fields):
     """Writes a run directory with parameters only, as an import does; they are random, none of them zero."""
     model = ModelConfig(**dict(width=22, depth=3, num_heads=2, vocab_size=17, seq_len=35, mlp_width=46) | fields)
-    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ImageGPT(model, nnx.Rngs(0)))))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jax.device_put(0.2 * rng.standard_normal(leaf.shape, np.float32)), params)
     directory.mkdir()
     save_config(Config.of_network(model, HF_IMAGE_SIZE, 3), directory)
     Palette(HF_CLUSTERS).save(directory / "palette.npy")
-    checkpoint.save_params(directory, params, step=3)
+    checkpoint.save_params(directory, random_params(model), step=3)
     return directory
 
 

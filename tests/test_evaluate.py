@@ -1,28 +1,19 @@
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from igpt.__main__ import main as run_igpt
-from igpt.config import Config, ObjectiveConfig
+from igpt.config import ObjectiveConfig
 from igpt.data.batches import Drops
-from igpt.data.examples import ArrayImages, Split
+from igpt.data.examples import Split
 from igpt.errors import UserError
 from igpt.evaluate import evaluate
-from igpt.interop.load import Pretrained
-from igpt.palette import Palette
-from tests.helpers import TINY_MODEL, random_model
-
-
-def pretrained_and_split(count=23, labels=True, **changes):
-    palette = Palette(np.linspace(-1, 1, 11)[:, None].repeat(3, axis=1))
-    network = dataclasses.replace(TINY_MODEL, **changes)
-    config = Config.of_network(network, (1, 13), 1)
-    tokens = np.random.default_rng(0).integers(0, 11, (count, 1, 13))
-    split = Split(ArrayImages(palette.decode(tokens)), np.arange(count, dtype=np.int32) % 3 if labels else None)
-    return Pretrained(config, random_model(network), palette), split, tokens[:, 0]
+from tests.helpers import pretrained_and_split
 
 
 def nats(logits, tokens):
@@ -56,8 +47,57 @@ def test_a_classifier_is_tested_if_there_are_labels():
     results = evaluate(pretrained, split, 10)
     correct = np.argmax(pretrained.model.classify(jnp.asarray(tokens)), -1) == split.labels
     assert results["accuracy"] == correct.mean() and results["interval"][0] < correct.mean() < results["interval"][1]
+    right = {str(label): float(np.asarray(correct)[split.labels == label].mean()) for label in range(3)}
+    assert results["accuracy_by_class"] == pytest.approx(right)
+    named = pretrained._replace(class_names=("ant", "bee", "cat"))
+    assert list(evaluate(named, split, 10)["accuracy_by_class"]) == ["ant", "bee", "cat"]
     unlabelled = evaluate(pretrained, Split(split.images, None), 10)
     assert "accuracy" not in unlabelled and unlabelled["loss"] == pytest.approx(results["loss"])
+
+
+def test_several_splits_are_evaluated_as_one():
+    pretrained, split, _ = pretrained_and_split(num_classes=3)
+    parts = [split.take(indices) for indices in (np.arange(7), np.arange(0), np.arange(7, 23))]
+    found, expected = evaluate(pretrained, parts, 10), evaluate(pretrained, split, 10)
+    assert found.keys() == expected.keys() and found["accuracy_by_class"] == expected["accuracy_by_class"]
+    assert found["loss"] == pytest.approx(expected["loss"]) and found["images"] == 23
+
+
+def figures_of(capsys, run, out, *flags):
+    run_igpt(["evaluate", f"--model={run}", f"--json={out}", *flags])
+    return json.loads(out.read_text()), capsys.readouterr().out
+
+
+def test_the_command_maps_the_classes_of_another_source_by_name(named_run, write_npz, tmp_path, capsys):
+    run, images, labels = named_run
+    names, out = ("dark", "medium", "light"), tmp_path / "figures.json"
+    by_name, _ = figures_of(capsys, run, out, "--split=all")
+    assert by_name["images"] == len(images) and list(by_name["accuracy_by_class"]) == list(names)
+    path = write_npz(images=images, labels=2 - labels, names=names[::-1])
+    figures, said = figures_of(capsys, run, out, "--split=all", f"--source=npz:{path}")
+    assert figures["accuracy"] == by_name["accuracy"] and "classes             3 (dark: " in said
+    some = labels > 0  # only medium and light, which the source numbers 0 and 1
+    path = write_npz(images=images[some], labels=labels[some] - 1, names=names[1:])
+    figures, _ = figures_of(capsys, run, out, "--split=all", f"--source=npz:{path}")
+    del by_name["accuracy_by_class"]["dark"]
+    assert figures["images"] == some.sum() and figures["accuracy_by_class"] == by_name["accuracy_by_class"]
+    path = write_npz(images=images, labels=labels, names=("dark", "grey", "light"))
+    with pytest.raises(SystemExit):
+        run_igpt(["evaluate", f"--model={run}", f"--source=npz:{path}"])
+    lists = "has the classes dark, medium, light; .* has dark, grey, light"
+    assert re.search(f"{run} does not know 1 classes of npz:.*: grey. It {lists}", capsys.readouterr().err)
+    path = write_npz(images=images, labels=labels)  # without names, numbers count
+    figures, _ = figures_of(capsys, run, out, "--split=all", f"--source=npz:{path}")
+    assert figures["accuracy"] == by_name["accuracy"]
+
+
+def test_a_folder_of_one_image_is_evaluated_whole(named_run, tmp_path, capsys):
+    run, images, labels = named_run
+    path = tmp_path / "photos" / "light" / "a.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(images[np.argmax(labels == 2)]).save(path)
+    figures, _ = figures_of(capsys, run, tmp_path / "out.json", "--split=all", f"--source=folder:{tmp_path}/photos")
+    assert figures["images"] == 1 and list(figures["accuracy_by_class"]) == ["light"] and figures["split"] == "all"
 
 
 def test_bert_predicts_what_its_masks_drop_without_bits_per_dim():

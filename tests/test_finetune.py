@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import train
 from configs import base
 from igpt import finetune
 from igpt.__main__ import main as run_igpt
+from igpt.config import Config
 from igpt.data import sources
 from igpt.data.arrays import split_indices
 from igpt.data.batches import Drops
@@ -45,16 +47,17 @@ from tests.helpers import (
 
 # Every model that a test starts from has these fields; the others are those of write_imported_run.
 NETWORK = dict(depth=2, use_bias=True)
+NAMES = ("night", "dusk", "day")  # in no order of the alphabet
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """An .npz of 97 images in three classes, which differ in brightness."""
+    """An .npz of 97 images in three classes with names, which differ in brightness."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 97)
     pixels = rng.normal(50 + 80 * labels[:, None, None, None], 50, (97, *HF_IMAGE_SIZE, 3))
     path = tmp_path_factory.mktemp("images") / "images.npz"
-    np.savez(path, images=pixels.clip(0, 255).astype(np.uint8), labels=labels)
+    np.savez(path, images=pixels.clip(0, 255).astype(np.uint8), labels=labels, names=NAMES)
     return path
 
 
@@ -183,7 +186,7 @@ def test_a_model_keeps_its_classifier_and_may_lose_its_pixel_head(images, tmp_pa
 def test_a_fine_tuned_run_leaves_everything_that_it_promises(joint):
     workdir, evaluation, output = joint
     names = {path.name.split(".")[0] for path in workdir.iterdir()}
-    assert names == {"config", "palette", "checkpoints", "metrics", "events", "finetune", "confusion"}
+    assert names == {"config", "palette", "checkpoints", "metrics", "events", "finetune", "confusion", "classes"}
     assert not list(workdir.rglob("*.partial"))
     parts = {f"eval/{name}" for name in ("loss", "generative_loss", "classification_loss", "accuracy")}
     assert evaluation.keys() == {"eval/bits_per_dim", "test/accuracy"} | parts
@@ -192,8 +195,16 @@ def test_a_fine_tuned_run_leaves_everything_that_it_promises(joint):
     assert first["train/classification_loss"] == pytest.approx(np.log(3), abs=1e-6)
     assert first["train/loss"] == pytest.approx(first["train/generative_loss"] + np.log(3), abs=1e-6)
     assert losses(workdir)[4] < losses(workdir)[1]
-    for shown in ("a new classifier)", "best on validation after step", "confusion.png", "igpt export"):
-        assert shown in output
+    assert igpt.load(workdir).class_names == NAMES
+    assert json.loads((workdir / "finetune.json").read_text())["class_names"] == list(NAMES)
+    shown = (
+        "classes  3 (night: ",
+        "a new classifier)",
+        "best on validation after step",
+        "confusion.png",
+        "igpt export",
+    )
+    assert all(text in output for text in shown)
     assert "samples" not in output and Image.open(workdir / "confusion.png").size[0] > 300
 
 
@@ -215,6 +226,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint(joint, images):
 
 def test_a_fine_tuned_run_is_the_same_classifier_in_transformers(joint, tmp_path):
     theirs = load_hf_strictly(export(joint[0], tmp_path / "hf"), "classes")
+    assert theirs.config.id2label == dict(enumerate(NAMES)) and theirs.config.label2id["day"] == 2
     tokens = np.random.default_rng(4).integers(0, 17, (5, 35))
     with torch.no_grad():
         logits = theirs(torch.from_numpy(np.concatenate([np.full((5, 1), 17), tokens[:, :-1]], axis=1))).logits
@@ -261,6 +273,32 @@ def test_classes_alone_are_learnt_from_scratch_without_a_pixel_head(images, tmp_
     assert not {"eval/generative_loss", "eval/bits_per_dim"} & evaluation.keys()
     assert not (workdir / "samples").exists() and "samples:" not in output and "(fresh)" in output
     assert json.loads((workdir / "finetune.json").read_text())["images"]["train"] == 18
+
+
+def test_labels_are_numbered_like_those_of_init_from_and_of_the_resumed_run(joint, images, tmp_path, write_npz):
+    arrays, workdir = dict(np.load(images)), joint[0]
+    config = Config.of(tuning(images, workdir))
+    expected = sources.open_source(config.data).train.labels
+    for names, labels in ((NAMES[::-1], 2 - arrays["labels"]), (("night", "dawn", "day"), arrays["labels"])):
+        path = write_npz(images=arrays["images"], labels=labels, names=names)
+        source = sources.open_source(dataclasses.replace(config.data, source=f"npz:{path}"))
+        for place in (tmp_path / "new", workdir):
+            known = train.known_classes(config, mock.Mock(path=place, is_resumed=place == workdir))
+            if "dawn" in names:
+                with pytest.raises(UserError, match=r"know 1 classes of .*: dawn\. .* night, dusk, day; .* dawn, day"):
+                    finetune.labelled(source, config, *known)
+                continue
+            mapped = finetune.labelled(source, config, *known)
+            np.testing.assert_array_equal(mapped.train.labels, expected)
+            assert mapped.class_names == NAMES and not np.array_equal(source.train.labels, expected)
+
+
+def test_a_run_without_names_meets_any_source_by_number(images, tmp_path):
+    begin = write_imported_run(tmp_path / "start", num_classes=3, **NETWORK)
+    config = Config.of(tuning(images, begin))
+    known = train.known_classes(config, mock.Mock(path=tmp_path / "new", is_resumed=False))
+    source = sources.open_source(config.data)
+    np.testing.assert_array_equal(finetune.labelled(source, config, *known).train.labels, source.train.labels)
 
 
 def progress_of(workdir):
@@ -368,10 +406,10 @@ def test_unusable_labels_are_refused_in_every_split(images, start, tmp_path, wri
 
 
 def test_the_interval_and_the_matrix_follow_from_the_counts(tmp_path):
-    results = finetune.report(tmp_path, np.array([[8, 1, 0], [2, 6, 1], [0, 0, 7]]), {"step": 3})
+    results = finetune.report(tmp_path, np.array([[8, 1, 0], [2, 6, 1], [0, 0, 7]]), {"step": 3}, NAMES)
     assert results == json.loads((tmp_path / "finetune.json").read_text()) | {"interval": results["interval"]}
     p, n, z = 21 / 25, 25, 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     expected = [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
     np.testing.assert_allclose(results["interval"], expected, rtol=1e-6)
-    assert results["test_accuracy"] == 21 / 25 and results["step"] == 3
+    assert results["test_accuracy"] == 21 / 25 and results["step"] == 3 and results["class_names"] == list(NAMES)

@@ -47,6 +47,7 @@ def test_an_unknown_subcommand_names_the_nearest_or_all(name, hint, capsys):
 REQUIRED = {
     "sample": ["--model=x", "--out=x"],
     "evaluate": ["--model=x"],
+    "predict": ["--model=x", "photo.png"],
     "palette": ["--source=digits", "--out=x"],
     "prepare": ["--source=digits", "--size=8", "--palette=x", "--out=x"],
     "export": ["--model=x", "--out=x"],

@@ -156,6 +156,13 @@ class Split:
         """Returns the examples at these indices, in this order."""
         return Split(self.images.take(indices), None if self.labels is None else self.labels[indices])
 
+    def renumbered(self, table: np.ndarray) -> "Split":
+        """Returns the examples with the label `table[label]` for each label."""
+        if self.labels is None:
+            return self
+        in_memory = isinstance(self.labels, np.ndarray)
+        return Split(self.images, table[self.labels] if in_memory else self.labels.renumbered(table))
+
     def holds_tokens_of(self, tokenizer) -> bool:
         """Whether the images are stored as tokens of `tokenizer`, so that they need not be encoded."""
         palette = self.images.palette
@@ -224,7 +231,7 @@ class Source:
     """A data set with its three splits.
 
     `channels` is 1 if the images are grey, although their arrays are RGB. `palette` is None unless the images are
-    stored as tokens.
+    stored as tokens. `class_names[i]` is the name of class i; None: the classes have numbers only.
     """
 
     name: str
@@ -233,6 +240,7 @@ class Source:
     test: Split
     channels: int
     palette: Palette | None = None
+    class_names: tuple[str, ...] | None = None
 
     def splits(self) -> dict[str, Split]:
         return {name: getattr(self, name) for name in SPLITS}

@@ -18,12 +18,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from igpt.data.settings import FILTERS, DataConfig
 from igpt.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # untrusted files are never passed to Pillow's other decoders
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # untrusted files are never passed to Pillow's other decoders
 MAX_PIXELS = 1 << 26  # pixels per image; MAX_PIXELS and MAX_BYTES keep the memory of every decoder below 1 GB
 MAX_WEBP_PIXELS = 1 << 25  # lower than MAX_PIXELS, because the WebP decoder keeps several copies of an image
 MAX_BYTES = 1 << 27  # bytes per file
 MAX_SCANNED = 1 << 36  # pixels x scans of a progressive JPEG; decoding this many takes some seconds
 TILE = 2048  # larger images are converted in squares of this side, so that temporary copies are small
+TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "jpeg", "group3", "group4")
+TILE_WIDTH, TILE_HEIGHT, BITS_PER_SAMPLE, SAMPLE_FORMAT, PHOTOMETRIC = 322, 323, 258, 339, 262  # tags of TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,6 +56,7 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_bounds(image, content, name)
+        _check_tiff(image, name)
         image.load()
         upright = UPRIGHT.get(_orientation(image))
         image = _rgb(image, channels)
@@ -90,13 +93,30 @@ def _check_bytes(count: int, name: str) -> None:
 
 def _check_bounds(image: Image.Image, content: bytes, name: str) -> None:
     pixels = image.width * image.height
+    if image.format == "TIFF":  # a tile is decoded whole, and may be larger than the image
+        pixels = max(pixels, image.tag_v2.get(TILE_WIDTH, 0) * image.tag_v2.get(TILE_HEIGHT, 0))
     most = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
     if pixels > most:
         size = f"{image.width} x {image.height}"
         raise UnreadableImage(f"{name} has {size} pixels; the limit is {most:,}: shrink it first")
     scans = content.count(b"\xff\xda")  # may be too high: metadata can contain these bytes by chance
-    if image.format in ("JPEG", "MPO") and scans * pixels > MAX_SCANNED:
+    is_jpeg = image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
+    if is_jpeg and scans * pixels > MAX_SCANNED:
         raise UnreadableImage(f"{name} would be drawn in {scans} passes, which takes minutes: save it again")
+
+
+def _check_tiff(image: Image.Image, name: str) -> None:
+    """Raises UnreadableImage for a TIFF file whose values have no known scale, or that needs a rare decoder."""
+    if image.format != "TIFF":
+        return
+    bits, kinds = image.tag_v2.get(BITS_PER_SAMPLE, (1,)), image.tag_v2.get(SAMPLE_FORMAT, (1,))
+    kind = {1: "unsigned integers", 2: "signed integers", 3: "floats"}.get(kinds[0], "values of unknown kind")
+    inverted = bits == (16,) and image.tag_v2.get(PHOTOMETRIC) == 0  # Pillow would not turn the values around
+    if {*kinds} != {1} or not {*bits} <= {1, 2, 4, 8, 16} or inverted:
+        found = f"{max(bits)}-bit {kind}{' where 0 is white' if inverted else ''}"
+        raise UnreadableImage(f"{name} is a TIFF of {found}; save it with 8 or 16 bits, unsigned, where 0 is black")
+    if (compression := image.info.get("compression")) not in TIFF_COMPRESSIONS:
+        raise UnreadableImage(f"{name} is a TIFF compressed by {compression}; save it again, as LZW or Deflate")
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -176,7 +196,7 @@ class Preprocess:
         elif image.size != (width, height):
             raise UnreadableImage(
                 f"{name} has {image.height} x {image.width} pixels, data.image_size is {height} x {width}; set "
-                "data.preprocess to shrink or crop"
+                "data.preprocess (or --preprocess) to shrink or crop"
             )
         return np.asarray(image)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt.data.arrays import map_array
+from igpt.data.arrays import as_int32, map_array
 from igpt.data.examples import DecodedTokens, Source, Split
 from igpt.errors import UserError
 from igpt.palette import Palette
@@ -55,7 +55,7 @@ def _openai_labels(path: str, count: int) -> np.ndarray | None:
         found = f"{labels.dtype} {list(labels.shape)}"
         raise UserError(f"{path} is {found}; integers [{count}] or one-hot rows [{count}, C] are needed")
     if labels.ndim == 1:
-        return labels.astype(np.int32)
+        return as_int32(labels, f"{path}: labels")
     classes = np.empty(count, np.int32)
     for start in range(0, count, 4096):
         rows = labels[start : start + 4096]

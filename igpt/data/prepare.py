@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt.command import Parser, at_least
+from igpt.data.classes import class_counts
 from igpt.data.examples import SPLITS, ArrayImages, Source
 from igpt.data.fingerprint import fingerprint as fingerprint_of_images
 from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path, shard_rows
@@ -58,7 +59,7 @@ def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 819
         "images": {name: len(split) for name, split in source.splits().items()},
         "labels": source.train.labels is not None,
         "images_sha256": hashlib.sha256(json.dumps(fingerprint_of_images(source)).encode()).hexdigest(),
-    }
+    } | ({"class_names": list(source.class_names)} if source.class_names else {})
     try:
         _begin(folder, plan, palette)
     except OSError as error:
@@ -96,6 +97,8 @@ def _begin(folder: Path, plan: dict, palette: Palette) -> None:
         raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")
     ours, images = _flat(plan), "images_sha256"
     theirs = {images: ours[images]} | _flat(read_json(folder / PLAN))  # plans of earlier versions have no digest
+    if "class_names" not in theirs:  # written by an earlier version, without names; its labels are the same
+        ours.pop("class_names", None)
     if differing := [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]:
         fields = [name for name in differing if name != images]
         what = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in fields)
@@ -221,6 +224,8 @@ def run(args: argparse.Namespace) -> None:
     """Prepares a source with the flags of the command line. Prints what was written, and the command to run next."""
     settings = source_settings(args)
     counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers)
+    if classes := class_counts(open_prepared(args.out)):
+        print(f"classes: {classes}")
     print(f"wrote {args.out}: " + ", ".join(f"{counts[name]} images for {name}" for name in SPLITS))
     if counts["unreadable"]:
         named = ", ".join(map(str, sorted(Path(args.out).glob("*.unreadable.txt"))[:3]))

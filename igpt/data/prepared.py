@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt.data.arrays import map_array
+from igpt.data.classes import read_names
 from igpt.data.examples import SPLITS, DecodedTokens, Source, Split
 from igpt.errors import UserError
 from igpt.files import read_json
@@ -60,7 +61,8 @@ def open_prepared(folder: str) -> Source:
         tokens = Shards([tokens for tokens, _ in shards])
         labels = np.concatenate([labels for _, labels in shards]) if plan["labels"] else None
         splits.append(Split(DecodedTokens(tokens, palette, folder, tuple(plan["data"]["image_size"])), labels))
-    return Source(f"tokens:{folder}", *splits, channels=plan["data"]["channels"], palette=palette)
+    class_names = read_names(plan, directory / PLAN)
+    return Source(f"tokens:{folder}", *splits, plan["data"]["channels"], palette, class_names)
 
 
 def _check_plan(plan: dict, path: Path) -> None:

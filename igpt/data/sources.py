@@ -24,14 +24,14 @@ FLAGS = {
 }  # field of DataConfig -> help text of its flag; the flag has the default of the field
 
 
-def open_source(settings, is_command: bool = False) -> Source:
+def open_source(settings, is_command: bool = False, whole: bool = False) -> Source:
     """Opens the source that a DataConfig, or a mapping with the same fields, describes.
 
     Raises UserError if the images do not have the size and the channels of `settings`. With `is_command`, the message
-    names flags of `igpt prepare`, otherwise flags of train.py.
+    names flags of `igpt prepare`, otherwise flags of train.py. `whole`: see `load_source`.
     """
     settings = DataConfig.of(settings)
-    source = load_source(settings)
+    source = load_source(settings, whole)
     if source.image_size != settings.image_size or source.channels != settings.channels:
         height, width = source.image_size
         prefix = "--" if is_command else "--config.data."
@@ -45,21 +45,24 @@ def open_source(settings, is_command: bool = False) -> Source:
     return source
 
 
-def load_source(settings) -> Source:
-    """Opens a source like `open_source`, but does not check the size and the channels of its images."""
+def load_source(settings, whole: bool = False) -> Source:
+    """Opens a source like `open_source`, but does not check the size and the channels of its images.
+
+    With `whole`, what would be split by fractions or by a file is not split: all images are test images.
+    """
     settings = DataConfig.of(settings)
     kind, _, argument = settings.source.partition(":")
     match kind:
         case "digits" if not argument:
-            return arrays.of_arrays(*arrays.read_digits(), settings)
+            return arrays.of_arrays(*arrays.read_digits(), settings, whole=whole)
         case "npz" if argument:
-            return arrays.of_arrays(*arrays.read_npz(argument), settings)
+            return arrays.open_npz(argument, settings, whole)
         case "openai" if argument:
             return open_openai(argument)
         case "tokens" if argument:
             return open_prepared(argument)
         case "folder" if argument:
-            return open_folder(argument, settings)
+            return open_folder(argument, settings, whole)
         case "tfds" if argument:
             from igpt.data.tfds import open_tfds  # tensorflow_datasets is slow to import
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from igpt.data.arrays import split_indices
+from igpt.data.classes import distinct_names, full_names
 from igpt.data.examples import EncodedImages, Source, Split
 from igpt.data.images import Preprocess, UnreadableImage
 from igpt.data.settings import DataConfig
@@ -47,18 +48,24 @@ class Records:
         except Exception as error:  # the reader may raise any exception
             raise UnreadableImage(f"{name} cannot be read: {first_line(error)}; prepare the data set again") from None
         if self.known is not None:
-            self.known[number] = record["label"]
+            try:
+                self.known[number] = int(record["label"])
+            except OverflowError:
+                raise UserError(f"{name} has the label {record['label']}; number the classes from 0 on") from None
         return record["image"], name
 
 
 class Labels:
-    """Labels int32 [N] of some records, read when they are indexed by a number, a slice or an array."""
+    """Labels int32 [N] of some records, read when they are indexed by a number, a slice or an array.
+
+    With a `table`, int32 [C + 1], the label i becomes `table[i]`; its last entry is for -1, a missing label.
+    """
 
     dtype = np.dtype(np.int32)
     ndim = 1
 
-    def __init__(self, records: Records, numbers: np.ndarray):
-        self.records, self.numbers = records, numbers
+    def __init__(self, records: Records, numbers: np.ndarray, table: np.ndarray | None = None):
+        self.records, self.numbers, self.table = records, numbers, table
         self.shape = numbers.shape
 
     def __len__(self) -> int:
@@ -69,7 +76,10 @@ class Labels:
         asked = np.unique(numbers)
         for number in asked[known[asked] == UNREAD].tolist():
             self.records[number]  # stores the label in `known`
-        return known[numbers]
+        return known[numbers] if self.table is None else self.table[known[numbers]]
+
+    def renumbered(self, table: np.ndarray) -> "Labels":
+        return Labels(self.records, self.numbers, table)
 
     def classes(self) -> np.ndarray:
         """The declared classes, and the labels of the first records. Reads all labels if no classes are declared.
@@ -79,7 +89,8 @@ class Labels:
         declared = self.records.features["label"]
         if not isinstance(declared, tfds.features.ClassLabel) or declared.num_classes is None:
             return np.unique(self)
-        return np.union1d(np.arange(declared.num_classes), self[:LOOKED_AT])
+        numbers = np.arange(declared.num_classes) if self.table is None else self.table[:-1]
+        return np.union1d(numbers, self[:LOOKED_AT])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -117,7 +128,8 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
                 break
     else:
         test = None
-    numbers = split_indices(len(train), settings, test is not None, f"training records of {source_name}")
+    own = () if test is None else ("test",)
+    numbers = split_indices(len(train), settings, own, f"training records of {source_name}")
     if test is not None:
         numbers[2] = np.arange(len(test))
     preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
@@ -125,7 +137,16 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
     for records, some in zip((train, train, train if test is None else test), numbers, strict=True):
         images = EncodedImages(records, preprocess, settings.channels, skip, some)
         splits.append(Split(images, Labels(records, some) if labelled else None))
-    return Source(source_name, *splits, settings.channels)
+    return Source(source_name, *splits, settings.channels, class_names=_class_names(source_name, features))
+
+
+def _class_names(source_name: str, features: tfds.features.FeaturesDict) -> tuple[str, ...] | None:
+    """The names that a data set declares. None if it has none: the library then makes names of the numbers."""
+    declared = features.get("label")
+    if not isinstance(declared, tfds.features.ClassLabel) or not declared.num_classes:
+        return None
+    names = distinct_names(declared.names, source_name)
+    return None if names == full_names(None, len(names)) else names
 
 
 def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

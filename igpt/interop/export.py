@@ -67,7 +67,7 @@ def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple
         size = dict(zip(("height", "width"), data.image_size, strict=True))
         resample = None if data.preprocess == "none" else FILTERS[data.filter]
         processor = ImageGPTImageProcessor(clusters, size=size, resample=resample)
-        return from_model_config(network, head), processor, "F32"
+        return from_model_config(network, head, pretrained.class_names), processor, "F32"
     origin = read_json(path)
     parts = (origin.get("config"), origin.get("preprocessor"))
     if not all(isinstance(part, dict) for part in parts) or origin.get("weights") not in FLOATS:

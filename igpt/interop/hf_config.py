@@ -9,9 +9,12 @@ import difflib
 import json
 import reprlib
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from igpt.data.classes import distinct_names, full_names
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
 from igpt.interop.hub import resolve
@@ -227,16 +230,38 @@ def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -
     )
 
 
-def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
-    """The configuration with which transformers computes the same as `model`; `head` is a key of ARCHITECTURES."""
+def names_of_labels(config: ImageGPTConfig) -> tuple[str, ...] | None:
+    """The class names in "id2label", or None if it has none: numbers, or LABEL_0, ... as transformers invents them.
+
+    A name that several classes have is followed by the class's number.
+    """
+    names = {str(number): str(name) for number, name in (config.id2label or {}).items()}
+    ordered = [names.get(str(i)) for i in range(config.num_labels)]
+    if None in ordered or all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(ordered)):
+        return None
+    counts = Counter(ordered)
+    return distinct_names(
+        (name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(ordered)), "id2label"
+    )
+
+
+def from_model_config(model: ModelConfig, head: str, class_names: Sequence[str] | None = None) -> ImageGPTConfig:
+    """The configuration with which transformers computes the same as `model`; `head` is a key of ARCHITECTURES.
+
+    A classifier's `class_names` become "id2label" and "label2id"; without names, the classes are called by number.
+    """
     # Only networks that read SOS and have no classifier lack the key: fine-tuned in transformers, they will read none.
     stated = {"prepend_sos": model.sos} if head == "classes" or not model.sos else {}
+    labels = {}
+    if head == "classes":
+        names = full_names(class_names, model.num_classes)
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return ImageGPTConfig(
+        **labels,
         **{theirs: getattr(model, ours) for ours, theirs in SAME_FIELD.items()},
         vocab_size=model.vocab_size + 1,
         n_inner=None if model.mlp_width == 4 * model.width else model.mlp_width,
         activation_function=model.activation,
         architectures=[ARCHITECTURES[head]],
-        num_labels=model.num_classes if head == "classes" else DEFAULTS["num_labels"],
         **stated,
     )

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from igpt.command import Parser
 from igpt.config import Config
+from igpt.data.classes import save_names
 from igpt.errors import UserError
 from igpt.files import check_new, read_json, write_json, write_new
 from igpt.interop import hf_weights, openai
 from igpt.interop.export import ORIGIN
 from igpt.interop.hub import resolve
-from igpt.interop.load import Pretrained, config_of_weights, is_huggingface, outline, processor_of
+from igpt.interop.load import Pretrained, class_names_of, config_of_weights, is_huggingface, outline, processor_of
 from igpt.interop.mapping import abstract_params, read_params
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS, count_params
@@ -49,7 +50,8 @@ def import_directory(
         raise UserError(f'{problem}: write a preprocessor_config.json with "size" and "clusters"')
     config, palette = config_of_weights(directory, weights, processor), processor.palette()
     origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
-    return _write_run(out, config, palette, weights.read(), origin | {"weights": weights.dtype})
+    origin |= {"weights": weights.dtype}
+    return _write_run(out, config, palette, weights.read(), origin, class_names_of(directory))
 
 
 def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
@@ -76,14 +78,23 @@ def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | P
     return _write_run(out, config, palette, params)
 
 
-def _write_run(out: str | Path, config: Config, palette: Palette, params: dict, origin: dict | None = None) -> Path:
-    """Writes a run directory with one checkpoint, and with `origin` for a later export."""
+def _write_run(
+    out: str | Path,
+    config: Config,
+    palette: Palette,
+    params: dict,
+    origin: dict | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> Path:
+    """Writes a run directory with one checkpoint, with `origin` for a later export, and with its class names."""
 
     def write(folder: Path) -> None:
         save_config(config, folder)
         palette.save(folder / "palette.npy")
         if origin:
             write_json(folder / ORIGIN, origin)
+        if class_names:
+            save_names(class_names, folder)
         checkpoints.save_params(folder, params, step=0)
 
     return write_new(out, write)

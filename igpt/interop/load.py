@@ -13,10 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from igpt.config import Config
+from igpt.data.classes import load_names
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.interop import hf_weights
+from igpt.interop.hf_config import names_of_labels
 from igpt.interop.hub import resolve
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig
@@ -32,13 +34,15 @@ class Pretrained(NamedTuple):
 
     config: the configuration of its run; of a Hugging Face model, only data, palette and model are known.
     model: the network, with parameters on devices, or with shapes only if `outline` made it. palette: the tokenizer.
-    step: the optimizer step of the parameters, 0 for a Hugging Face model.
+    step: the optimizer step of the parameters, 0 for a Hugging Face model. class_names: those of a classifier's
+    outputs, or None if they have numbers only.
     """
 
     config: Config
     model: ImageGPT
     palette: Palette
     step: int = 0
+    class_names: tuple[str, ...] | None = None
 
 
 def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
@@ -68,7 +72,7 @@ def outline(directory: Path) -> Pretrained:
     palette = palette_of(directory)
     check_palette_size(palette, config, directory)
     model = nnx.eval_shape(lambda: ImageGPT(config.network(), nnx.Rngs(0)))
-    return Pretrained(config, model, palette)
+    return Pretrained(config, model, palette, class_names=class_names_of(directory))
 
 
 def config_of(directory: Path) -> Config:
@@ -76,6 +80,14 @@ def config_of(directory: Path) -> Config:
     if not is_huggingface(directory):
         return load_config(directory)
     return config_of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
+
+
+def class_names_of(directory: Path) -> tuple[str, ...] | None:
+    """The names of a classifier's outputs, or None: those that its run kept, or "id2label" of Hugging Face."""
+    if not is_huggingface(directory):
+        return load_names(directory)
+    weights = hf_weights.open_directory(directory)
+    return names_of_labels(weights.config) if weights.model.num_classes else None
 
 
 def is_huggingface(directory: Path) -> bool:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt.data.classes import class_counts
 from igpt.data.examples import Source, check_labels, few_labels
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.interop.load import Pretrained, check_same_palette, data_settings, is_huggingface
 from igpt.probe.config import ProbeConfig
 from igpt.run import checkpoint
+from igpt.run.cluster import is_first_process
 
 
 def chosen_steps(steps: str, directory: Path) -> list[int | None]:
@@ -48,6 +50,8 @@ def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str | Path) 
     source = few_images(open_source(settings), config.train_images)
     check_labels(source.train, source.validation, source.test)
     check_same_palette(pretrained.palette, ref, source.palette, f"source={source.name}")
+    if is_first_process():
+        print(f"classes  {class_counts(source)}", flush=True)
     for count in config.labels_per_class:
         few_labels(source.train.labels, count, seed=0)  # raises if a class has fewer examples
     return source

@@ -8,13 +8,14 @@ Decisions that must be the same on all processes are made here. Only process 0 w
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from igpt.config import Config
+from igpt.data.classes import save_names
 from igpt.data.examples import Source
 from igpt.data.fingerprint import fingerprint
 from igpt.errors import UserError
@@ -113,8 +114,11 @@ class RunDirectory:
         return self.first_step if self.has_ended_early else self.config.train.steps
 
     @contextlib.contextmanager
-    def opened(self, palette: Palette) -> Iterator[checkpoint.Checkpoints]:
-        """Writes configuration and palette, and yields the run's Checkpoints. Raises StorageError if a write fails."""
+    def opened(self, palette: Palette, class_names: Sequence[str] | None = None) -> Iterator[checkpoint.Checkpoints]:
+        """Writes configuration, palette and class names, and yields the run's Checkpoints. StorageError if that fails.
+
+        class_names: those of the classifier's outputs. A directory with a config.json has them all.
+        """
         barrier()  # process 0 renames an old run only after all processes have read it
         with storage_errors(self.path):
             if is_first_process():
@@ -124,6 +128,8 @@ class RunDirectory:
             check_shared(self.path)
             if is_first_process():
                 self._report_changes()
+                if class_names:
+                    save_names(class_names, self.path)
                 save_config(self.config, self.path)
                 if self.source is not None:
                     changes.record_images(self.path, self.source, self.images)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from igpt.config import Config, ObjectiveConfig
+from igpt.data.classes import class_counts
 from igpt.data.examples import EncodedImages, Source
 from igpt.files import read_json
 from igpt.loss import marginal_entropy
@@ -21,13 +22,14 @@ def describe(workdir, origin: str, config: Config, model: ModelConfig, state, me
     images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # fewer, because files must be decoded
     tokens = palette.encode(source.train.images[:images])
     predicted = tokens.reshape(len(tokens), -1)[:, model.first_predicted :]
-    marginal = marginal_entropy(predicted, model.vocab_size)
+    marginal, classes = marginal_entropy(predicted, model.vocab_size), class_counts(source)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run      {workdir} ({origin})\n"
         f"data     {source.name}: {len(source.train)} images for training, {len(source.validation)} for validation, "
         f"{len(source.test)} for test\n"
-        f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
+        + (f"classes  {classes}\n" if classes else "")
+        + f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
         f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: {marginal:.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
         f"{count:,} parameters{', reads no SOS' if model.first_predicted else ''}\n"
@@ -79,6 +81,8 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
     print("next:")
     if source.train.labels is not None:
         print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
+    if config.objective.classification:
+        print(f"  igpt predict --model={workdir} photo.png")
     if config.model.causal and config.objective.classification:
         print(f"  igpt export --model={workdir} --out=hf_classifier")
     elif config.model.causal:

@@ -1,13 +1,16 @@
 import os
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from igpt.data import sources
 from igpt.data.examples import check_labels
-from igpt.data.folder import list_images, printable
+from igpt.data.folder import list_images, printable, split_named
 from igpt.errors import UserError
-from tests.helpers import load_source, splits_of
+from tests.helpers import load_source, reading_settings, splits_of
 
 
 def save(path, level=0):
@@ -68,34 +71,59 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 
 def test_pictures_deep_in_a_class_are_of_that_class(photos):
     save(photos / "bee" / "deep" / "down" / "a.png")
-    paths, labels = list_images(photos)
+    paths, labels, *_ = list_images(photos)
     assert len(paths) == 22 and dict(zip(paths, labels, strict=True))[str(photos / "bee/deep/down/a.png")] == 1
 
 
-def test_endings_count_in_any_case_and_hidden_files_not_at_all(photos, capsys):
-    save(photos / "ant" / "a.PNG")
-    save(photos / "ant" / "b.JpG")
-    for hidden in ("ant/.c.png", ".cache/d.png", "bee/.thumbs/e.png"):
-        save(photos / hidden)
-    paths, _ = list_images(photos)
-    assert len(paths) == 23 and not any("/." in path for path in paths) and not capsys.readouterr().out
+@pytest.mark.parametrize("ending", ["PNG", "JpG", "jfif", "jpe", "TIF", "tiff"])
+def test_endings_count_in_any_case(photos, ending):
+    save(photos / "ant" / "a.png", 99)
+    (photos / "ant" / "a.png").rename(photos / "ant" / f"a.{ending}")
+    source = load_source(f"folder:{photos}")
+    assert 99 in [image[0, 0, 0] for split in splits_of(source) for image in split.images[:]]
 
 
-def test_files_passed_over_are_counted_in_one_message(photos, capsys, tmp_path):
+def test_nothing_is_said_where_every_file_is_read(photos, capsys):
+    assert len(list_images(photos).paths) == 21 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ant/._00.png", "hidden"),  # macOS writes these beside pictures on foreign disks
+        (".cache/d.png", "hidden"),
+        ("bee/.ipynb_checkpoints/e.png", "hidden"),
+        ("ant/@eaDir/00.png/SYNOPHOTO_THUMB_M.jpg", "of the system or thumbnails"),
+        ("bee/#recycle/x.png", "of the system or thumbnails"),
+        ("__MACOSX/ant/x.png", "of the system or thumbnails"),
+        ("$RECYCLE.BIN/x.png", "of the system or thumbnails"),
+    ],
+)
+def test_copies_and_thumbnails_are_passed_over_and_named(photos, capsys, name, kind):
+    save(photos / name)
+    listing = list_images(photos)
+    assert len(listing.paths) == 21 and listing.class_names == ("ant", "bee", "cat")
+    shown = "/".join(name.split("/")[: 2 if name[0].islower() else 1])
+    assert capsys.readouterr().out == f"{photos}: passed over 1 {kind} (such as {shown})\n"
+
+
+def test_everything_passed_over_is_counted_in_one_message(photos, capsys, tmp_path):
     (photos / "readme.txt").write_text("")
+    (photos / "ant" / ".DS_Store").write_text("")
     (photos / "ant" / "labels.csv").write_text("")
+    (photos / "ant" / "photo.heic").write_text("")
     save(tmp_path / "elsewhere" / "a.png")
     (photos / "bee" / "more").symlink_to(tmp_path / "elsewhere")
-    assert len(list_images(photos)[0]) == 21
-    assert capsys.readouterr().out.count("\n") == 1
-    list_images(photos)
-    assert "passed over 3 files that are no pictures by their names, or links to folders" in capsys.readouterr().out
+    assert len(list_images(photos).paths) == 21
+    found = capsys.readouterr().out
+    assert found.count("\n") == 1 and "passed over 3 no pictures by name (such as readme.txt)" in found
+    assert "1 hidden (such as ant/.DS_Store)" in found and "1 linked inside of a class (such as bee/more)" in found
 
 
 def test_a_linked_class_is_a_class(photos, tmp_path):
     save(tmp_path / "elsewhere" / "a.png")
     (photos / "dog").symlink_to(tmp_path / "elsewhere")
-    assert list_images(photos)[1].max() == 3
+    assert list_images(photos).labels.max() == 3
 
 
 @pytest.mark.parametrize(
@@ -125,12 +153,135 @@ def test_folders_that_hold_nothing_are_refused(tmp_path):
         load_source(f"folder:{tmp_path}")
 
 
-def test_sub_folders_named_like_splits_are_not_taken_for_classes(tmp_path):
-    for name in ("train/ant", "train/bee", "val/ant", "val/bee"):
-        save(tmp_path / name / "a.png")
-    with pytest.raises(UserError, match=r"are train, val, which name splits; .*open folder:.*/train, or"):
-        load_source(f"folder:{tmp_path}")
-    assert list_images(tmp_path / "train")[1].tolist() == [0, 1]
+def save_classes(folder, **counts):
+    for name, count in counts.items():
+        for i in range(count):
+            save(folder / name / f"{i:02d}.png")
+
+
+def names_in(split):
+    """class name/file name of every picture of a split, and its label."""
+    paths = [Path(split.images.files.paths[i]) for i in split.images.indices]
+    return [f"{path.parent.name}/{path.name}" for path in paths], split.labels
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *[
+            (name, "train")
+            for name in ("train", "TRAIN", "training", "train2017", "training_set", "seg_train", "trainA")
+        ],
+        *[(name, "validation") for name in ("val", "valid", "Validation", "val-2", "valid_images")],
+        *[(name, "test") for name in ("test", "testing", "test1", "Test Images", "test_set")],
+        *[(name, None) for name in ("trainer", "valley", "tester", "contest", "steam train", "value", "attest")],
+    ],
+)
+def test_the_name_of_a_folder_says_its_split(name, split):
+    assert split_named(name) == split
+
+
+def test_sub_folders_that_name_splits_are_splits(tmp_path, capsys):
+    save_classes(tmp_path / "train", ant=7, bee=5)
+    save_classes(tmp_path / "val", bee=3)
+    save_classes(tmp_path / "test1", ant=2, bee=1)
+    source = load_source(f"folder:{tmp_path}")
+    assert source.class_names == ("ant", "bee")
+    assert [len(split) for split in splits_of(source)] == [12, 3, 3]
+    for split in splits_of(source):
+        names, labels = names_in(split)
+        assert [source.class_names[label] for label in labels] == [name.split("/")[0] for name in names]
+    names, labels = names_in(source.validation)
+    assert labels.tolist() == [1, 1, 1]
+    said = capsys.readouterr().out
+    for part in ("train has 12 images for train", "val has 3 images for validation", "test1 has 3 images for test"):
+        assert part in said
+
+
+def test_a_split_without_a_folder_is_held_out_of_training(tmp_path):
+    save_classes(tmp_path / "train", ant=20, bee=20)
+    save_classes(tmp_path / "test", ant=3, bee=4)
+    source = load_source(f"folder:{tmp_path}")
+    assert [len(split) for split in splits_of(source)] == [36, 4, 7]
+    (tmp_path / "test").rename(tmp_path / "val")
+    source = load_source(f"folder:{tmp_path}")
+    assert [len(split) for split in splits_of(source)] == [32, 7, 8]
+    (tmp_path / "val").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    assert [len(split) for split in splits_of(load_source(f"folder:{tmp_path}"))] == [28, 4, 8]
+
+
+def test_splits_may_be_flat_and_then_have_no_labels(tmp_path):
+    for name in ("train", "test"):
+        for i in range(9):
+            save(tmp_path / name / f"{i}.png")
+    source = load_source(f"folder:{tmp_path}")
+    assert [len(split) for split in splits_of(source)] == [8, 1, 9]
+    assert source.class_names is None and source.test.labels is None
+
+
+def test_test_images_without_classes_are_passed_over_where_others_have_them(tmp_path, capsys):
+    save_classes(tmp_path / "train", ant=9, bee=9)
+    save(tmp_path / "test1" / "a.png")
+    source = load_source(f"folder:{tmp_path}")
+    assert [len(split) for split in splits_of(source)] == [12, 2, 4] and source.test.labels is not None
+    assert "passed over test1, which has no classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (
+            ("train/ant", "test/ant", "test/bee"),
+            r"test has classes that the training .*: bee\. .* are ant, bee, .* ant;",
+        ),
+        (("train/ant", "test/ant", "dog"), r"name splits \(test, train\), but also other pictures, such as in dog"),
+        (("ant/train", "ant/test", "bee"), r"sub-folders of .*/ant name splits \(test, train\).*into the splits"),
+        (("data/train", "data/test"), r"name splits.*; open folder:.*/data, or set data\.split_file"),
+        (("test/ant", "test/bee"), r"are splits, test, and none of them is train; add it, or open"),
+    ],
+)
+def test_folders_that_mix_classes_and_splits_are_refused(tmp_path, folders, message):
+    for name in folders:
+        save(tmp_path / "photos" / name / "a.png")
+    with pytest.raises(UserError, match=message):
+        load_source(f"folder:{tmp_path}/photos")
+
+
+def test_one_class_may_be_called_like_a_split(tmp_path):
+    save_classes(tmp_path, boat=5, car=5, train=5)
+    source = load_source(f"folder:{tmp_path}")
+    assert source.class_names == ("boat", "car", "train") and sum(map(len, splits_of(source))) == 15
+
+
+def test_a_split_file_overrules_folders_that_name_splits(tmp_path):
+    save_classes(tmp_path / "photos" / "ant", train=3, test=3)
+    source = load_source(f"folder:{tmp_path}/photos", split_file=write_splits(tmp_path / "photos"))
+    assert source.class_names == ("ant",) and [len(split) for split in splits_of(source)] == [4, 1, 1]
+
+
+def test_all_images_can_be_opened_unsplit(photos, tmp_path):
+    whole = sources.load_source(reading_settings(f"folder:{photos}"), whole=True)
+    assert [len(split) for split in splits_of(whole)] == [0, 0, 21]
+    save_classes(tmp_path / "one" / "test", ant=1)
+    whole = sources.load_source(reading_settings(f"folder:{tmp_path}/one"), whole=True)
+    assert [len(split) for split in splits_of(whole)] == [0, 0, 1] and whole.class_names == ("ant",)
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_file", ["NFC", "NFD"])
+def test_a_split_file_and_a_disk_may_write_accents_in_two_ways(photos, on_disk, in_file):
+    name = unicodedata.normalize(on_disk, "été.png")
+    save(photos / unicodedata.normalize(on_disk, "éléphant") / name)
+    normalised = write_splits(photos, lambda lines: [unicodedata.normalize(in_file, line) for line in lines])
+    source = load_source(f"folder:{photos}", split_file=normalised)
+    assert sum(map(len, splits_of(source))) == 22 and source.class_names[-1] == "éléphant"
+
+
+def test_two_folders_of_one_name_are_refused(photos):
+    for form in ("NFC", "NFD"):
+        save(photos / unicodedata.normalize(form, "é") / "a.png")
+    with pytest.raises(UserError, match="has 2 classes of the name 'é'; rename them"):
+        load_source(f"folder:{photos}")
 
 
 def test_a_folder_that_may_not_be_listed_is_named(photos, monkeypatch):

@@ -25,10 +25,11 @@ from tests.helpers import (
     lossless_images,
     png_chunk,
     png_file,
+    tiff_file,
 )
 
 
-@pytest.mark.parametrize("format", ["TIFF", "PDF", "EPS", "ICO", "ICNS", "TGA", "PPM", "JPEG2000", "PCX", "DDS"])
+@pytest.mark.parametrize("format", ["PDF", "EPS", "ICO", "ICNS", "TGA", "PPM", "JPEG2000", "PCX", "DDS"])
 def test_other_formats_are_refused_whatever_their_name(format, tmp_path):
     (tmp_path / "a.png").write_bytes(encode_image(Image.new("RGB", (64, 64), "red"), format))
     with pytest.raises(UnreadableImage, match=r"a\.png cannot be read as an image: it is no PNG, JPEG"):
@@ -41,7 +42,7 @@ def test_what_is_no_image_is_refused(content):
         decode(content, "photo")
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_file_cut_short_is_refused(format):
     content = encode_image(Image.effect_noise((97, 89), 90).convert("RGB"), format)
     for keep in (20, len(content) // 3, len(content) - 400):
@@ -75,11 +76,12 @@ def headers_of(width, height):
         "bmp": b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0),
         "gif": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0xF0, 0, 0) + bytes(6) + frame,
         "jpeg": b"\xff\xd8" + sof + b"\xff\xda\0\x0c\3\1\0\2\0\3\0\0\x3f\0",
+        "tiff": tiff_file(width, height, bytes(99)),
         "webp": b"RIFF" + struct.pack("<I", len(vp8x) + 4) + b"WEBP" + vp8x,
     }
 
 
-@pytest.mark.parametrize("kind", ["png", "bmp", "gif", "jpeg", "webp"])
+@pytest.mark.parametrize("kind", ["png", "bmp", "gif", "jpeg", "tiff", "webp"])
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (11_000, 10_000), (8192, 8193)])
 def test_an_image_too_large_is_refused_by_its_header(kind, width, height):
     started = time.process_time()
@@ -90,6 +92,11 @@ def test_an_image_too_large_is_refused_by_its_header(kind, width, height):
         warnings.simplefilter("ignore")
         decode(headers_of(width, height)[kind], "photo")
     assert time.process_time() - started < 1.0
+
+
+def test_a_small_tiff_of_one_enormous_tile_is_refused():
+    with pytest.raises(UnreadableImage, match="photo has .* pixels; at most 67,108,864 are opened"):
+        decode(tiff_file(16, 16, bytes(99), tile=1 << 15), "photo")
 
 
 def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path, monkeypatch):
@@ -138,6 +145,7 @@ def test_no_image_takes_a_gigabyte_or_a_word_on_the_terminal(tmp_path):
     files = {
         "deep.png": png_file(side, side, png_chunk(b"IDAT", rows(2 * side)), depth=16, color=0),
         "alpha.png": png_file(side, side, png_chunk(b"IDAT", rows(4 * side)), color=6),
+        "large.tif": encode_image(Image.new("RGBA", (side, side)), "TIFF", compression="tiff_adobe_deflate"),
         "cmyk.jpg": encode_image(Image.new("CMYK", (side, side)), "JPEG", progressive=True),
         "large.webp": encode_image(Image.new("RGBA", (5792, 5792)), "WEBP", lossless=True, quality=0, method=0),
         "notes.jpg": encode_image(Image.fromarray(SMOOTH_RGB), "JPEG", exif=notes),
@@ -155,8 +163,8 @@ def test_no_image_takes_a_gigabyte_or_a_word_on_the_terminal(tmp_path):
     )
     *results, peak = made.stdout.splitlines()
     assert made.stderr == ""
-    assert results[:5] == ["(8192, 8192)"] * 3 + ["(5792, 5792)", "(64, 48)"]
-    assert all(result == "(13, 11)" or "cannot be read" in result for result in results[5:]) and len(results) == 8
+    assert results[:6] == ["(8192, 8192)"] * 4 + ["(5792, 5792)", "(64, 48)"]
+    assert all(result == "(13, 11)" or "cannot be read" in result for result in results[6:]) and len(results) == 9
     assert int(peak) < 1 << 20  # KiB
 
 

@@ -19,6 +19,7 @@ from tests.helpers import (
     lossless_images,
     png_chunk,
     png_file,
+    tiff_file,
 )
 
 
@@ -76,11 +77,39 @@ def turned(stored, orientation):
 def test_pictures_are_turned_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for format, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+    for format, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
         content = encode_image(Image.fromarray(RANDOM_RGB), format, exif=exif, **options)
         np.testing.assert_array_equal(decode_to_array(content), turned(RANDOM_RGB, orientation))
     found = decode_to_array(encode_image(Image.fromarray(SMOOTH_RGB), "JPEG", exif=exif, quality=95)).astype(int)
     assert np.abs(found - turned(SMOOTH_RGB, orientation)).mean() < 4.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encode_image(Image.fromarray(np.float32(RANDOM_16_BITS) / 65535), "TIFF"), "a TIFF of 32-bit floats; save it"),
+        (encode_image(Image.fromarray(RANDOM_16_BITS.astype(np.int32)), "TIFF"), "a TIFF of 32-bit signed integers;"),
+        (encode_image(Image.fromarray(RANDOM_RGB), "TIFF", compression="lzma"), "a TIFF compressed by lzma; save it"),
+    ],
+    ids=["float", "32 bits", "rare compression"],
+)
+def test_a_tiff_without_a_known_scale_or_of_a_rare_kind_is_refused(content, message):
+    with pytest.raises(images.UnreadableImage, match=f"it is {message}"):
+        decode_to_array(content)
+
+
+def test_a_tiff_whose_zero_is_white_is_turned_around_or_refused():
+    grey = RANDOM_RGB[..., 0]
+    found = decode_to_array(tiff_file(RGB_WIDTH, RGB_HEIGHT, grey.tobytes(), photometric=0))
+    np.testing.assert_array_equal(found, grey_to_rgb(255 - grey))
+    with pytest.raises(images.UnreadableImage, match="16-bit unsigned integers where 0 is white; save it"):
+        decode_to_array(tiff_file(RGB_WIDTH, RGB_HEIGHT, RANDOM_16_BITS.tobytes(), bits=(16,), photometric=0))
+
+
+def test_colours_of_sixteen_bits_are_scaled():
+    values = np.random.default_rng(4).integers(0, 65536, (RGB_HEIGHT, RGB_WIDTH, 3)).astype("<u2")
+    found = decode_to_array(tiff_file(RGB_WIDTH, RGB_HEIGHT, values.tobytes(), bits=(16, 16, 16), photometric=2))
+    np.testing.assert_allclose(found, values / 257, atol=1.0)
 
 
 def test_damaged_notes_do_not_spoil_a_picture():

@@ -153,6 +153,11 @@ def test_a_wrong_token_far_into_a_file_is_named_when_it_is_read(write_openai):
         next(batches.iterate(0, 1))
 
 
+def test_a_label_that_does_not_fit_is_named(write_openai):
+    with pytest.raises(UserError, match=r"trY\.npy: labels run from 0 to 4294967296; number the classes"):
+        load_source(f"openai:{write_openai(trY=np.array([0] * 42 + [1 << 32]))}")
+
+
 def test_the_labels_of_more_images_than_are_read_at_a_time_are_whole(write_openai):
     classes = np.random.default_rng(2).integers(0, 5, 4099)
     arrays = {"trX": np.zeros((4099, 1), np.uint8), "vaX": np.zeros((3, 1), int), "teX": np.zeros((3, 1), int)}

@@ -47,6 +47,9 @@ def test_batches_of_an_array_a_folder_and_prepared_tokens_are_equal(pictures, pa
     prepare.prepare(prepare_settings(names["prepared npz"]), str(palette), str(tmp_path / "twice"), shard_images=13)
     opened = {kind: open_prepare_source(name) for kind, name in names.items()}
     tokenizer = Palette.load(palette)
+    names = {kind: source.class_names for kind, source in opened.items()}
+    assert names.pop("folder") == names.pop("prepared folder") == ("class0", "class1", "class2")
+    assert set(names.values()) == {None}
     for kind, source in opened.items():
         ours = opened["npz"]
         assert source.image_size == (PREPARE_HEIGHT, PREPARE_WIDTH) and source.channels == 3, kind
@@ -271,7 +274,9 @@ def test_few_images_are_in_memory_at_a_time_and_opening_reads_none(pictures, pal
 def test_the_hint_runs_as_it_stands(pictures, palette, tmp_path, monkeypatch, capsys):
     out = tmp_path / "my photos"
     run_igpt(["prepare", f"--source={pictures['folder']}", "--size=7x5", f"--palette={palette}", f"--out={out}"])
-    program, script, *hint = shlex.split(capsys.readouterr().out.split("next:\n")[1])
+    said, _, hint = capsys.readouterr().out.partition("next:\n")
+    assert "classes: 3 (class0: 21, class1: 20, class2: 20)" in said
+    program, script, *hint = shlex.split(hint)
     assert (program, script) == ("python", "train.py")
     small = {"steps": 1, "num_samples": 0, "batch_size": 8, "eval_batch_size": 8}
     model = {"depth": 1, "width": 16, "num_heads": 2}

@@ -82,6 +82,7 @@ PLANS = {
     "no images": {"images": {"train": 43}},
     "a negative size": {"data": {"image_size": [-7, -5], "channels": 3}},
     "other channels": {"data": {"image_size": [7, 5], "channels": 4}},
+    "names of no kind": {"class_names": "ant"},
     "too many images": {"images": {"train": 10**18, "validation": 1, "test": 1}},
 }
 
@@ -92,6 +93,17 @@ def test_a_damaged_plan_is_named(prepared_folder, name):
     path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=r"prepared\.json|is unfinished"):
         open_prepare_source(f"tokens:{prepared_folder}")
+
+
+def test_a_directory_of_an_earlier_version_has_no_names_and_can_be_continued(pictures, palette, prepared_folder):
+    path = prepared_folder / "prepared.json"
+    assert json.loads(path.read_text())["class_names"] == ["class0", "class1", "class2"]
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "class_names"}))
+    before = file_contents(prepared_folder)
+    (prepared_folder / "train-00001.tokens.npy").unlink()
+    prepare.prepare(prepare_settings(pictures["folder"]), str(palette), str(prepared_folder), shard_images=11)
+    assert file_contents(prepared_folder) == before
+    assert open_prepare_source(f"tokens:{prepared_folder}").class_names is None
 
 
 def test_unfinished_directories_other_palettes_and_other_tokens_are_named(prepared_folder, palette, tmp_path):

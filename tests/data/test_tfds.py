@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import io
 import multiprocessing
@@ -21,10 +22,11 @@ from PIL import Image
 
 from igpt.data.arrays import of_arrays
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
+from igpt.data.classes import with_classes
 from igpt.data.examples import check_labels
 from igpt.data.images import Preprocess
 from igpt.data.settings import DataConfig
-from igpt.data.tfds import UNREAD, Labels, _prepare, open_tfds
+from igpt.data.tfds import UNREAD, Labels, _class_names, _prepare, open_tfds
 from igpt.errors import UserError
 from igpt.palette import Palette
 from tests.helpers import ROOT
@@ -183,6 +185,32 @@ def test_labels_are_checked_against_declared_classes_without_reading_all(prepare
         check_labels(source.train, num_classes=10)
     undeclared = opened("tiles", prepared[0]).train
     assert np.array_equal(undeclared.labels.classes(), np.unique(undeclared.labels))
+
+
+def test_names_are_those_that_the_data_set_declares(prepared):
+    features = {"label": tfds.features.ClassLabel(names=["ant", "bee"])}
+    assert _class_names("tfds:it", tfds.features.FeaturesDict(features)) == ("ant", "bee")
+    assert [opened(name, prepared[0]).class_names for name in ("photos", "tiles", "bare")] == [None] * 3
+
+
+def test_labels_are_renumbered_by_name_when_they_are_read(prepared, monkeypatch):
+    monkeypatch.setattr("igpt.data.tfds.LOOKED_AT", 4)
+    names = tuple(f"kind {i}" for i in range(100))
+    source = dataclasses.replace(opened("photos", prepared[0]), class_names=names)
+    mapped = with_classes(source, names[::-1], "a model")
+    assert np.sum(mapped.train.labels.records.known != UNREAD) == 0
+    check_labels(mapped.train, num_classes=100)
+    assert np.array_equal(mapped.train.labels[:7], 99 - opened("photos", prepared[0]).train.labels[:7])
+    few = with_classes(source, (*names, "another"), "a model").train.labels
+    assert np.array_equal(few.classes(), np.arange(100))
+
+
+def test_a_label_that_does_not_fit_is_named(prepared):
+    records = opened("tiles", prepared[0]).train.labels.records
+    features = mock.Mock(deserialize_example_np=lambda *_, **__: {"image": b"", "label": np.int64(1 << 32)})
+    records.features = features
+    with pytest.raises(UserError, match="tfds:tiles train record 3 has the label 4294967296; number the classes"):
+        records[3]
 
 
 def test_many_threads_read_what_one_reads(prepared):

@@ -10,9 +10,11 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import igpt
+from igpt.data.classes import save_names
 from igpt.errors import UserError
 from igpt.interop import weight_files
 from igpt.interop.export import ORIGIN, export
+from igpt.interop.hf_config import ImageGPTConfig, names_of_labels
 from igpt.interop.import_run import import_directory
 from tests.helpers import (
     HF_CLASSES,
@@ -131,6 +133,36 @@ def test_an_earlier_import_of_a_classifier_is_exported_as_it_came(tmp_path):
     del config["model"]["sos"]  # as before the field, when every network was read with the SOS
     (run / "config.json").write_text(json.dumps(config))
     assert_same_files(there, export(run, tmp_path / "back"))
+
+
+@pytest.mark.parametrize("names", [("ant", "größe", "0", "bee", "cat"), None])
+def test_class_names_go_to_transformers_and_come_back(tmp_path, names):
+    run = write_imported_run(tmp_path / "run", num_classes=5)
+    if names:
+        save_names(names, run)
+    out = export(run, tmp_path / "hf")
+    theirs = load_hf_strictly(out, "classes").config
+    expected = names or ("0", "1", "2", "3", "4")
+    assert theirs.id2label == dict(enumerate(expected)) and theirs.label2id == dict(
+        zip(expected, range(5), strict=True)
+    )
+    for ref in (run, out, import_directory(out, tmp_path / "imported")):
+        assert igpt.load(ref).class_names == names
+    assert_same_files(out, export(tmp_path / "imported", tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    ("id2label", "names"),
+    [
+        ({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, None),
+        ({2: "cat", 0: "ant", 1: "bee"}, ("ant", "bee", "cat")),
+        ({0: "crane", 1: "crane", 2: "cat"}, ("crane (0)", "crane (1)", "cat")),
+        ({0: "ant", 1: "bee", 7: "cat"}, None),
+    ],
+    ids=["invented", "in any order", "one name twice", "with gaps"],
+)
+def test_the_labels_of_transformers_become_names(id2label, names):
+    assert names_of_labels(ImageGPTConfig.from_dict({"id2label": {str(k): v for k, v in id2label.items()}})) == names
 
 
 def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):

@@ -70,7 +70,7 @@ def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
 
 
 def test_the_run_directory_has_the_network_and_the_clusters(checkpoint, clusters, tmp_path):
-    config, model, palette, step = igpt.load(import_checkpoint(checkpoint, clusters, tmp_path / "run"))
+    config, model, palette, step, _ = igpt.load(import_checkpoint(checkpoint, clusters, tmp_path / "run"))
     assert step == 0 and tuple(config.data.image_size) == (5, 5) and config.data.channels == 3
     expected = dict(width=D, depth=L, num_heads=N, vocab_size=V, seq_len=T, mlp_width=F, use_bias=False, causal=True)
     assert {name: getattr(model.config, name) for name in expected} == expected

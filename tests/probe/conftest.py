@@ -10,7 +10,7 @@ from tests.helpers import grey_pictures, write_run
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "images.npz"
     images, labels = grey_pictures()
-    np.savez(path, images=images, labels=labels)
+    np.savez(path, images=images, labels=labels, names=["dark", "medium", "light"])
     return f"npz:{path}"
 
 

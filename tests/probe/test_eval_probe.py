@@ -94,6 +94,7 @@ def test_results_are_written_and_no_other_file_is_left(everything):
     results, folder = everything
     assert {path.name for path in folder.iterdir()} == {"probe.json", "probe.png", "features.npz"}
     assert json.loads((folder / "probe.json").read_text()) == json.loads(json.dumps(results))
+    assert results["class_names"] == ("dark", "medium", "light")
     printed = eval_probe.table(results)
     for text in (
         "raw pixels",

@@ -78,7 +78,7 @@ def test_a_probe_needs_labels_of_two_classes(no_compute, trained, tmp_path, writ
     assert not (tmp_path / "probe").exists()
 
 
-def test_the_models_own_settings_do_not_change(trained, source):
+def test_the_models_own_settings_do_not_change(trained, source, capsys):
     shapes = outline(trained)
     before = shapes.config.to_dict()
     config = probe_config(
@@ -86,6 +86,7 @@ def test_the_models_own_settings_do_not_change(trained, source):
     )
     chosen = probed_images(ProbeConfig.of(config), shapes, str(trained))
     assert len(chosen.train) == 9 and len(chosen.validation) == 75
+    assert capsys.readouterr().out.startswith("classes  3 (dark: ")
     assert shapes.config.to_dict() == before
 
 

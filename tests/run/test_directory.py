@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from igpt.data.classes import load_names
 from igpt.errors import StorageError, UserError
 from igpt.lock import InUseError, lock_files
 from igpt.run.checkpoint import Checkpoints, Progress
@@ -25,6 +26,17 @@ def test_an_opened_run_is_resumed_the_next_time(tmp_path):
         assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "palette.npy", "checkpoints"}
     run = RunDirectory(tmp_path / "run", configured())
     assert run.is_resumed and (run.palette().centers == GREY_PALETTE.centers).all()
+
+
+def test_the_names_of_the_classes_are_there_before_the_config(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("igpt.run.directory.save_config", killed)
+    run = RunDirectory(tmp_path / "run", configured())
+    with pytest.raises(KeyboardInterrupt), run.opened(GREY_PALETTE, ("ant", "bee")):
+        pass
+    assert load_names(tmp_path / "run") == ("ant", "bee")
 
 
 def test_starting_over_renames_the_earlier_run(tmp_path, capsys):
