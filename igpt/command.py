@@ -19,14 +19,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. {self.prog} --help has examples and every flag")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Returns an argparse type that accepts whole numbers of at least `least`."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Returns an argparse type that accepts whole numbers of at least `least`, and at most `most`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text):
             raise argparse.ArgumentTypeError(f"is {text!r}; it must be a whole number")
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"is {text}; it must be at least {least}")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"is {text}; it must be at most {most}")
         return int(text)
 
     return parse
@@ -37,7 +39,7 @@ SHARED = {  # flags that several commands have, with the same help and the same 
     "step": dict(type=int, help="the checkpoint to use (default: the newest; after fine-tuning, the best)"),
     "batch_size": dict(type=at_least(1), default=64, help="images per batch (default 64)"),
     "data_dir": dict(default="", help="where tensorflow_datasets keeps its data"),
-    "seed": dict(type=at_least(0), default=0, help="the same seed gives the same result (default 0)"),
+    "seed": dict(type=at_least(0, 2**32 - 1), default=0, help="the same seed gives the same result (default 0)"),
     "json": dict(help="a file to write the results to, as JSON"),
     "fsdp": dict(type=at_least(1), default=1, help="devices to split the parameters over (default 1)"),
     "tensor": dict(type=at_least(1), default=1, help="devices to split the attention heads over (default 1)"),
