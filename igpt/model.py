@@ -353,7 +353,8 @@ def checked_ids(name: str, ids: Array | np.ndarray, count: int) -> Array | np.nd
     if ids.dtype.kind not in "iu":
         raise UserError(f"{name} are {ids.dtype}; ids of palette colours are whole numbers")
     if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True) and ids.size:
-        least, most = int(ids.min()), int(ids.max())
+        values = np.asarray(ids)  # inside a trace, JAX's own min of a known array would be traced
+        least, most = int(values.min()), int(values.max())
         if least < 0 or most >= count:
             raise UserError(f"{name} run from {least} to {most}; this model's ids are 0..{count - 1}")
     return ids.astype(jnp.int32)

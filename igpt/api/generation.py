@@ -75,16 +75,19 @@ class GenerationConfig:
     def of(cls, given) -> "GenerationConfig":
         """From one of these, a dict, a configuration of transformers, or None."""
         settings = given or {}
-        if not isinstance(settings, Mapping):
-            settings = given.to_dict()
-        return cls(**{name: x for name, x in settings.items() if name != "transformers_version" and name[0] != "_"})
+        return cls(**_public(settings if isinstance(settings, Mapping) else settings.to_dict()))
 
     @classmethod
     def from_directory(cls, directory: Path) -> "GenerationConfig":
         """Reads generation_config.json, if it is there. `generate` checks it, since a model has other uses, too."""
         path, config = directory / FILE_NAME, cls()
-        vars(config).update(read_json(path) if path.is_file() else {})
+        vars(config).update(_public(read_json(path)) if path.is_file() else {})
         return config
+
+
+def _public(settings: Mapping) -> dict:
+    """Without what transformers notes beside the settings."""
+    return {name: value for name, value in settings.items() if name != "transformers_version" and name[:1] != "_"}
 
 
 def generate(model, inputs, generation_config, arguments: dict, seed: int | None):

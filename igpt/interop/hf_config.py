@@ -339,5 +339,5 @@ def from_model_config(model: ModelConfig, head: str) -> ImageGPTConfig:
         n_inner=None if model.mlp_width == 4 * model.width else model.mlp_width,
         activation_function=model.activation,
         architectures=[ARCHITECTURES[head]],
-        num_labels=model.num_classes if head == "classes" else DEFAULTS["num_labels"],
+        num_labels=model.num_classes if head == "classes" else None,
     )

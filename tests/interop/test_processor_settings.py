@@ -320,6 +320,7 @@ SPREAD = np.linspace(-1, 1, 51).reshape(17, 3)
     ids=["[0, 1]", "[-0.5, 0.5]", "bytes", "do_normalize=False", "do_rescale=False", "mean 0"],
 )
 def test_clusters_and_pixels_in_different_units_are_told(clusters, settings):
+    processor_module._color_table.cache_clear()  # a table in the cache was told before
     with pytest.warns(UserWarning, match=r"the clusters lie in \[.*pixel values in \[.*seem to be in other units"):
         make_processor(clusters=clusters)(PROCESSOR_IMAGES, **settings)
 
@@ -335,6 +336,7 @@ def test_clusters_and_pixels_in_different_units_are_told(clusters, settings):
     ids=["[-1, 1]", "[0, 1]", "bytes", "one colour"],
 )
 def test_clusters_and_pixels_in_the_same_units_are_not_doubted(clusters, settings, recwarn):
+    processor_module._color_table.cache_clear()
     make_processor(clusters=clusters)(PROCESSOR_IMAGES, **settings)
     assert not recwarn.list
 
