@@ -2,7 +2,7 @@
 
     python train.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-tensorflow_datasets downloads the images (162 MB). The first run prepares them, which needs pip install "igpt[tfds]".
+tensorflow_datasets downloads the images (162 MB). The first run prepares them, which needs pip install -e ".[tfds]".
 
 Cost: 76.6 million parameters on 9 million images, 4.2 EFLOP (6 x parameters x tokens, without attention). That is three
 hours of one H100 at 40 % of its bfloat16 peak. Not run here, so we promise neither a loss nor an accuracy. For

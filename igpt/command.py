@@ -7,6 +7,8 @@ from collections.abc import Callable
 from igpt.errors import UserError
 from igpt.files import expand_home
 
+LARGEST_SEED = (1 << 32) - 1  # JAX's seeds have 32 bits; no other number that a flag takes is larger
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser with `text` as its help. It allows no abbreviated flags and raises UserError for a mistake."""
@@ -30,16 +32,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. {self.prog} --help has examples and every flag")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Returns an argparse type that accepts whole numbers of at least `least` and below 2^32, the seeds of JAX."""
+def at_least(least: int, most: int = LARGEST_SEED) -> Callable[[str], int]:
+    """Returns an argparse type that accepts whole numbers of at least `least`, and at most `most`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text):
             raise argparse.ArgumentTypeError(f"is {text!r}; it must be a whole number")
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"is {text}; it must be at least {least}")
-        if int(text) >= 1 << 32:
-            raise argparse.ArgumentTypeError(f"is {text}; it must be at most {(1 << 32) - 1}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"is {text}; it must be at most {most}")
         return int(text)
 
     return parse

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
+from igpt.activations import ACTIVATIONS
 from igpt.attention import BACKENDS, attend_to_cache, attention
 from igpt.chunked import ATTENTION_OUTPUT
 from igpt.errors import UserError
@@ -43,15 +45,6 @@ REMAT = {  # the results that each block stores for the backward pass, which com
     "minimal": _products_and_attention,  # outputs of products with parameters and of attention; no elementwise results
     "dots": _PRODUCTS,  # outputs of products with parameters; nothing of attention
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input
-}
-
-ACTIVATIONS = {  # activations of the mlp. The paper uses quick_gelu; Hugging Face's configurations may use the others
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # `gelu2` in OpenAI's src/model.py
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
 }
 
 
@@ -116,6 +109,9 @@ class ModelConfig:
     @property
     def has_dropout(self) -> bool:
         return max(self.embedding_dropout, self.residual_dropout, self.attention_dropout) > 0.0
+
+
+Tokens = Integer[Array | np.ndarray, "B T"]  # palette ids, 0..V-1
 
 
 class Norm(nnx.Module):
@@ -213,19 +209,19 @@ class ImageGPT(nnx.Module):
         self.head = Linear("btd,dv->btv", (D, V), 0.0, None, rngs) if config.pixel_head else None
         self.classifier = Linear("bd,dc->bc", (D, C), 0.0, None, rngs) if C else None
 
-    def __call__(self, tokens: Int[Array, "B T"], key: Array | None = None) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Tokens, key: Array | None = None) -> Float[Array, "B T V"]:
         """Float32 logits. Position i predicts tokens[:, i], from tokens[:, :i] if causal. A key turns dropout on.
 
         Without SOS, position i of a causal network predicts tokens[:, i + 1] (`ModelConfig.first_predicted`).
         """
         return self.logits(self.normed(tokens, key))
 
-    def classify(self, tokens: Int[Array, "B T"], keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B C"]:
+    def classify(self, tokens: Tokens, keep: Bool[Array, "B T"] | None = None) -> Float[Array, "B C"]:
         """Class logits: a linear function of the pooled final norm (section 2.4)."""
         return self.class_logits(pool(self.normed(tokens, keep=keep)))
 
     def normed(
-        self, tokens: Int[Array, "B T"], key: Array | None = None, keep: Bool[Array, "B T"] | None = None
+        self, tokens: Tokens, key: Array | None = None, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """The output of the final norm, which both heads read. Where `keep` is False (BERT), the token is hidden."""
         keys = (None, None) if key is None else jax.random.split(key)
@@ -234,7 +230,7 @@ class ImageGPT(nnx.Module):
         return self.final_norm(x)
 
     def features(
-        self, tokens: Int[Array, "B T"], layers: Collection | None = None, keep: Bool[Array, "B T"] | None = None
+        self, tokens: Tokens, layers: Collection | None = None, keep: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "l B D"]:
         """f^l, the mean over positions of block l's normed input, and f^L, the mean of the final norm (section 2.4).
 
@@ -293,8 +289,12 @@ class ImageGPT(nnx.Module):
             for layer in range(self.config.depth)
         ]
 
-    def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """The model's inputs: SOS, x_0, ..., x_{T-2}, or x_0, ..., x_{T-1} for a model without SOS."""
+    def inputs(self, tokens: Tokens) -> Int[Array, "B T"]:
+        """The model's inputs: SOS, x_0, ..., x_{T-2}, or x_0, ..., x_{T-1} for a model without SOS.
+
+        Raises UserError if a token is no palette id. Under jit the values are unknown, and are not checked.
+        """
+        tokens = checked_ids("tokens", tokens, self.config.vocab_size)
         if not self.config.sos:
             return tokens
         start = jnp.full_like(tokens[:, :1], self.config.vocab_size)
@@ -308,6 +308,7 @@ class ImageGPT(nnx.Module):
         Where `keep` is False, the token's vector is zero, as for BERT in OpenAI's src/model.py.
         """
         # Both tables are small: all-gather them first, so that the lookup itself needs no communication.
+        inputs = checked_ids("inputs", inputs, self.config.vocab_size + 1)
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
         x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
         x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]
@@ -352,6 +353,21 @@ class ImageGPT(nnx.Module):
         """Attention of every position to itself and to earlier positions, or to all if the model is not causal."""
         c = self.config
         return attention(q, k, v, backend=c.attention, causal=c.causal, dropout=c.attention_dropout, key=key), None
+
+
+def checked_ids(name: str, ids: Array | np.ndarray, count: int) -> Array | np.ndarray:
+    """`ids` as int32, so that the SOS fits, too. Raises UserError unless all are whole numbers in 0..count - 1.
+
+    The values of a traced array, or of one that other processes hold, are unknown, and are not checked.
+    """
+    if ids.dtype.kind not in "iu":
+        raise UserError(f"{name} are {ids.dtype}; ids of palette colours are whole numbers")
+    if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True) and ids.size:
+        values = np.asarray(ids)  # inside a trace, JAX's own min of a known array would be traced
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most >= count:
+            raise UserError(f"{name} run from {least} to {most}; this model's ids are 0..{count - 1}")
+    return ids.astype(jnp.int32)
 
 
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:

@@ -6,6 +6,7 @@ A palette is V centres in [-1, 1]^3, where byte b stands for b / 127.5 - 1. A to
 centre. Images are [..., H, W, 3] uint8 and tokens are [..., H, W] integers; a reshape gives the raster order.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from igpt.files import expand_home, whole, write_array
 
 
 class Palette:
-    """Turns images into tokens and back. Raises UserError if `centers` has a wrong shape, type or range."""
+    """Turns images into tokens and back. Raises UserError if `centers` has a wrong shape, type or range.
+
+    Warns if the centres fill only a part of [-1, 1] that other units fill: then they may be of those units.
+    """
 
     def __init__(self, centers: np.ndarray):
         centers = np.asarray(centers)
@@ -24,7 +28,12 @@ class Palette:
             raise UserError(f"a palette has shape [V, 3] with V from 1 to {MAX_COLORS}, not {list(centers.shape)}")
         if centers.dtype.kind != "f" or not (np.abs(centers) <= 1.0).all():
             given = f" from {np.min(centers)} to {np.max(centers)}" if centers.dtype.kind in "fiu" else ""
-            raise UserError(f"palette centres are floats in [-1, 1] (byte / 127.5 - 1), not {centers.dtype}{given}")
+            bytes_given = given and np.min(centers) >= 0 and np.max(centers) <= 255
+            remedy = "; convert bytes with centers / 127.5 - 1" if bytes_given else ""
+            allowed = "floats in [-1, 1] (byte / 127.5 - 1)"
+            raise UserError(f"palette centres are {allowed}, not {centers.dtype}{given}{remedy}")
+        if doubt := other_units(float(centers.min()), float(centers.max())):
+            warnings.warn(f"-1 is black and 1 is white in a palette, but {doubt}", stacklevel=2)
         self.centers = centers.astype(np.float32)
         self._table = ColorTable(self.centers, BYTE_LEVELS)
 
@@ -45,12 +54,17 @@ class Palette:
         """[..., 3] uint8 -> [...] integers: argmin over centres of the float64 squared distance. Ties: first centre."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[-1:] != (3,):
-            raise UserError(f"encode takes uint8 images [..., 3], not {images.dtype} {list(images.shape)}")
+            remedy = ""
+            if images.dtype.kind == "f" and images.size and images.min() >= 0 and images.max() <= 1:
+                remedy = "; convert floats in [0, 1] with np.round(images * 255).astype(np.uint8)"
+            raise UserError(f"encode takes uint8 images [..., 3], not {images.dtype} {list(images.shape)}{remedy}")
         return self._table.encode(images, dtype)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """[...] int -> [..., 3] uint8: round(127.5 (c + 1)), halves rounded to even, as in OpenAI's src/run.py."""
         tokens = np.asarray(tokens)
+        if tokens.dtype.kind not in "iu":
+            raise UserError(f"tokens are {tokens.dtype}; whole numbers are needed, the indices of colours")
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             raise UserError(f"tokens run from {tokens.min()} to {tokens.max()}; allowed are 0..{self.vocab_size - 1}")
         return np.round(127.5 * (self.centers.astype(np.float64) + 1.0)).astype(np.uint8)[tokens]
@@ -77,3 +91,14 @@ class Palette:
         if repeats := palette.vocab_size - len(np.unique(palette.centers, axis=0)):
             print(f"{path}: {repeats} of {palette.vocab_size} colours repeat earlier ones, and are never used")
         return palette
+
+
+def other_units(least: float, most: float) -> str:
+    """Why centres from `least` to `most` are probably not in units of [-1, 1], and how to convert them, or ""."""
+    if least >= 0.0:
+        doubt, remedy = "none is darker than grey", "if they are shares of 255, give 2 * centers - 1"
+    elif max(-least, most) <= 0.5:
+        doubt, remedy = "none is near black or white", "if they are byte / 255 - 0.5, give 2 * centers"
+    else:
+        return ""
+    return f"these centres lie in [{least:.3g}, {most:.3g}], and {doubt}; {remedy}"

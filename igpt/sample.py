@@ -17,23 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.interop.load import Pretrained, load
-from igpt.model import ImageGPT
+from igpt.model import ImageGPT, checked_ids
 from igpt.palette import Palette
 from igpt.plots import check_writable, image_grid, save_png
 from igpt.run.cluster import add_process_arguments, is_first_process, join_from
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 
+GREEDY = 1e-30  # logits divided by a smaller temperature overflow float32, and draws become NaN
+TINY = float(jnp.finfo(jnp.float32).tiny)
+SEEDS = 1 << 32  # JAX's keys have 32 bits of a seed
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw a token from logits. top_k 0 and top_p 1 keep all tokens; temperature 0 takes the likeliest token."""
+    """How to draw a token from logits. top_k 0 and top_p 1 keep all tokens; temperature 0 takes the likeliest token.
+
+    Temperatures below GREEDY count as 0.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -42,29 +49,40 @@ class Sampling:
     def __post_init__(self):
         if not (self.temperature >= 0.0 and np.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0:
+        if self.top_k < 0 or self.top_k != int(self.top_k):
             raise UserError(f"top_k is {self.top_k}; give the number of tokens to keep, or 0 for all")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all)")
 
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY
+
 
 def image_keys(seed: int, num: int, first: int = 0) -> Array:
-    """Random keys for `num` images, numbered from `first`. Image i depends on the seed and i, but not on its batch."""
+    """Random keys for `num` images, numbered from `first`. Image i depends on the seed and i, but not on its batch.
+
+    Raises UserError unless the seed is in 0..2**32 - 1: JAX would draw the same from seeds that differ by 2**32.
+    """
+    if not 0 <= seed < SEEDS or seed != int(seed):
+        raise UserError(f"seed is {seed}; it must be a whole number from 0 to {SEEDS - 1}")
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(num))
 
 
 def sample_tokens(
-    model: ImageGPT, prefix: Int[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
+    model: ImageGPT, prefix: Integer[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
 ) -> Int[Array, "B T"]:
     """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One compiled program draws all tokens.
 
-    Raises UserError for a network that cannot continue it: one of BERT's, or P = 0 for a network without SOS.
+    Raises UserError if a token is no palette id of the model, and for a network that cannot continue the prefix: one of
+    BERT's, or P = 0 for a network without SOS.
     """
     length = model.config.seq_len
     if not model.config.causal:
         raise UserError("this model was trained with the BERT objective: it predicts masked pixels and cannot sample")
     if not prefix.shape[1] < length:
         raise UserError(f"{prefix.shape[1]} of {length} pixels are given: there is nothing left to sample")
+    prefix = checked_ids("tokens", prefix, model.config.vocab_size)
     if not model.config.sos:
         if prefix.shape[1] == 0:
             problem = "this model was trained without SOS (model.sos=False), so that it knows no first pixel"
@@ -75,16 +93,17 @@ def sample_tokens(
 
 
 def continue_inputs(
-    model: ImageGPT, inputs: Int[np.ndarray, "B P"], stop: int, keys: Array, sampling: Sampling
+    model: ImageGPT, inputs: Integer[np.ndarray, "B P"], stop: int, keys: Array, sampling: Sampling
 ) -> Int[Array, "B stop"]:
     """Continues rows of inputs (tokens, after the SOS if the model reads one) to `stop` entries, at most T + 1.
 
     `inputs` are padded to a power of two, and `stop` is traced, so that a few compiled programs serve all lengths.
     """
     given = inputs.shape[1]
+    inputs = checked_ids("inputs", inputs, model.token_table[...].shape[0])
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
-    rules = sampling.temperature, sampling.temperature == 0.0, sampling.top_k, sampling.top_p
+    rules = sampling.temperature, sampling.greedy, int(sampling.top_k), sampling.top_p
     return _generate(graph, params, padded, given, stop, keys, *rules)[:, :stop]
 
 
@@ -133,7 +152,8 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
         descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability  # total probability of likelier tokens
-        smallest = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        kept = before < max(top_p, TINY)  # the likeliest token stays: smaller numbers are 0 in float32
+        smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
 

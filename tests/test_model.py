@@ -311,3 +311,27 @@ def test_the_norm_neither_centres_nor_shifts():
 def test_impossible_networks_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY_MODEL, **change)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("read", ["features", "classify", "normed", "__call__", "inputs"])
+def test_ids_that_are_no_colours_are_refused_outside_jit(read, causal):
+    model = with_config(random_model(dataclasses.replace(TINY_MODEL, num_classes=3)), causal=causal)
+    for wrong in (11, 200, -1):
+        tokens = np.zeros((2, 13), np.int16)
+        tokens[1, 5] = wrong
+        for array in (tokens, jnp.asarray(tokens)):
+            with pytest.raises(UserError, match=r"tokens run from \S+ to \S+; this model's ids are 0\.\.10"):
+                getattr(model, read)(array)
+    with pytest.raises(UserError, match="this model's ids are 0..11"):  # the start of sequence is an input
+        model.embed(jnp.full((2, 13), 12))
+    jax.eval_shape(lambda tokens: getattr(model, read)(tokens), random_tokens())  # traced values are unknown
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int64])
+def test_the_start_of_sequence_fits_into_tokens_of_any_type(dtype):
+    colors = 256 if dtype == np.uint8 else 128
+    model = random_model(dataclasses.replace(TINY_MODEL, vocab_size=colors))
+    tokens = np.asarray(random_tokens(model.config))
+    assert model.inputs(tokens.astype(dtype))[0, 0] == colors
+    np.testing.assert_array_equal(model.features(tokens.astype(dtype)), model.features(tokens))

@@ -61,7 +61,8 @@ def test_a_loaded_palette_equals_the_saved_one(tmp_path):
     ("array", "message"),
     [
         (np.zeros((5, 4), np.float32), r"shape \[V, 3\].*\[5, 4\]"),
-        (np.zeros((4, 3), np.uint8), r"floats in \[-1, 1\].*uint8"),
+        (np.zeros((4, 3), np.uint8), r"floats in \[-1, 1\].*uint8.*convert bytes with centers / 127\.5 - 1"),
+        (np.full((4, 3), 255.0), r"from 255.0 to 255.0; convert bytes"),
         (np.full((4, 3), 7.0), r"floats in \[-1, 1\].*7.0"),
         (np.full((4, 3), np.nan), r"floats in \[-1, 1\]"),
     ],
@@ -109,3 +110,32 @@ def test_saving_on_a_full_disk_is_an_error_and_leaves_no_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "remedy"),
+    [(0.0, 1.0, r"give 2 \* centers - 1"), (0.2, 0.9, r"give 2 \* centers - 1"), (-0.5, 0.5, r"give 2 \* centers$")],
+)
+def test_a_palette_that_seems_to_be_in_other_units_is_told(low, high, remedy, tmp_path):
+    centers = np.linspace(low, high, 51).reshape(17, 3)
+    with pytest.warns(UserWarning, match=f"-1 is black and 1 is white in a palette, but .*{remedy}"):
+        palette = Palette(centers)
+    palette.save(tmp_path / "p.npy")
+    with pytest.warns(UserWarning, match=remedy):  # bright images may really have such a palette, so it loads
+        assert Palette.load(tmp_path / "p.npy").vocab_size == 17
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.9, 0.1), (-0.1, 1.0), (-0.6, 0.4)])
+def test_a_palette_in_its_own_units_is_not_doubted(low, high, recwarn):
+    Palette(np.linspace(low, high, 51).reshape(17, 3))
+    assert not recwarn.list
+
+
+def test_images_and_tokens_in_other_units_are_refused():
+    ours = random_palette()
+    with pytest.raises(UserError, match=r"uint8 images.*float64.*np\.round\(images \* 255\)"):
+        ours.encode(np.linspace(0, 1, 12).reshape(2, 2, 3))
+    with pytest.raises(UserError, match=r"uint8 images \[\.\.\., 3\], not float64 \[2, 3\]$"):
+        ours.encode(np.full((2, 3), 255.0))
+    with pytest.raises(UserError, match="tokens are float64; whole numbers"):
+        ours.decode(np.zeros(3))

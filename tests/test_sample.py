@@ -186,8 +186,54 @@ def test_a_model_without_sos_draws_no_first_pixel():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "settings",
+    [
+        *({"temperature": value} for value in (-1.0, float("nan"), float("inf"))),
+        {"top_k": -1},
+        *({"top_p": value} for value in (0.0, 1.5, float("nan"))),
+    ],
+    ids=str,
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=f"{next(iter(settings))} is"):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=1e-39), dict(temperature=1e-31), dict(temperature=1e-29)], ids=str
+)
+def test_tiny_temperatures_are_greedy(settings):
+    model = random_model()
+    greedy = sample_tokens(model, nothing(3), image_keys(0, 3), Sampling(temperature=0.0))
+    np.testing.assert_array_equal(sample_tokens(model, nothing(3), image_keys(0, 3), Sampling(**settings)), greedy)
+
+
+@pytest.mark.parametrize("top_p", [1e-39, 1e-45, 1e-9])
+def test_a_tiny_share_still_keeps_the_likeliest_token(top_p):
+    logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
+    np.testing.assert_array_equal(jnp.isfinite(truncate(logits, 0, top_p)), [[False, True, False]])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_seeds_that_would_repeat_others_are_refused(seed):
+    with pytest.raises(UserError, match=f"seed is {seed}; it must be a whole number from 0 to 4294967295"):
+        image_keys(seed, 2)
+    assert (jax.random.key_data(image_keys(2**32 - 1, 1)) != jax.random.key_data(image_keys(0, 1))).any()
+
+
+def test_the_command_refuses_such_a_seed():
+    with pytest.raises(SystemExit) as caught:
+        run_igpt(["sample", "--model=nowhere", "--out=x.png", "--seed=4294967296"])
+    assert caught.value.code == 2
+
+
+def test_a_prefix_has_only_ids_of_colours():
+    model = random_model()
+    for prefix in ([[3, 11]], [[200, 3]], [[3, -1]]):
+        with pytest.raises(UserError, match="tokens run from"):
+            sample_tokens(model, np.array(prefix), image_keys(0, 1))
+    with pytest.raises(UserError, match="inputs run from 12 to 12"):
+        sample.continue_inputs(model, np.array([[12]]), 3, image_keys(0, 1), Sampling())
+    given = np.array([[3, 1, 4]])
+    one, other = (sample_tokens(model, given.astype(t), image_keys(0, 1)) for t in (np.uint8, np.uint64))
+    np.testing.assert_array_equal(one, other)

@@ -2,12 +2,16 @@
 
 __all__ = [
     "AutoImageProcessor",
+    "GenerationConfig",
     "ImageGPTConfig",
     "ImageGPTFeatureExtractor",
     "ImageGPTForCausalImageModeling",
     "ImageGPTForImageClassification",
     "ImageGPTImageProcessor",
+    "ImageGPTImageProcessorFast",
+    "ImageGPTImageProcessorPil",
     "ImageGPTModel",
+    "ImageGPTPreTrainedModel",
     "ModelOutput",
 ]
 

@@ -1,11 +1,10 @@
 """The forward pass of the documented classes: our network with Hugging Face's inputs, masks, cache and outputs.
 
-Where transformers departs from the paper, this file follows transformers 5.23 (models/imagegpt/modeling_imagegpt.py).
+Where transformers departs from the paper, this file follows transformers 5.24 (models/imagegpt/modeling_imagegpt.py).
 No start of sequence is added. Hidden states are the inputs of the blocks, before their norm, and the final normed
 output. Padding is masked by adding the smallest float32 to its scores.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -20,42 +19,6 @@ from igpt.sharding import replicate, shard_batch
 
 IGNORED = -100  # targets with this label do not count in the loss
 SMALLEST = jnp.finfo(jnp.float32).min
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """The documented `past_key_values`. The first `length` of the C positions are filled, the others are free."""
-
-    keys: Float[Array, "L B N C K"]
-    values: Float[Array, "L B N C K"]
-    length: int = dataclasses.field(metadata=dict(static=True))
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    @property
-    def layers(self) -> list["LayerCache"]:
-        """The keys and values of each layer, [B, N, length, K]."""
-        return [LayerCache(*(x[i, :, :, : self.length] for x in (self.keys, self.values))) for i in range(len(self))]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, layer: int) -> "LayerCache":
-        return self.layers[layer]
-
-    def with_room(self, capacity: int) -> "Cache":
-        """Returns this cache, padded to at least `capacity` positions."""
-        if capacity <= self.keys.shape[3]:
-            return self
-        room = [(0, 0), (0, 0), (0, 0), (0, capacity - self.keys.shape[3]), (0, 0)]
-        return Cache(jnp.pad(self.keys, room), jnp.pad(self.values, room), self.length)
-
-
-class LayerCache(NamedTuple):
-    keys: Float[Array, "B N P K"]
-    values: Float[Array, "B N P K"]
 
 
 class Inputs(NamedTuple):

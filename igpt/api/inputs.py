@@ -4,75 +4,84 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igpt.api.forward import IGNORED, Cache, Inputs
+from igpt.api.forward import IGNORED, Inputs
+from igpt.api.outputs import Cache, as_cache
 from igpt.errors import UserError
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.sample import padded_length
 
 
-def checked_inputs(config: ImageGPTConfig, past, input_ids, embeds, mask, types, positions, head_mask) -> Inputs:
-    """Returns the arguments of a call, without labels, as arrays. UserError names an argument that does not fit."""
+def checked_inputs(
+    config: ImageGPTConfig, cache, input_ids, embeds, mask, types, positions, head_mask
+) -> tuple[Inputs, Cache | None]:
+    """Returns the arguments of a call, without labels, as arrays, and the cache.
+
+    One row may be given without its first axis. Raises UserError, which names an argument that does not fit.
+    """
     if (input_ids is None) == (embeds is None):
         raise UserError("give either input_ids or inputs_embeds, and not both")
-    tokens, embeds = as_array("input_ids", input_ids), as_array("inputs_embeds", embeds)
+    tokens, embeds = rows("input_ids", input_ids), rows("inputs_embeds", embeds, axes=3)
     if tokens is not None:
-        tokens = whole_numbers("input_ids", tokens[None] if tokens.ndim == 1 else tokens, config.vocab_size)
+        tokens = whole_numbers("input_ids", tokens, config.vocab_size)
     elif embeds.ndim != 3 or embeds.shape[2] != config.n_embd:
         raise UserError(f"inputs_embeds has shape {list(embeds.shape)}; give [B, T, {config.n_embd}]")
-    if past is not None and not isinstance(past, Cache):
-        raise UserError(f"past_key_values is a {type(past).__name__}; give the past_key_values of an earlier call")
-    inputs, past_length = Inputs(tokens, embeds), 0 if past is None else past.length
-    (batch, length), room = inputs.shape, config.n_positions - past_length
+    inputs = Inputs(tokens, embeds)
+    batch, length = inputs.shape
+    head_size = config.n_embd // config.n_head
+    cache = as_cache(cache, (config.n_layer, batch, config.n_head, None, head_size))
+    past_length = 0 if cache is None else cache.length
+    room = config.n_positions - past_length
     if not 0 < length <= room:
         after = f"{config.n_positions} positions, and {past_length} inputs are cached"
         raise UserError(f"there are {length} inputs; the model has {after}: give 1 to {room} inputs")
 
     types = whole_numbers("token_type_ids", types, config.vocab_size, (batch, length))
-    positions = as_array("position_ids", positions)
+    positions = rows("position_ids", positions)
     if positions is not None:
-        positions = positions[None] if positions.ndim == 1 else positions
-        rows = batch if positions.shape[0] > 1 else 1
-        positions = whole_numbers("position_ids", positions, config.n_positions, (rows, length))
-    mask = as_array("attention_mask", mask, (batch, past_length + length))
+        positions = whole_numbers(
+            "position_ids", positions, config.n_positions, (batch if len(positions) > 1 else 1, length)
+        )
+    mask = checked_mask(mask, (batch, past_length + length))
     if head_mask is not None:
         head_mask = jnp.asarray(as_array("head_mask", head_mask), jnp.float32)
         L, N = config.n_layer, config.n_head
         if head_mask.shape not in ((N,), (L, N)):
             raise UserError(f"head_mask has shape {list(head_mask.shape)}; give [{N}] or [{L}, {N}]")
         head_mask = jnp.broadcast_to(head_mask, (L, N))
-    return Inputs(tokens, embeds, positions, types, mask, head_mask)
+    return Inputs(tokens, embeds, positions, types, mask, head_mask), cache
 
 
-def checked_prompt(config: ImageGPTConfig, input_ids, mask, max_length, max_new_tokens) -> tuple[np.ndarray, int]:
-    """The prompt of `generate`, int32 [B, P], and the length at which to stop. UserError if they do not fit."""
-    if input_ids is None:
-        input_ids = np.full((1, 1), config.sos_token_id, np.int32)
-    prompt = np.asarray(as_array("input_ids", input_ids), np.int32)
-    if prompt.ndim != 2 or 0 in prompt.shape:
-        raise UserError(f"input_ids has shape {list(prompt.shape)}; give [B, P] with at least one input")
-    prompt = whole_numbers("input_ids", prompt, config.vocab_size)
-    if mask is not None and not np.all(np.asarray(as_array("attention_mask", mask))):
-        raise UserError("attention_mask has zeros, but generate cannot skip inputs; give prompts of one length")
-    given = prompt.shape[1]
-    most = config.n_positions + 1
-    stop = given + max_new_tokens if max_new_tokens is not None else max_length or most
-    if not given < stop <= most:
-        allowed = f"give a max_length above {given} and at most n_positions + 1, {most}"
-        raise UserError(f"the prompt has {given} inputs and would be continued to {stop}; {allowed}")
-    return prompt, stop
+def checked_mask(mask, shape: tuple[int, int]):
+    """An attention_mask. UserError if it has numbers other than 0 and 1, such as those that are added to scores."""
+    mask = as_array("attention_mask", mask, shape)
+    if mask is not None and not isinstance(mask, jax.core.Tracer) and not np.isin(mask, (0, 1)).all():
+        raise UserError("attention_mask has other values than 1, which keeps a position, and 0, which hides it")
+    return mask
+
+
+def rows(name: str, x, axes: int = 2):
+    """`as_array`, with a first axis in front if x has one axis less than `axes`: a single row."""
+    x = as_array(name, x)
+    return x[None] if x is not None and x.ndim == axes - 1 else x
 
 
 def as_array(name: str, x, shape: tuple[int, ...] | None = None):
     """Converts `x` to a NumPy array. PyTorch tensors go through the CPU; JAX arrays and None are returned unchanged.
 
-    Raises UserError if the array does not contain numbers, or does not have the given `shape`.
+    An array that lacks the first axis of a `shape` with one row gets it. Raises UserError if the array does not contain
+    numbers, or does not have the `shape`.
     """
     if x is None:
         return None
     if not isinstance(x, jax.Array):
-        x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+        try:
+            x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+        except ValueError:
+            raise UserError(f"{name} has rows of different lengths; pad them, and give an attention_mask") from None
         if x.dtype.kind not in "biuf":
             raise UserError(f"{name} is an array of {x.dtype}; give numbers")
+    if shape is not None and (1, *x.shape) == shape:
+        x = x[None]
     if shape is not None and x.shape != shape:
         raise UserError(f"{name} has shape {list(x.shape)}; give {list(shape)}")
     return x

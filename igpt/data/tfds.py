@@ -1,7 +1,7 @@
 """Opens a data set of tensorflow_datasets as a data source. Reads single records in any order, without TensorFlow.
 
 The data set must be in ArrayRecord files. If there are no files, it is downloaded and prepared in this format. Only
-this preparation needs TensorFlow (pip install "igpt[tfds]").
+this preparation needs TensorFlow (pip install -e ".[tfds]").
 """
 
 import difflib
@@ -182,7 +182,7 @@ def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
     except ImportError:
         raise UserError(
             f"tfds:{name} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow (reading does not): "
-            f'pip install "igpt[tfds]" and repeat it, or set data.data_dir to where its {ARRAY_RECORD.value} files are'
+            f'pip install -e ".[tfds]" and repeat it, or set data.data_dir to where its {ARRAY_RECORD.value} files are'
         ) from None
     try:
         # The prepared files that Google offers for download are in another format.

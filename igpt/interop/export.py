@@ -42,6 +42,7 @@ def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
         raise UserError(f"{ref} was trained with the BERT objective, but transformers' ImageGPT is always causal")
     head = "classes" if model.num_classes else "pixels" if model.pixel_head else "none"
     config, processor, dtype = _configurations(directory, pretrained, head)
+    config = config.with_dtype(np.dtype(FLOATS[dtype]).name)
     params = nnx.to_pure_dict(nnx.state(pretrained.model))
     exported = dataclasses.replace(model, pixel_head=head == "pixels")
     tensors = hf_weights.named_tensors(params, exported, "" if head == "none" else hf_weights.BASE)

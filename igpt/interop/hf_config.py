@@ -1,6 +1,6 @@
 """Hugging Face's documented `ImageGPTConfig`, and its conversion to and from our ModelConfig.
 
-Source of names, defaults and meanings: transformers 5.23, models/imagegpt/configuration_imagegpt.py.
+Source of names, defaults and meanings: transformers 5.24, models/imagegpt/configuration_imagegpt.py.
 """
 
 import copy
@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from igpt.activations import ACTIVATIONS
 from igpt.data.classes import distinct_names, full_names
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
+from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching, refusals
 from igpt.interop.hub import resolve
-from igpt.model import ACTIVATIONS, ModelConfig
+from igpt.model import ModelConfig
 
 MAX_LAYERS = 1000  # a limit, so that a malicious config cannot request endless lists of names
+MAX_LABELS = 1 << 16  # the same
 
 ALIASES = {  # alias -> field, as in the documentation's attribute_map
     "hidden_size": "n_embd",
@@ -28,7 +31,25 @@ ALIASES = {  # alias -> field, as in the documentation's attribute_map
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
+SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
+    ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_new"
+)
+LEARNED = ("prelu", "xielu")  # activations of transformers with parameters of their own
+# Fields of the configurations of transformers 4 and 5 that this network does not read. They are kept and written back.
+UNREAD = (
+    *("architectures", "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward"),
+    *("cross_attention_hidden_size", "decoder_start_token_id", "dtype", "eos_token_id", "experts_implementation"),
+    *("finetuning_task", "gradient_checkpointing", "is_decoder", "is_encoder_decoder", "layer_types", "max_length"),
+    *("n_ctx", "name_or_path", "num_beams", "pad_token_id", "prefix", "sep_token_id", "task_specific_params"),
+    *("tf_legacy_loss", "tie_encoder_decoder", "tie_last_hidden_states", "tokenizer_class", "torch_dtype"),
+    *("torchscript", "transformers_version", "type_vocab_size", "use_bfloat16"),
+)
+REFUSED = refusals(  # fields that would change the network in a way that is not supported
+    ("transformers' own is masked wrongly; set it to False", dict(add_cross_attention=False)),
+    ("heads cannot be pruned; a head_mask turns them off", dict(pruned_heads={})),
+    ("all layers have the same configuration", dict(per_layer_config={})),
+    ("weights are float32, float16 or bfloat16", dict(quantization_config={})),
+)
 SAME_FIELD = {  # field of ModelConfig -> field of ImageGPTConfig with the same value
     "width": "n_embd",
     "depth": "n_layer",
@@ -49,9 +70,11 @@ ARCHITECTURES = dict(  # a model's head -> its class in transformers
 
 @dataclasses.dataclass(init=False, eq=False, repr=False)
 class ImageGPTConfig:
-    """The documented configuration. `other` keeps unknown keys of a file, and `to_dict` returns them.
+    """The documented configuration. `other` keeps fields that the network does not read, and `to_dict` returns them.
 
-    Raises UserError, which names the field, for an impossible value and for a keyword that looks misspelt.
+    num_labels, id2label {number: name} and label2id {name: number} always agree: any of them sets all three. Names of
+    unnamed classes are LABEL_0, LABEL_1, ... Raises UserError, which names the field, for an impossible value and for a
+    keyword that looks misspelt.
     """
 
     vocab_size: int = 513  # the colours of the palette, then the start of sequence
@@ -72,9 +95,7 @@ class ImageGPTConfig:
     scale_attn_by_inverse_layer_idx: bool = False  # scales scores by 1 / (layer_idx + 1)
     reorder_and_upcast_attn: bool = False  # has no effect here: scores are always float32
     # Every Hugging Face model has the fields below. A file contains only those that differ from the default.
-    num_labels: int = 2
-    id2label: dict | None = None
-    label2id: dict | None = None
+    id2label: dict | None = None  # the names of the classes; num_labels and label2id are derived from it
     problem_type: str | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -83,19 +104,24 @@ class ImageGPTConfig:
     model_type: ClassVar[str] = "imagegpt"
 
     def __init__(self, **settings):
-        known = DEFAULTS.keys() | ALIASES.keys()
-        for name in settings.keys() - known:
-            if close := difflib.get_close_matches(name, known, 1, cutoff=0.8):
-                raise UserError(f"ImageGPTConfig has no {name!r}; did you mean {close[0]!r}?")
-        self._set(settings)
+        for name in settings:
+            _check_name(name)
+        self._set(settings, *(settings.get(name) for name in LABELS))
 
-    def _set(self, settings: dict) -> None:
+    def _set(self, settings: dict, num_labels=None, id2label=None, label2id=None) -> None:
         settings = DEFAULTS | {ALIASES.get(name, name): value for name, value in settings.items()}
-        if isinstance(settings["id2label"], dict):
-            settings["num_labels"] = len(settings["id2label"])
-        self.other = {name: settings.pop(name) for name in list(settings) if name not in DEFAULTS}
-        vars(self).update(settings)
+        settings["id2label"] = _class_names(num_labels, id2label, label2id)
+        self.other = {name: value for name, value in settings.items() if name not in DEFAULTS and name not in LABELS}
+        vars(self).update({name: settings[name] for name in DEFAULTS})
         self.check()
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: number for number, name in self.id2label.items()}
 
     def __getattr__(self, name):  # Python calls this only for attributes that are not set
         if name in ALIASES:
@@ -105,9 +131,16 @@ class ImageGPTConfig:
         raise AttributeError(f"ImageGPTConfig has no {name!r}")
 
     def __setattr__(self, name, value):
-        super().__setattr__(ALIASES.get(name, name), value)
-        if name == "num_labels":
-            self.id2label = self.label2id = None  # the old names are wrong for the new number of classes
+        name = ALIASES.get(name, name)
+        if name in LABELS:
+            names = _class_names(**{name: value})
+            if name != "num_labels" or len(names) != self.num_labels:  # the old names are wrong for another number
+                vars(self)["id2label"] = names
+        elif name in DEFAULTS or name == "other":
+            vars(self)[name] = value
+        else:
+            _check_name(name)
+            self.other[name] = value
 
     def __eq__(self, other):
         return isinstance(other, ImageGPTConfig) and self.to_dict() == other.to_dict()
@@ -117,14 +150,20 @@ class ImageGPTConfig:
 
     def check(self) -> None:
         """Raises UserError if a field has a value that no network could have."""
+        if self.activation_function in LEARNED:
+            learned = f"activation_function {self.activation_function!r} has parameters of its own"
+            raise UserError(f"{learned}, which igpt does not have; choose one of {', '.join(KNOWN_ACTIVATIONS)}")
         for names, holds, allowed in RULES:
             for name in names:
                 if not holds(value := getattr(self, name)):
                     raise UserError(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.other.get("add_cross_attention"):
-            raise UserError("add_cross_attention is true, but transformers' own is masked wrongly; set it to false")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            remedy = "a classifier needs two classes, and one number is a regression"
+            raise UserError(f"problem_type is {self.problem_type!r} and num_labels is 1; {remedy}")
+        _class_names(id2label=self.id2label)  # the dict may have been changed in place
+        check_refused("ImageGPTConfig", self.other, REFUSED)
 
     @property
     def sos_token_id(self) -> int:
@@ -133,35 +172,62 @@ class ImageGPTConfig:
 
     def to_dict(self) -> dict:
         """The configuration as transformers writes it to config.json."""
-        settings = {name: getattr(self, name) for name in DEFAULTS}
-        if self.num_labels != DEFAULTS["num_labels"] and self.id2label is None:
-            settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
-            settings["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
-        del settings["num_labels"]  # transformers derives it from id2label
+        settings = {name: getattr(self, name) for name in DEFAULTS} | {"label2id": self.label2id}
+        if self.id2label == _class_names():
+            del settings["id2label"], settings["label2id"]
         settings = {k: value for k, value in settings.items() if k not in COMMON or value != DEFAULTS[k]}
         return copy.deepcopy(settings | self.other) | {"model_type": self.model_type}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, path) -> None:
+        """Writes the text of `to_json_string`."""
+        write_text(path, self.to_json_string())
+
     @classmethod
-    def from_dict(cls, settings: dict, **overrides) -> "ImageGPTConfig":
-        """Reads a dict from `to_dict` or any version of transformers. `overrides` are arguments of the constructor."""
+    def from_json_file(cls, path) -> "ImageGPTConfig":
+        """Reads a file of `to_json_file`, or a config.json of any version of transformers."""
+        return cls.from_dict(read_json(Path(path)))
+
+    @classmethod
+    def from_dict(cls, settings: dict, **overrides) -> "ImageGPTConfig | tuple":
+        """Reads a dict from `to_dict` or any version of transformers. `overrides` replace fields, and must be fields.
+
+        With return_unused_kwargs=True, returns (the configuration, the overrides that are no fields).
+        """
         model_type = settings.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise UserError(f"model_type is {reprlib.repr(model_type)}; only {cls.model_type!r} models can be loaded")
+        return_unused, unused = overrides.pop("return_unused_kwargs", False), {}
+        for name in overrides.keys() - {*DEFAULTS, *ALIASES, *LABELS, *UNREAD, *REFUSED, *settings}:
+            if not return_unused:
+                _check_name(name)
+                raise UserError(f"ImageGPTConfig has no field {name!r}; there are {', '.join(DEFAULTS)}, num_labels")
+            unused[name] = overrides.pop(name)
         config = cls.__new__(cls)
-        config._set({name: value for name, value in settings.items() if name != "model_type"})
-        cls(**overrides)  # raises for misspelt names and invalid values
+        labels = {name: settings.get(name) for name in LABELS}
+        if labels["id2label"] is not None:  # as in transformers, a file's id2label takes precedence over the other two
+            labels = {"id2label": labels["id2label"]}
+        config._set({name: value for name, value in settings.items() if name != "model_type"}, **labels)
+        cls(**overrides)  # raises for invalid values
+        if labels := {name: overrides.pop(name) for name in LABELS if overrides.get(name) is not None}:
+            names = _class_names(**labels)
+            if labels.keys() != {"num_labels"} or len(names) != config.num_labels:
+                config.id2label = names
         for name, value in overrides.items():
             setattr(config, name, value)
         config.check()
-        return config
+        return (config, unused) if return_unused else config
 
     @classmethod
-    def from_pretrained(cls, ref, **overrides) -> "ImageGPTConfig":
-        """Reads config.json of a directory or hub id. UserError, with the path, if it is damaged or unsuitable."""
-        path = resolve(ref) / "config.json"
+    def from_pretrained(cls, ref, **overrides) -> "ImageGPTConfig | tuple":
+        """Reads config.json of a directory or hub id. UserError, with the path, if it is damaged or unsuitable.
+
+        `overrides`: revision, subfolder and the other arguments of FETCHING, and those of `from_dict`.
+        """
+        path = resolve(ref, files=["config.json"], **fetching(overrides)) / "config.json"
+        overrides = check_refused("ImageGPTConfig.from_pretrained", overrides, OF_FETCHING)
         settings = read_json(path)
         if {"data", "palette", "model"} <= settings.keys():
             raise UserError(f"{ref} is a run directory; convert it first: igpt export --model={ref} --out=DIR")
@@ -170,14 +236,64 @@ class ImageGPTConfig:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
-    def save_pretrained(self, directory) -> None:
-        """Writes config.json into the directory."""
+    def save_pretrained(self, directory, push_to_hub: bool = False) -> None:
+        """Writes config.json into the directory. UserError, and nothing is written, if it could not be loaded again."""
+        check_refused("save_pretrained", {"push_to_hub": push_to_hub}, OF_UPLOADING)
+        self.check()
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_text(Path(directory) / "config.json", self.to_json_string())
+        self.to_json_file(Path(directory) / "config.json")
+
+    def with_dtype(self, dtype: str) -> "ImageGPTConfig":
+        """A copy whose field dtype, or torch_dtype in older files, names the type of the weights beside it."""
+        settings = self.to_dict()
+        return type(self).from_dict(settings | {n: dtype for n in ("dtype", "torch_dtype") if n in settings})
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ImageGPTConfig)}
-COMMON = list(DEFAULTS)[list(DEFAULTS).index("num_labels") :]  # the fields of every Hugging Face model
+COMMON = list(DEFAULTS)[list(DEFAULTS).index("id2label") :]  # the fields of every Hugging Face model
+LABELS = ("num_labels", "id2label", "label2id")
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for a name that is no field, but looks like a misspelt one."""
+    known = {*DEFAULTS, *ALIASES, *LABELS}
+    if name in known or name in UNREAD or name in REFUSED:
+        return
+    if close := difflib.get_close_matches(name, known, 1, cutoff=0.8):
+        raise UserError(f"ImageGPTConfig has no {name!r}; did you mean {close[0]!r}?")
+
+
+def _class_names(num_labels=None, id2label=None, label2id=None) -> dict[int, str]:
+    """The name of each class 0..C-1, from any of the three fields. UserError if the fields that are given disagree."""
+    if num_labels is not None and not (_is_whole(num_labels) and num_labels <= MAX_LABELS):
+        raise UserError(f"num_labels is {reprlib.repr(num_labels)}; it must be a whole number, 1 to {MAX_LABELS}")
+    names = None if id2label is None else _numbered("id2label", id2label, lambda pair: pair)
+    if label2id is not None and names is None:
+        names = _numbered("label2id", label2id, reversed)
+    elif label2id is not None:
+        pairs = {(str(number), name) for number, name in names.items()}
+        if not isinstance(label2id, dict) or {(str(number), name) for name, number in label2id.items()} != pairs:
+            raise UserError(f"label2id is {reprlib.repr(label2id)}, not the inverse of id2label; give one of them")
+    if names is None:
+        return {i: f"LABEL_{i}" for i in range(num_labels or 2)}
+    if num_labels not in (None, len(names)):
+        raise UserError(f"num_labels is {num_labels}, but {len(names)} classes have names; give one of them")
+    return names
+
+
+def _numbered(field: str, value, pair_of) -> dict[int, str]:
+    """{number: name} from a dict whose items `pair_of` turns into (number, name). JSON's numbers are strings."""
+    names = {}
+    if not isinstance(value, dict) or not 1 <= len(value) <= MAX_LABELS:
+        raise UserError(f"{field} is {reprlib.repr(value)}; it must be None or a dict of at least one class")
+    for number, name in map(pair_of, value.items()):
+        if not (str(number).isdecimal() and len(str(number)) < 10 and isinstance(name, str)):
+            shown = f"{reprlib.repr(number)} and {reprlib.repr(name)}"
+            raise UserError(f"{field} has {shown}; whole numbers and names are needed, such as 0 and 'cat'")
+        names[int(number)] = name
+    if sorted(names) != list(range(len(value))):
+        raise UserError(f"{field} has the numbers {reprlib.repr(sorted(names))}; they must be 0..{len(value) - 1}")
+    return dict(sorted(names.items()))
 
 
 def _is_whole(value) -> bool:
@@ -192,7 +308,7 @@ KNOWN_ACTIVATIONS = (*ACTIVATIONS, *SAME_ACTIVATION)
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 BOOLEANS = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 RULES = (  # names of fields, the condition on their values, and the same condition in words
-    (["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels"], _is_whole, "a positive whole number"),
+    (["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"], _is_whole, "a positive whole number"),
     (["n_layer"], lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}"),
     (["vocab_size"], lambda value: value >= 2, "at least 2: a colour and the start of sequence"),
     (["n_inner"], lambda value: value is None or _is_whole(value), "None or a positive whole number"),
@@ -201,7 +317,6 @@ RULES = (  # names of fields, the condition on their values, and the same condit
     (BOOLEANS, lambda value: isinstance(value, bool), "true or false"),
     (["activation_function"], lambda value: value in KNOWN_ACTIVATIONS, f"one of {', '.join(KNOWN_ACTIVATIONS)}"),
     (["problem_type"], lambda value: value in PROBLEMS, f"one of {PROBLEMS}"),
-    (["id2label", "label2id"], lambda value: value is None or isinstance(value, dict), "None or a dict"),
 )
 
 

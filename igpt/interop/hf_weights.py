@@ -2,7 +2,7 @@
 
 Conv1D of transformers has kernels [in, out]. The columns of its fused c_attn are all queries, all keys and all values,
 each ordered by head. Our leaves have the same order and are only reshaped, except that output heads are transposed.
-Source: transformers 5.23, models/imagegpt/modeling_imagegpt.py, and pytorch_utils.py for Conv1D.
+Source: transformers 5.24, models/imagegpt/modeling_imagegpt.py, and pytorch_utils.py for Conv1D.
 """
 
 import re
@@ -74,11 +74,14 @@ class Weights(NamedTuple):
         return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
-def open_directory(directory: Path, head: str | None = None, config: ImageGPTConfig | None = None) -> Weights:
+def open_directory(
+    directory: Path, head: str | None = None, config: ImageGPTConfig | None = None, any_size: bool = False
+) -> Weights:
     """Reads names and shapes, and raises UserError unless they are exactly those of the configuration.
 
     head: a key of ARCHITECTURES, or None for the directory's own head. A given head may be missing in the files, and
-    other heads in the files are ignored. So fine-tuning can start from a pretrained directory.
+    other heads in the files are ignored. So fine-tuning can start from a pretrained directory. With `any_size`, a head
+    of another size counts as missing.
     """
     config = config or ImageGPTConfig.from_pretrained(directory)
     errors = []
@@ -88,10 +91,11 @@ def open_directory(directory: Path, head: str | None = None, config: ImageGPTCon
     model = to_model_config(config, "none" if head == "pixels" and config.tie_word_embeddings else head)
     table = targets(model)
     for name in optional:
-        if name not in table:
+        fits = {name} <= tensors.keys() & table.keys() and tensors[name].shape == table[name].shape(sizes(model))
+        if name not in table or (any_size and not fits):
             tensors.pop(name, None)
-        elif name not in tensors:
-            table.pop(name)
+        if name not in tensors:
+            table.pop(name, None)
     if config.tie_word_embeddings:
         tensors.pop(HEADS["pixels"], None)  # .bin files contain the tied table twice
     problem = f"the weights in {directory} do not fit their config.json; fetch both again, or correct the config"

@@ -69,7 +69,7 @@ def open_checkpoint(prefix: Path) -> dict[str, Tensor]:
     try:
         import tensorflow as tf
     except ImportError:
-        raise UserError(f'{prefix} is a TensorFlow checkpoint; reading it needs: pip install "igpt[tfds]"') from None
+        raise UserError(f'{prefix} is a TensorFlow checkpoint; reading it needs: pip install -e ".[tfds]"') from None
     read = functools.partial(_or_user_error, prefix)
     reader = read(tf.train.load_checkpoint, str(prefix))
     shapes, dtypes = read(reader.get_variable_to_shape_map), read(reader.get_variable_to_dtype_map)

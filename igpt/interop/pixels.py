@@ -5,6 +5,7 @@ and similar images, for which that processor fails. Transparent images get a whi
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,6 +31,9 @@ def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) ->
     arrays = list(_arrays(images, layout, convert_rgb))
     if not arrays:
         raise UserError("no images were given; a PIL image, an array, or a list of them is needed")
+    if any(array.dtype.kind in "iu" and array.max(initial=0) == 1 for array, _ in arrays):
+        allowed = "if they are shares, give floats in [0, 1]; if they are black and white, give bools"
+        warnings.warn(f"integer pixels are 0 and 1 only, nearly black on the scale of 0..255; {allowed}", stacklevel=2)
     up_to_one = all(array.max(initial=0) <= 1 for array, _ in arrays if array.dtype.kind == "f")
     batches = [_rgb(_bytes(array, up_to_one), place) for array, place in arrays]
     return batches, [up_to_one and array.dtype.kind == "f" for array, _ in arrays]

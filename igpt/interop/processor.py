@@ -2,15 +2,14 @@
 
 Images are resized, rescaled, normalised and quantised. Every step after the resize depends only on a byte and its
 channel. So pixel values are looked up among 256 x 3 floats, and tokens in a `ColorTable`.
-Source: the PIL processor of transformers 5.23. Pixel values equal its values bit for bit. Tokens may differ only if two
+Source: the PIL processor of transformers 5.24. Pixel values equal its values bit for bit. Tokens may differ only if two
 clusters are almost equally near: transformers expands the distance in float32, and this module computes it in float64.
 """
 
 import difflib
 import functools
 import json
-import math
-import reprlib
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,20 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from igpt.color_table import BYTE_LEVELS, MAX_COLORS, ColorTable
+from igpt.color_table import BYTE_LEVELS, ColorTable
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
+from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching
 from igpt.interop.hub import resolve
 from igpt.interop.pixels import rgb_batches
-from igpt.palette import Palette
+from igpt.interop.processor_settings import REFUSED, SETTINGS, checked
+from igpt.palette import Palette, other_units
 
 FILE_NAME = "preprocessor_config.json"
-MAX_PIXELS = 1 << 24  # pixels per resized image
-MAX_NUMBER = float(np.finfo(np.float32).max)  # a limit for settings, because pixel values are float32
-TYPES = {  # field -> the names of this processor in files of all versions
-    "image_processor_type": ("ImageGPTImageProcessor", "ImageGPTImageProcessorFast", "ImageGPTImageProcessorPil"),
-    "feature_extractor_type": ("ImageGPTFeatureExtractor",),
-}
+TYPES = tuple(  # the names of this processor in files of all versions
+    f"ImageGPT{name}" for name in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+)
+CALL = {"data_format": "channels_first", "return_tensors": None, "input_data_format": None}  # and the defaults
+TYPE_FIELDS = ("image_processor_type", "feature_extractor_type")
 
 
 class BatchFeature(dict):
@@ -41,6 +41,19 @@ class BatchFeature(dict):
         if name in self:
             return self[name]
         raise AttributeError(f"there is no {name!r}, only {', '.join(self)}")
+
+    @property
+    def data(self) -> dict:
+        return dict(self)
+
+    def to(self, *args, **kwargs) -> "BatchFeature":
+        """Moves PyTorch's tensors with their own `to`, and returns itself. Other arrays stay: JAX places its own."""
+        for name, value in self.items():
+            if hasattr(value, "is_floating_point"):  # integers keep their type, as in transformers
+                given = args if value.is_floating_point() else [x for x in args if "dtype" not in type(x).__name__]
+                options = {key: x for key, x in kwargs.items() if key != "dtype" or value.is_floating_point()}
+                self[name] = value.to(*given, **options) if given or options else value
+        return self
 
 
 class ImageGPTImageProcessor:
@@ -61,16 +74,18 @@ class ImageGPTImageProcessor:
         do_resize=True,
         size=None,
         resample=Image.Resampling.BILINEAR,
+        do_normalize=True,
+        do_color_quantize=True,
+        *,
         do_rescale=True,
         rescale_factor=1 / 255,
-        do_normalize=True,
         image_mean=None,
         image_std=None,
-        do_color_quantize=True,
         do_convert_rgb=None,
         **extra,
     ):
         given = locals()
+        check_refused("the image processor", extra, REFUSED)
         for name in SETTINGS:
             setattr(self, name, checked(name, given[name]))
         for name in extra:
@@ -78,8 +93,8 @@ class ImageGPTImageProcessor:
                 raise UserError(f"the image processor has no {name!r}; did you mean {similar[0]!r}?")
         self.extra = extra
 
-    def __call__(self, images, **overrides) -> BatchFeature:
-        return self.preprocess(images, **overrides)
+    def __call__(self, images, *args, **overrides) -> BatchFeature:
+        return self.preprocess(images, *args, **overrides)
 
     def preprocess(
         self,
@@ -87,25 +102,32 @@ class ImageGPTImageProcessor:
         do_resize=None,
         size=None,
         resample=None,
-        do_rescale=None,
-        rescale_factor=None,
         do_normalize=None,
-        image_mean=None,
-        image_std=None,
         do_color_quantize=None,
         clusters=None,
         return_tensors=None,
-        data_format="channels_first",
+        data_format=None,
         input_data_format=None,
+        *,
+        do_rescale=None,
+        rescale_factor=None,
+        image_mean=None,
+        image_std=None,
         do_convert_rgb=None,
+        **refused,
     ) -> BatchFeature:
         """Returns tokens (int64) or pixel values (float32). In this call, arguments that are not None replace settings.
 
+        Arguments have the order of transformers 4, whose page lists them; those of transformers 5 have names only.
         images: see `pixels.rgb_batches`; floats in [0, 1] are rounded to bytes, and count as already rescaled.
         return_tensors: None (a list of numpy arrays), "np", "jax" (int32 unless JAX's x64 is on) or "pt".
-        data_format: the position of the channels in pixel_values, "channels_first" or "channels_last".
+        data_format: the position of the channels in pixel_values, "channels_first" (the default) or "channels_last".
         """
         given = locals()
+        check_refused("preprocess", refused, REFUSED, known=(*SETTINGS, *CALL))
+        data_format, return_tensors, input_data_format = (
+            self.extra.get(name, default) if given[name] is None else given[name] for name, default in CALL.items()
+        )
         chosen = {name: getattr(self, name) if given[name] is None else given[name] for name in SETTINGS}
         settings = SimpleNamespace(**{name: checked(name, value) for name, value in chosen.items()})
         if settings.do_color_quantize and settings.clusters is None:
@@ -125,7 +147,8 @@ class ImageGPTImageProcessor:
         elif return_tensors is not None:
             raise UserError("the images differ in size; give do_resize=True for a tensor, or return_tensors=None")
         if settings.do_color_quantize:
-            table = _color_table(settings.clusters.tobytes(), _levels(settings, scale).tobytes())
+            levels = _levels(settings, scale)
+            table = _color_table(settings.clusters.tobytes(), levels.tobytes())
             tokens = [table.encode(batch, np.int64).reshape(len(batch), -1) for batch in batches]
             return BatchFeature(input_ids=_returned(tokens, return_tensors))
         values = [_pixel_values(batch, settings, scale, data_format) for batch in batches]
@@ -138,9 +161,14 @@ class ImageGPTImageProcessor:
         return Palette(checked("clusters", self.clusters))
 
     @classmethod
-    def from_pretrained(cls, ref, *, revision=None, **overrides) -> "ImageGPTImageProcessor":
-        """Reads preprocessor_config.json. `ref` is that file, its directory, or a hub id with a `revision`."""
-        path = Path(ref) if Path(ref).is_file() else resolve(ref, revision) / FILE_NAME
+    def from_pretrained(cls, ref, **overrides) -> "ImageGPTImageProcessor | tuple":
+        """Reads preprocessor_config.json. `ref` is that file, its directory, or a hub id; only that file is fetched.
+
+        `overrides`: revision, subfolder and the other arguments of FETCHING, and those of `from_dict`.
+        """
+        where = fetching(overrides)
+        path = Path(ref) if Path(ref).is_file() else resolve(ref, files=[FILE_NAME], **where) / FILE_NAME
+        overrides = check_refused("the image processor's from_pretrained", overrides, OF_FETCHING)
         settings = read_json(path)
         try:
             return cls.from_dict(settings, **overrides)
@@ -148,20 +176,30 @@ class ImageGPTImageProcessor:
             raise UserError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, settings, **overrides) -> "ImageGPTImageProcessor":
+    def from_dict(cls, settings, **overrides) -> "ImageGPTImageProcessor | tuple":
         """Reads a dict that `to_dict` or any version of transformers wrote. UserError if it is of another processor.
 
-        `overrides` replace settings. Unknown names in `settings` are kept, but unknown overrides are an error.
+        `overrides` replace settings. Unknown names in `settings` are kept, but unknown overrides are an error, or with
+        return_unused_kwargs=True the second result.
         """
         if not isinstance(settings, dict):
             raise UserError(f"an image processor's settings are a JSON object, not a {type(settings).__name__}")
-        for field, names in TYPES.items():
-            if settings.get(field) not in (None, *names):
-                raise UserError(f"{field} is {settings[field]!r}, another processor's; {names[0]!r} is needed")
-        if unknown := set(overrides) - set(SETTINGS):
-            raise UserError(f"there is no setting {', '.join(sorted(unknown))}; choose from {', '.join(SETTINGS)}")
-        naming = (*TYPES, "processor_class")
-        return cls(**{name: value for name, value in settings.items() if name not in naming} | overrides)
+        for field in TYPE_FIELDS:
+            if settings.get(field) not in (None, *TYPES):
+                raise UserError(f"{field} is {settings[field]!r}, another processor's; {TYPES[0]!r} is needed")
+        return_unused = overrides.pop("return_unused_kwargs", False)
+        overrides = check_refused("the image processor", overrides, REFUSED)
+        unused = {name: overrides.pop(name) for name in overrides.keys() - SETTINGS.keys()}
+        if unused and not return_unused:
+            raise UserError(f"there is no setting {', '.join(sorted(unused))}; choose from {', '.join(SETTINGS)}")
+        naming = (*TYPE_FIELDS, "processor_class")
+        made = cls(**{name: value for name, value in settings.items() if name not in naming} | overrides)
+        return (made, unused) if return_unused else made
+
+    @classmethod
+    def from_json_file(cls, path) -> "ImageGPTImageProcessor":
+        """Reads a file of `to_json_file` or of transformers."""
+        return cls.from_dict(read_json(Path(path)))
 
     def to_dict(self) -> dict:
         """Every setting as a JSON value. do_convert_rgb and clusters are left out if they are None."""
@@ -177,8 +215,13 @@ class ImageGPTImageProcessor:
         except TypeError as error:
             raise UserError(f"the image processor's extra settings cannot be written as JSON: {error}") from None
 
-    def save_pretrained(self, directory) -> list[str]:
+    def to_json_file(self, path) -> None:
+        """Writes the text of `to_json_string`."""
+        write_text(path, self.to_json_string())
+
+    def save_pretrained(self, directory, push_to_hub: bool = False) -> list[str]:
         """Writes preprocessor_config.json, which transformers can read. Returns a list with its path."""
+        check_refused("save_pretrained", {"push_to_hub": push_to_hub}, OF_UPLOADING)
         path = Path(directory) / FILE_NAME
         text = self.to_json_string()
         try:
@@ -218,7 +261,17 @@ def _levels(settings, scale: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)  # each table takes 32 MB
 def _color_table(centers: bytes, levels: bytes) -> ColorTable:
-    return ColorTable(np.frombuffer(centers).reshape(-1, 3), np.frombuffer(levels).reshape(256, 3))
+    """The table of clusters and of the pixel value of each byte. Warns if they are not in the same units."""
+    clusters, values = np.frombuffer(centers).reshape(-1, 3), np.frombuffer(levels).reshape(256, 3)
+    low, high, span = values.min(), values.max(), np.ptp(values) or 1.0
+    least, most = clusters.min(), clusters.max()
+    outside = least < low - 0.1 * span or most > high + 0.1 * span  # clusters are means of pixels
+    scaled = 2 * (least - low) / span - 1, 2 * (most - low) / span - 1
+    if outside or (len(clusters) > 1 and (most - least < 0.1 * span or other_units(*scaled))):
+        found = f"the clusters lie in [{least:.3g}, {most:.3g}], pixel values in [{low:.3g}, {high:.3g}]"
+        remedy = "convert the clusters, or correct do_rescale, do_normalize, image_mean and image_std"
+        warnings.warn(f"{found}: they seem to be in other units; {remedy}", stacklevel=3)
+    return ColorTable(clusters, values)
 
 
 def _pixel_values(batch: np.ndarray, settings, scale: float, data_format: str) -> np.ndarray:
@@ -245,85 +298,3 @@ def _returned(batches: list[np.ndarray], kind: str | None):
             raise UserError("return_tensors='pt' needs torch: pip install torch") from None
         return torch.from_numpy(batches[0])
     raise UserError(f"return_tensors is {kind!r}; choose None, 'np', 'jax' or 'pt'")
-
-
-def checked(name: str, value):
-    """Converts the setting `name` to its type, and None to the default. Raises UserError if the value is invalid."""
-    default, check = SETTINGS[name]
-    value = default if value is None else value
-    return None if value is None else check(name, value)
-
-
-def _flag(name, value):
-    if not isinstance(value, bool | np.bool_):
-        raise UserError(f"{name} is {reprlib.repr(value)}; True or False is needed")
-    return bool(value)
-
-
-def _number(name, value):
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not abs(value) <= MAX_NUMBER:
-        raise UserError(f"{name} is {reprlib.repr(value)}; a finite number is needed")
-    return float(value)
-
-
-def _three_numbers(name, value):
-    numbers = np.asarray(value, object).tolist()  # a list, or the unchanged scalar
-    numbers = numbers if isinstance(numbers, list) else [numbers] * 3
-    if len(numbers) != 3:
-        raise UserError(f"{name} is {reprlib.repr(value)}; a number or three, one for each channel, are needed")
-    numbers = [_number(name, number) for number in numbers]
-    if name == "image_std" and 0.0 in numbers:
-        raise UserError(f"image_std is {numbers}; pixels are divided by it, so it cannot contain 0")
-    return numbers
-
-
-def _size(name, value):
-    if hasattr(value, "keys"):
-        value = {key: length for key, length in dict(value).items() if length is not None}
-        lengths = [value["height"], value["width"]] if set(value) == {"height", "width"} else []
-    else:
-        lengths = list(value) if isinstance(value, list | tuple) else [value] * 2
-    whole = all(isinstance(length, int | np.integer) and not isinstance(length, bool) for length in lengths)
-    if len(lengths) != 2 or not whole or min(lengths) < 1 or math.prod(map(int, lengths)) > MAX_PIXELS:
-        allowed = f"{{'height': h, 'width': w}}, (h, w) or one number for both, up to {MAX_PIXELS:,} pixels"
-        raise UserError(f"{name} is {reprlib.repr(value)}; give {allowed}: images are resized to exactly that")
-    return {"height": int(lengths[0]), "width": int(lengths[1])}
-
-
-def _filter(name, value):
-    allowed = {
-        choice.value: choice.name.lower() for choice in sorted(Image.Resampling)
-    }  # the choices depend on Pillow's version
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in allowed:
-        choices = ", ".join(f"{number} {word}" for number, word in allowed.items())
-        raise UserError(f"{name} is {reprlib.repr(value)}; a filter of PIL is needed: {choices}")
-    return int(value)
-
-
-def _clusters(name, value):
-    try:
-        clusters = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):
-        clusters = np.empty(0, object)  # the rows differ in length, or it has no rows
-    if clusters.dtype.kind not in "iuf" or clusters.shape[1:] != (3,) or not 1 <= len(clusters) <= MAX_COLORS:
-        found = f"{clusters.dtype} {list(clusters.shape)}"
-        raise UserError(f"{name} are {found}; numbers [V, 3], V from 1 to {MAX_COLORS}, are needed")
-    if not (np.abs(clusters) <= MAX_NUMBER).all():
-        raise UserError(f"{name} are not finite: they run from {clusters.min()} to {clusters.max()}")
-    return clusters.astype(np.float64)
-
-
-SETTINGS = {  # name: the default, and the function that checks and converts a value
-    "clusters": (None, _clusters),
-    "do_resize": (True, _flag),
-    "size": ({"height": 256, "width": 256}, _size),
-    "resample": (2, _filter),
-    "do_rescale": (True, _flag),
-    "rescale_factor": (1 / 255, _number),
-    "do_normalize": (True, _flag),
-    "image_mean": ([0.5] * 3, _three_numbers),
-    "image_std": ([0.5] * 3, _three_numbers),
-    "do_color_quantize": (True, _flag),
-    "do_convert_rgb": (None, _flag),
-}

@@ -96,7 +96,7 @@ def _list_pickle(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError:
-        raise UserError(f'{path} needs torch: pip install "igpt[torch]", or convert it to safetensors') from None
+        raise UserError(f'{path} needs torch: pip install -e ".[torch]", or convert it to safetensors') from None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < TORCH_WITH_SAFE_LOADER:
         raise UserError(f"torch {torch.__version__} cannot read {path} safely; install torch 2.10 or newer")

@@ -1,5 +1,7 @@
 """The documented classes: generation compared with transformers, saving, loading, and unknown arguments."""
 
+import inspect
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from igpt.api.forward import forward
 from igpt.errors import UserError
 from igpt.interop import hf_weights, weight_files
 from igpt.sample import _generate
-from tests.helpers import API_SIZES, API_SOS, api_labels, api_tokens, write_run_config
+from tests.helpers import API_SIZES, API_SOS, HF_CLASSES, api_tokens, write_run_config
 
 
 def test_greedy_generation_equals_that_of_transformers(causal):
@@ -124,15 +126,15 @@ def test_a_new_model_is_initialised_by_the_scheme_of_transformers():
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
-def test_outputs_are_read_by_name_by_index_and_as_tuples(causal):
-    _, ours = causal
-    x = api_tokens()
-    output = ours(x, labels=api_labels(x), use_cache=False)
-    assert output.keys() == ["loss", "logits"] == list(output)
-    assert output[0] is output.loss is output["loss"] and output[-1] is output.logits
-    as_tuple = ours(x, return_dict=False)
-    np.testing.assert_array_equal(as_tuple[0], output.logits)
-    assert isinstance(as_tuple, tuple) and as_tuple[1].get_seq_length() == 23
+def test_the_initializer_range_reaches_every_kernel():
+    params = ImageGPTModel(ImageGPTConfig(**API_SIZES, initializer_range=0.0)).params
+    kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel"]
+    assert len(kernels) == 4 and not any(np.any(kernel) for kernel in kernels)
+
+
+def test_equal_calls_give_equal_outputs(causal):
+    one, other = (causal[1](api_tokens(), output_hidden_states=True, output_attentions=True) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_a_run_directory_is_refused_with_the_command_to_export_it(tmp_path):
@@ -145,8 +147,6 @@ def test_unknown_arguments_are_errors(causal):
     _, ours = causal
     with pytest.raises(TypeError, match="pixel_values"):
         ours(pixel_values=api_tokens())
-    with pytest.raises(TypeError, match="num_beams"):
-        ours.generate(api_tokens(), num_beams=4)
     with pytest.raises(UserError, match="did you mean 'n_embd'"):
         ImageGPTConfig(n_embed=64)
 
@@ -166,4 +166,18 @@ def test_bad_arguments_of_generate_are_refused(causal, how, message):
 
 def test_the_names_of_the_documentation_exist():
     assert api.AutoImageProcessor is api.ImageGPTImageProcessor is api.ImageGPTFeatureExtractor
-    assert {"ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"} <= set(api.__all__)
+    documented = {name for name in dir(transformers) if name.startswith("ImageGPT")}
+    assert len(documented) > 7 and documented <= set(api.__all__)
+    assert all(getattr(api, name) for name in api.__all__)
+
+
+@pytest.mark.parametrize("head", HF_CLASSES)
+def test_arguments_have_the_order_of_the_documentation(head):
+    theirs, ours = (getattr(package, HF_CLASSES[head]) for package in (transformers, api))
+    orders = [
+        [p.name for p in inspect.signature(f).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        for f in (theirs.forward, ours.forward, ours.__call__)
+    ]
+    assert orders[0] == orders[1] == orders[2]
+    model = ours(ImageGPTConfig(**API_SIZES))
+    np.testing.assert_array_equal(model.forward(api_tokens())[0], model(api_tokens())[0])

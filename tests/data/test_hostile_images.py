@@ -95,7 +95,7 @@ def test_an_image_too_large_is_refused_by_its_header(kind, width, height):
 
 
 def test_a_small_tiff_of_one_enormous_tile_is_refused():
-    with pytest.raises(UnreadableImage, match="photo has .* pixels; at most 67,108,864 are opened"):
+    with pytest.raises(UnreadableImage, match="photo has .* pixels; the limit is 67,108,864"):
         decode(tiff_file(16, 16, bytes(99), tile=1 << 15), "photo")
 
 

@@ -275,7 +275,7 @@ def test_what_is_not_prepared_needs_tensorflow_and_says_so(monkeypatch, tmp_path
     (tmp_path / "tensorflow.py").write_text("raise ImportError('not installed')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
-    with pytest.raises(UserError, match=r'(?s)cifar10 is not prepared in .*pip install "igpt\[tfds\]"'):
+    with pytest.raises(UserError, match=r'(?s)cifar10 is not prepared in .*pip install -e "\.\[tfds\]"'):
         opened("cifar10", str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 

@@ -10,7 +10,10 @@ from igpt.errors import UserError
 from igpt.files import MAX_JSON_DEPTH
 from igpt.interop.hf_config import (
     ACTIVATIONS,
+    DEFAULTS,
+    MAX_LABELS,
     SAME_ACTIVATION,
+    UNREAD,
     ImageGPTConfig,
     from_model_config,
     to_model_config,
@@ -120,10 +123,17 @@ def test_messages_name_a_misspelt_keyword_and_a_bad_value():
         ImageGPTConfig(n_layer=True)
     with pytest.raises(UserError, match="layer_norm_epsilon is 1000"):
         ImageGPTConfig(layer_norm_epsilon=10**400)  # no float is that large
-    with pytest.raises(UserError, match=r"id2label is \['cat'\]; it must be None or a dict"):
-        ImageGPTConfig(id2label=["cat"])
-    with pytest.raises(UserError, match="add_cross_attention is true"):
-        ImageGPTConfig(add_cross_attention=True)
+    for name in ("id2label", "label2id"):
+        with pytest.raises(UserError, match=rf"{name} is \['cat'\]; it must be None or a dict"):
+            ImageGPTConfig(**{name: ["cat"]})
+    for name, value in dict(add_cross_attention=True, pruned_heads={0: [1]}, per_layer_config={1: {}}).items():
+        with pytest.raises(UserError, match=f"ImageGPTConfig does not support {name}="):
+            ImageGPTConfig(**{name: value})
+    for name in ("prelu", "xielu"):
+        with pytest.raises(UserError, match=f"'{name}' has parameters of its own"):
+            ImageGPTConfig(activation_function=name)
+    with pytest.raises(UserError, match="num_labels is 1; a classifier needs two classes"):
+        ImageGPTConfig(problem_type="single_label_classification", num_labels=1)
     with pytest.raises(UserError, match="model_type is 'gpt2'; only 'imagegpt'"):
         ImageGPTConfig.from_dict({"model_type": "gpt2"})
 
@@ -177,3 +187,117 @@ def test_json_that_is_nested_too_deep_is_refused(tmp_path):
     path.write_text('{"a":' * (MAX_JSON_DEPTH + 1) + "1" + "}" * (MAX_JSON_DEPTH + 1))
     with pytest.raises(UserError, match="nested more than 32 deep"):
         ImageGPTConfig.from_pretrained(tmp_path)
+
+
+CAT = {0: "cat", 1: "dog", 2: "cow"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(id2label=CAT),
+        dict(id2label={str(i): name for i, name in CAT.items()}),
+        dict(label2id={name: i for i, name in CAT.items()}),
+        dict(label2id={name: str(i) for i, name in CAT.items()}, num_labels=3),
+        dict(num_labels=3, id2label=dict(reversed(CAT.items()))),
+        dict(id2label=CAT, label2id={name: i for i, name in CAT.items()}, num_labels=3),
+    ],
+    ids=str,
+)
+def test_class_names_agree_however_they_are_given(fields, tmp_path):
+    assigned, reversed_order = ImageGPTConfig(), ImageGPTConfig()
+    for name, value in fields.items():
+        setattr(assigned, name, value)
+    for name, value in reversed(fields.items()):
+        setattr(reversed_order, name, value)
+    ImageGPTConfig(num_labels=7).save_pretrained(tmp_path)
+    overridden = ImageGPTConfig.from_pretrained(tmp_path, **fields)
+    overridden.save_pretrained(tmp_path)
+    loaded = ImageGPTConfig.from_pretrained(tmp_path)
+    for config in (ImageGPTConfig(**fields), assigned, reversed_order, overridden, loaded):
+        assert config.num_labels == 3 and config.id2label == CAT
+        assert config.label2id == {"cat": 0, "dog": 1, "cow": 2}
+    assert PeerConfig.from_pretrained(tmp_path).id2label == CAT
+    assert ImageGPTConfig.from_pretrained(tmp_path, num_labels=3).id2label == CAT
+    assert ImageGPTConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(id2label=CAT, num_labels=4), "num_labels is 4, but 3 classes have names"),
+        (dict(id2label=CAT, label2id={"cat": 1, "dog": 0, "cow": 2}), "not the inverse of id2label"),
+        (dict(id2label=CAT, label2id={"cat": 0}), "not the inverse of id2label"),
+        (dict(id2label={1: "cat", 2: "dog"}), r"id2label has the numbers \[1, 2\]; they must be 0\.\.1"),
+        (dict(label2id={"cat": 0, "dog": 0}), "label2id has the numbers"),
+        (dict(id2label={0: "cat", "0": "dog"}), "id2label has the numbers"),
+        (dict(id2label={0.5: "cat"}), "whole numbers and names are needed"),
+        (dict(id2label={0: 7}), "whole numbers and names are needed"),
+        (dict(id2label={}), "a dict of at least one class"),
+        (dict(num_labels=MAX_LABELS + 1), "num_labels is 65537"),
+        (dict(num_labels=0), "num_labels is 0"),
+    ],
+    ids=str,
+)
+def test_class_names_that_disagree_are_refused(fields, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        ImageGPTConfig(**fields)
+    ImageGPTConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        ImageGPTConfig.from_pretrained(tmp_path, **fields)
+
+
+def test_names_of_a_file_take_precedence_over_its_outdated_fields():
+    config = ImageGPTConfig.from_dict({"id2label": CAT, "label2id": {"LABEL_0": 0}, "num_labels": 2})
+    assert config.num_labels == 3 and config.label2id["cow"] == 2
+
+
+def test_a_config_changed_in_place_is_not_saved_broken(tmp_path):
+    config = ImageGPTConfig(id2label=CAT)
+    config.id2label[5] = "gap"
+    with pytest.raises(UserError, match="id2label has the numbers"):
+        config.save_pretrained(tmp_path)
+    config = ImageGPTConfig(**SMALL)
+    config.n_head = 5
+    with pytest.raises(UserError, match="n_embd 22 is not divisible by n_head 5"):
+        config.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_fields_that_the_network_does_not_read_are_kept(tmp_path):
+    extra = {name: 16 for name in UNREAD if name != "dtype"} | dict(my_own_note="x")
+    config = ImageGPTConfig(**SMALL, **extra)
+    config.pad_token_id = 3
+    config.save_pretrained(tmp_path)
+    loaded = ImageGPTConfig.from_pretrained(tmp_path, bos_token_id=4, my_own_note="y")
+    assert (loaded.type_vocab_size, loaded.pad_token_id, loaded.bos_token_id, loaded.my_own_note) == (16, 3, 4, "y")
+    known = DEFAULTS.keys() | {*UNREAD, "add_cross_attention", "label2id", "model_type", "_name_or_path"}
+    assert PeerConfig().to_dict().keys() <= known
+    with pytest.raises(UserError, match="no 'n_layers'; did you mean 'n_layer'"):
+        config.n_layers = 3
+
+
+def test_aliases_read_set_and_construct_the_same_fields():
+    config = ImageGPTConfig(**SMALL)
+    for alias, field in dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head").items():
+        assert getattr(config, alias) == getattr(config, field)
+        setattr(config, alias, 44)
+        assert getattr(config, field) == getattr(ImageGPTConfig(**{alias: 8}), field) * 5.5 == 44
+
+
+def test_json_files_folders_and_unused_arguments_are_documented_ways_to_load(tmp_path):
+    config = ImageGPTConfig(**SMALL)
+    config.to_json_file(tmp_path / "any.json")
+    assert ImageGPTConfig.from_json_file(tmp_path / "any.json") == config
+    config.save_pretrained(tmp_path / "inner")
+    loaded, unused = ImageGPTConfig.from_pretrained(
+        tmp_path, subfolder="inner", n_inner=46, nonsense=3, return_unused_kwargs=True
+    )
+    assert loaded.n_inner == 46 and unused == {"nonsense": 3}
+    for name in ("nonsense", "torch_type"):
+        with pytest.raises(UserError, match=f"no .*'{name}'"):
+            ImageGPTConfig.from_pretrained(tmp_path / "inner", **{name: 3})
+    with pytest.raises(UserError, match="from_pretrained does not support proxies="):
+        ImageGPTConfig.from_pretrained(tmp_path / "inner", proxies={"http": "x"})
+    with pytest.raises(UserError, match="save_pretrained does not support push_to_hub=True: nothing is ever uploaded"):
+        config.save_pretrained(tmp_path, push_to_hub=True)

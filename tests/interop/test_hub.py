@@ -1,6 +1,7 @@
 """References to models: paths of directories, and ids of the Hugging Face hub."""
 
 import fnmatch
+import re
 import sys
 import types
 
@@ -8,7 +9,10 @@ import pytest
 
 import igpt
 from igpt.errors import UserError
+from igpt.interop.hf_config import ImageGPTConfig
 from igpt.interop.hub import resolve
+from igpt.interop.processor import ImageGPTImageProcessor
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_an_error_of_the_hub_becomes_one_line(hub, error):
 def test_without_the_hub_s_library_the_message_names_the_extra(hub, monkeypatch):
     hub(None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r'pip install "igpt\[hub\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[hub\]"'):
         igpt.load("someone/something")
 
 
@@ -89,3 +93,42 @@ def test_a_misspelt_path_fails_without_asking_the_hub(hub, tmp_path):
     for ref in ("a/" + "x" * 5000, "a\0/b", "a\nb/c", tmp_path / "runs" / "typo"):
         with pytest.raises(UserError, match="there is no directory"):
             igpt.load(ref)
+
+
+def test_configurations_and_processors_fetch_only_their_own_file(hub, hf):
+    asked = []
+
+    def answer(ref, revision, allow_patterns, **how):
+        asked.append((revision, allow_patterns, how))
+        return str(hf)
+
+    hub(answer)
+    ImageGPTConfig.from_pretrained("someone/imagegpt", revision="v2", token="secret", local_files_only=False)
+    ImageGPTImageProcessor.from_pretrained("someone/imagegpt", cache_dir="here", force_download=True)
+    assert asked == [
+        ("v2", ["config.json"], dict(token="secret")),
+        (None, ["preprocessor_config.json"], dict(cache_dir="here", force_download=True)),
+    ]
+
+
+def test_a_subfolder_of_the_hub_is_fetched_alone(hub, hf, tmp_path):
+    asked = []
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "small").symlink_to(hf)
+
+    def answer(ref, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path / "hub")
+
+    hub(answer)
+    assert resolve("someone/imagegpt", subfolder="small") == tmp_path / "hub" / "small"
+    assert len(asked) == 1 and all(pattern.startswith("small/") for pattern in asked[0])
+    with pytest.raises(UserError, match="has no folder 'large'"):
+        resolve("someone/imagegpt", subfolder="large")
+
+
+def test_no_file_installs_a_package_of_our_name_from_the_index():
+    named = re.compile(r"""pip install (-\w+ )*["']?igpt\b""")
+    files = [path for path in ROOT.rglob("*") if path.suffix in (".py", ".md", ".toml", ".yml", ".cff")]
+    assert len(files) > 100
+    assert [path for path in files if ".git/" not in str(path) and named.search(path.read_text())] == []

@@ -250,7 +250,7 @@ def test_a_size_is_checked_against_the_checkpoint(checkpoint, clusters, tmp_path
 
 def test_without_tensorflow_the_message_names_the_extra(checkpoint, clusters, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(UserError, match=r'pip install "igpt\[tfds\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[tfds\]"'):
         import_checkpoint(checkpoint, clusters, tmp_path / "run")
 
 

@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 from igpt.errors import UserError
 from igpt.interop import processor as processor_module
 from igpt.interop.processor import ImageGPTImageProcessor
+from igpt.interop.processor_settings import REFUSED
 from tests.helpers import PROCESSOR_CLUSTERS, PROCESSOR_IMAGES, PROCESSOR_PICTURE, make_processor, tokens_as_rgb
 
 # ---- settings
@@ -69,8 +71,17 @@ def test_size_may_be_a_number_a_pair_or_a_dict():
 
 
 def test_the_signature_is_the_documented_one():
-    documented = list(inspect.signature(ImageGPTImageProcessor.preprocess).parameters)
-    assert documented[1:4] == ["images", "do_resize", "size"] and len(documented) == 16
+    documented = ["do_resize", "size", "resample", "do_normalize", "do_color_quantize", "clusters"]
+    of_call = ["return_tensors", "data_format", "input_data_format"]
+    for method, order in (
+        (ImageGPTImageProcessor.preprocess, ["self", "images", *documented, *of_call]),
+        (ImageGPTImageProcessor.__init__, ["self", "clusters", *documented[:-1]]),
+    ):
+        parameters = inspect.signature(method).parameters.values()
+        assert [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD] == order
+    as_names = make_processor()(PROCESSOR_IMAGES, do_normalize=False, do_color_quantize=False, return_tensors="np")
+    in_order = make_processor()(PROCESSOR_IMAGES, None, None, None, False, False, None, "np")
+    np.testing.assert_array_equal(in_order.pixel_values, as_names.pixel_values)
     with pytest.raises(TypeError, match="do_crop"):
         make_processor()(PROCESSOR_PICTURE, do_crop=True)
     fresh = ImageGPTImageProcessor()
@@ -179,16 +190,20 @@ def test_settings_given_when_loading_replace_those_of_the_file(tmp_path):
     make_processor().save_pretrained(tmp_path)
     ours = ImageGPTImageProcessor.from_pretrained(str(tmp_path), size=5, do_color_quantize=False)
     assert ours.size == {"height": 5, "width": 5} and not ours.do_color_quantize
-    with pytest.raises(UserError, match="there is no setting cache_dir; choose from clusters, do_resize"):
-        ImageGPTImageProcessor.from_pretrained(tmp_path, cache_dir="cache")
+    with pytest.raises(UserError, match="there is no setting colour; choose from clusters, do_resize"):
+        ImageGPTImageProcessor.from_pretrained(tmp_path, colour="red")
+    again, unused = ImageGPTImageProcessor.from_pretrained(tmp_path, colour="red", return_unused_kwargs=True)
+    assert again == make_processor() and unused == {"colour": "red"}
+    make_processor(size=7).save_pretrained(tmp_path / "inner")
+    assert ImageGPTImageProcessor.from_pretrained(tmp_path, subfolder="inner", cache_dir="cache").size["width"] == 7
 
 
 def test_a_processor_of_the_hub_is_resolved_like_a_model(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(processor_module, "resolve", lambda *ref: asked.append(ref) or tmp_path)
+    monkeypatch.setattr(processor_module, "resolve", lambda ref, **how: asked.append((ref, how)) or tmp_path)
     make_processor().save_pretrained(tmp_path)
     assert ImageGPTImageProcessor.from_pretrained("someone/imagegpt", revision="v2") == make_processor()
-    assert asked == [("someone/imagegpt", "v2")]
+    assert asked == [("someone/imagegpt", dict(revision="v2", files=["preprocessor_config.json"]))]
 
 
 @pytest.mark.parametrize(
@@ -236,3 +251,101 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_it_prints_in_one_short_line():
     assert repr(make_processor()) == "ImageGPTImageProcessor(512 clusters, size={'height': 13, 'width': 11})"
     assert repr(ImageGPTImageProcessor()) == "ImageGPTImageProcessor(no clusters)"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_of_other_processors_are_refused_with_the_reason(name, tmp_path):
+    message = f"does not support {name}=17: .{{20}}"
+    for call in (ImageGPTImageProcessor, lambda **x: make_processor()(PROCESSOR_PICTURE, **x)):
+        with pytest.raises(UserError, match=message):
+            call(**{name: 17})
+    make_processor().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        ImageGPTImageProcessor.from_pretrained(tmp_path, **{name: 17})
+    neutral = REFUSED[name][1]
+    for value in (None, neutral[0] if isinstance(neutral, tuple) else neutral):
+        make_processor(**{name: value})(PROCESSOR_PICTURE, **{name: value})
+
+
+def test_every_documented_setting_is_honoured_or_refused():
+    documented = ImageGPTImageProcessorPil.valid_kwargs.__annotations__
+    assert documented.keys() <= {*processor_module.SETTINGS, *processor_module.CALL, *REFUSED}
+
+
+def test_settings_of_a_call_may_be_settings_of_the_processor():
+    processor = make_processor(do_color_quantize=False, data_format="channels_last", return_tensors="np")
+    assert processor(PROCESSOR_PICTURE).pixel_values.shape == (1, 13, 11, 3)
+    assert processor(PROCESSOR_PICTURE, data_format="channels_first").pixel_values.shape == (1, 3, 13, 11)
+
+
+@pytest.mark.parametrize("field", ["image_processor_type", "feature_extractor_type"])
+def test_files_of_all_versions_name_this_processor(field):
+    for name in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
+        settings = make_processor().to_dict() | {"image_processor_type": None, field: f"ImageGPT{name}"}
+        assert ImageGPTImageProcessor.from_dict(settings) == make_processor()
+
+
+def test_json_files_are_written_and_read(tmp_path):
+    make_processor().to_json_file(tmp_path / "any.json")
+    assert ImageGPTImageProcessor.from_json_file(tmp_path / "any.json") == make_processor()
+    assert ImageGPTImageProcessorPil.from_json_file(tmp_path / "any.json").size == {"height": 13, "width": 11}
+    with pytest.raises(UserError, match="nothing is ever uploaded"):
+        make_processor().save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_results_move_to_a_device_and_floats_to_a_type():
+    for kind in (None, "np", "jax", "pt"):
+        tokens = make_processor()(PROCESSOR_IMAGES, return_tensors=kind)
+        assert tokens.to("cpu") is tokens and tokens.data == dict(tokens)
+    assert tokens.to("cpu", torch.float16).input_ids.dtype == torch.int64
+    values = make_processor(do_color_quantize=False)(PROCESSOR_IMAGES, return_tensors="pt")
+    assert values.to(dtype=torch.float16).pixel_values.dtype == torch.float16
+
+
+# ---- units
+
+SPREAD = np.linspace(-1, 1, 51).reshape(17, 3)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "settings"),
+    [
+        (SPREAD / 2 + 0.5, {}),  # shares of 255
+        (SPREAD / 2, {}),
+        (SPREAD * 127.5 + 127.5, {}),  # bytes
+        (SPREAD, dict(do_normalize=False)),  # the documentation's advice for floats in [0, 1]
+        (SPREAD, dict(do_rescale=False)),
+        (SPREAD, dict(image_mean=0.0, image_std=1.0)),
+    ],
+    ids=["[0, 1]", "[-0.5, 0.5]", "bytes", "do_normalize=False", "do_rescale=False", "mean 0"],
+)
+def test_clusters_and_pixels_in_different_units_are_told(clusters, settings):
+    processor_module._color_table.cache_clear()  # a table in the cache was told before
+    with pytest.warns(UserWarning, match=r"the clusters lie in \[.*pixel values in \[.*seem to be in other units"):
+        make_processor(clusters=clusters)(PROCESSOR_IMAGES, **settings)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "settings"),
+    [
+        (SPREAD + 0.01, {}),
+        (SPREAD / 2 + 0.5001, dict(do_normalize=False)),
+        (SPREAD * 127 + 127.5, dict(do_normalize=False, do_rescale=False)),
+        (SPREAD[:1], {}),
+    ],
+    ids=["[-1, 1]", "[0, 1]", "bytes", "one colour"],
+)
+def test_clusters_and_pixels_in_the_same_units_are_not_doubted(clusters, settings, recwarn):
+    processor_module._color_table.cache_clear()
+    make_processor(clusters=clusters)(PROCESSOR_IMAGES, **settings)
+    assert not recwarn.list
+
+
+def test_integers_of_0_and_1_are_told_and_bools_are_not(recwarn):
+    mask = PROCESSOR_IMAGES[0, ..., 0] > 127
+    black_and_white = make_processor()(mask, return_tensors="np").input_ids
+    make_processor()(np.zeros((5, 5, 3), np.uint8))
+    assert not recwarn.list
+    np.testing.assert_array_equal(make_processor()(mask * 1.0, return_tensors="np").input_ids, black_and_white)
+    with pytest.warns(UserWarning, match="integer pixels are 0 and 1 only"):
+        make_processor()(mask.astype(np.uint8))

@@ -379,5 +379,5 @@ def test_a_torch_with_an_unsafe_loader_is_not_used(tmp_path, monkeypatch):
 def test_without_torch_the_message_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").touch()
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(UserError, match=r'pip install "igpt\[torch\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[torch\]"'):
         list_tensors(tmp_path, [])
