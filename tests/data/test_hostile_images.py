@@ -106,7 +106,7 @@ def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path, monkeypatch):
     with pytest.raises(UnreadableImage, match=r"a\.png has 134,217,729 bytes; the limit is 134,217,728"):
         decode(tmp_path / "a.png", str(tmp_path / "a.png"))
     monkeypatch.setattr(images, "MAX_BYTES", 10)
-    with pytest.raises(UnreadableImage, match="it has 11 bytes; at most 10"):
+    with pytest.raises(UnreadableImage, match="it has 11 bytes; the limit is 10"):
         decode(bytes(11), "it")
 
 
