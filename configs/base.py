@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     data.source = "digits"  # digits | npz:PATH | folder:PATH | tfds:NAME | tokens:PATH | openai:PREFIX
     data.image_size = (8, 8)  # height, width of the images
     data.channels = 1  # 1: grey | 3: colour. Bits per dimension count height x width x channels
-    data.validation_fraction = 0.1  # of the images, held out for evaluation during training
-    data.test_fraction = 0.2  # of the images, held out for testing
+    data.validation_fraction = 0.1  # of the images, held out for evaluation, if the source has no validation split
+    data.test_fraction = 0.2  # of the images, held out for testing, if the source has no test split
     data.split_seed = 0  # chooses what is held out; separate from config.seed, so that seeds can share splits
     data.pad = 0  # pixels of padding before a random crop of the original size
     data.pad_mode = "constant"  # constant (black) | edge | reflect

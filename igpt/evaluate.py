@@ -2,9 +2,10 @@
 
     igpt evaluate --model=runs/digits
     igpt evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
+    igpt evaluate --model=runs/flowers --source=folder:new-photos --split=all
 
-Compare the second command's loss with OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. The command uses all
-devices. With several processes, start the command in each process.
+Compare the second command's loss with OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. Classes of the model
+and of the source meet by name. The command uses all devices. With several processes, start it in each process.
 """
 
 from collections.abc import Sequence

@@ -142,7 +142,7 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
 
 def _class_names(source_name: str, features: tfds.features.FeaturesDict) -> tuple[str, ...] | None:
     """The names that a data set declares. None if it has none: the library then makes names of the numbers."""
-    declared = features.get("label")
+    declared = dict(features.items()).get("label")
     if not isinstance(declared, tfds.features.ClassLabel) or not declared.num_classes:
         return None
     names = distinct_names(declared.names, source_name)
