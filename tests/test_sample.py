@@ -221,10 +221,10 @@ def test_seeds_that_would_repeat_others_are_refused(seed):
     assert (jax.random.key_data(image_keys(2**32 - 1, 1)) != jax.random.key_data(image_keys(0, 1))).any()
 
 
-def test_the_command_refuses_such_a_seed():
+def test_the_command_refuses_such_a_seed(capsys):
     with pytest.raises(SystemExit) as caught:
         run_igpt(["sample", "--model=nowhere", "--out=x.png", "--seed=4294967296"])
-    assert caught.value.code == 2
+    assert caught.value.code == 2 and "--seed is 4294967296; it must be at most 4294967295" in capsys.readouterr().err
 
 
 def test_a_prefix_has_only_ids_of_colours():

@@ -259,3 +259,12 @@ def test_half_precision_in_parts_is_widened(hf_copy, tmp_path):
 
 def test_the_image_size_fits_the_number_of_positions():
     assert HF_IMAGE_SIZE[0] * HF_IMAGE_SIZE[1] == HF_SIZES["n_positions"]
+
+
+def test_the_exported_config_names_the_type_of_the_exported_weights(hf_copy, tmp_path):
+    settings = json.loads((hf_copy / "config.json").read_text())
+    (hf_copy / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    export(hf_copy, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    types = {str(tensor.dtype) for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert types == {written["dtype"]} == {written["torch_dtype"]} == {"float32"}
