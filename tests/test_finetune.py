@@ -275,15 +275,15 @@ def test_classes_alone_are_learnt_from_scratch_without_a_pixel_head(images, tmp_
     assert json.loads((workdir / "finetune.json").read_text())["images"]["train"] == 18
 
 
-def test_labels_are_numbered_like_those_of_init_from_and_of_the_resumed_run(joint, images, tmp_path, write_npz):
+def test_labels_are_numbered_like_those_of_init_from_and_of_the_resumed_run(joint, images, write_npz):
     arrays, workdir = dict(np.load(images)), joint[0]
     config = Config.of(tuning(images, workdir))
     expected = sources.open_source(config.data).train.labels
     for names, labels in ((NAMES[::-1], 2 - arrays["labels"]), (("night", "dawn", "day"), arrays["labels"])):
         path = write_npz(images=arrays["images"], labels=labels, names=names)
         source = sources.open_source(dataclasses.replace(config.data, source=f"npz:{path}"))
-        for place in (tmp_path / "new", workdir):
-            known = train.known_classes(config, mock.Mock(path=place, is_resumed=place == workdir))
+        for start, resumed in ((config, False), (dataclasses.replace(config, init_from=""), True)):
+            known = train.known_classes(start, mock.Mock(path=workdir, is_resumed=resumed))
             if "dawn" in names:
                 with pytest.raises(UserError, match=r"know 1 classes of .*: dawn\. .* night, dusk, day; .* dawn, day"):
                     finetune.labelled(source, config, *known)
