@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int
 
 from igpt.activations import ACTIVATIONS
 from igpt.attention import BACKENDS, attend_to_cache, attention
@@ -21,6 +20,7 @@ from igpt.chunked import ATTENTION_OUTPUT
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice
 from igpt.sharding import replicate, shard_batch, shard_cache
+from igpt.token_ids import Tokens, checked_ids
 
 # Sizes: Chen et al. 2020, table 2. Heads: OpenAI's README. XL's heads are unpublished; we chose 24 heads of size 128.
 PRESETS = {
@@ -109,9 +109,6 @@ class ModelConfig:
     @property
     def has_dropout(self) -> bool:
         return max(self.embedding_dropout, self.residual_dropout, self.attention_dropout) > 0.0
-
-
-Tokens = Integer[Array | np.ndarray, "B T"]  # palette ids, 0..V-1
 
 
 class Norm(nnx.Module):
@@ -353,21 +350,6 @@ class ImageGPT(nnx.Module):
         """Attention of every position to itself and to earlier positions, or to all if the model is not causal."""
         c = self.config
         return attention(q, k, v, backend=c.attention, causal=c.causal, dropout=c.attention_dropout, key=key), None
-
-
-def checked_ids(name: str, ids: Array | np.ndarray, count: int) -> Array | np.ndarray:
-    """`ids` as int32, so that the SOS fits, too. Raises UserError unless all are whole numbers in 0..count - 1.
-
-    The values of a traced array, or of one that other processes hold, are unknown, and are not checked.
-    """
-    if ids.dtype.kind not in "iu":
-        raise UserError(f"{name} are {ids.dtype}; ids of palette colours are whole numbers")
-    if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True) and ids.size:
-        values = np.asarray(ids)  # inside a trace, JAX's own min of a known array would be traced
-        least, most = int(values.min()), int(values.max())
-        if least < 0 or most >= count:
-            raise UserError(f"{name} run from {least} to {most}; this model's ids are 0..{count - 1}")
-    return ids.astype(jnp.int32)
 
 
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:

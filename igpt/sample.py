@@ -24,11 +24,12 @@ from igpt.data.images import read_image
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.interop.load import Pretrained, load
-from igpt.model import ImageGPT, checked_ids
+from igpt.model import ImageGPT
 from igpt.palette import Palette
 from igpt.plots import check_writable, image_grid, save_png
 from igpt.run.cluster import add_process_arguments, is_first_process, join_from
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
+from igpt.token_ids import checked_ids
 
 GREEDY = 1e-30  # logits divided by a smaller temperature overflow float32, and draws become NaN
 TINY = float(jnp.finfo(jnp.float32).tiny)
