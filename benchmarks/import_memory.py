@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from report import write
 
-from igpt.interop.hf_config import ImageGPTConfig, to_model_config
+from igpt.interop.hf_config import ImageGPTConfig
+from igpt.interop.hf_network import to_model_config
 from igpt.interop.hf_weights import BASE, HEADS, sizes, targets
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import PRESETS

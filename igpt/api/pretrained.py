@@ -30,7 +30,8 @@ from igpt.interop.documented import (
     fetching,
     refusals,
 )
-from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig, to_model_config
+from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig
+from igpt.interop.hf_network import to_model_config
 from igpt.interop.hub import resolve
 from igpt.interop.load import parameter_fields
 from igpt.interop.mapping import abstract_params

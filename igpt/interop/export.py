@@ -18,7 +18,8 @@ from igpt.errors import UserError
 from igpt.files import check_new, read_json, write_new, write_text
 from igpt.interop import hf_weights
 from igpt.interop.card import card, notice
-from igpt.interop.hf_config import ImageGPTConfig, from_model_config, to_model_config
+from igpt.interop.hf_config import ImageGPTConfig
+from igpt.interop.hf_network import from_model_config, to_model_config
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, is_huggingface, load, parameter_fields, processor_of
 from igpt.interop.processor import ImageGPTImageProcessor

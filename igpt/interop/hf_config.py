@@ -1,4 +1,4 @@
-"""Hugging Face's documented `ImageGPTConfig`, and its conversion to and from our ModelConfig.
+"""Hugging Face's documented `ImageGPTConfig`. hf_network.py converts it to and from our ModelConfig.
 
 Source of names, defaults and meanings: transformers 5.24, models/imagegpt/configuration_imagegpt.py.
 """
@@ -9,18 +9,14 @@ import difflib
 import json
 import reprlib
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from igpt.activations import ACTIVATIONS
-from igpt.data.classes import distinct_names, full_names
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
 from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching, refusals
 from igpt.interop.hub import resolve
-from igpt.model import ModelConfig
 
 MAX_LAYERS = 1000  # a limit, so that a malicious config cannot request endless lists of names
 MAX_LABELS = 1 << 16  # the same
@@ -50,19 +46,6 @@ REFUSED = refusals(  # fields that would change the network in a way that is not
     ("all layers have the same configuration", dict(per_layer_config={})),
     ("weights are float32, float16 or bfloat16", dict(quantization_config={})),
 )
-SAME_FIELD = {  # field of ModelConfig -> field of ImageGPTConfig with the same value
-    "width": "n_embd",
-    "depth": "n_layer",
-    "num_heads": "n_head",
-    "seq_len": "n_positions",
-    "embedding_dropout": "embd_pdrop",
-    "residual_dropout": "resid_pdrop",
-    "attention_dropout": "attn_pdrop",
-    "norm_epsilon": "layer_norm_epsilon",
-    "scale_scores": "scale_attn_weights",
-    "scale_scores_by_layer": "scale_attn_by_inverse_layer_idx",
-}
-
 ARCHITECTURES = dict(  # a model's head -> its class in transformers
     pixels="ImageGPTForCausalImageModeling", classes="ImageGPTForImageClassification", none="ImageGPTModel"
 )
@@ -318,65 +301,3 @@ RULES = (  # names of fields, the condition on their values, and the same condit
     (["activation_function"], lambda value: value in KNOWN_ACTIVATIONS, f"one of {', '.join(KNOWN_ACTIVATIONS)}"),
     (["problem_type"], lambda value: value in PROBLEMS, f"one of {PROBLEMS}"),
 )
-
-
-def reads_sos(config: ImageGPTConfig, head: str) -> bool:
-    """Whether the network of a directory reads the start of sequence; `head` is a key of ARCHITECTURES.
-
-    The key "prepend_sos" of our exports states it. Without the key, a classifier that transformers saved reads none,
-    because neither its processor nor its pipeline prepends one. All other networks read it.
-    """
-    stated = config.other.get("prepend_sos")
-    return stated if isinstance(stated, bool) else head != "classes" or "transformers_version" not in config.other
-
-
-def to_model_config(config: ImageGPTConfig, head: str, dtype: str = "float32") -> ModelConfig:
-    """The network that a configuration describes; `head` is a key of ARCHITECTURES."""
-    return ModelConfig(
-        **{ours: getattr(config, theirs) for ours, theirs in SAME_FIELD.items()},
-        vocab_size=config.vocab_size - 1,
-        mlp_width=config.n_inner or 0,
-        use_bias=True,
-        sos=reads_sos(config, head),
-        pixel_head=head == "pixels",
-        num_classes=config.num_labels if head == "classes" else 0,
-        activation=SAME_ACTIVATION.get(config.activation_function, config.activation_function),
-        dtype=dtype,
-    )
-
-
-def names_of_labels(config: ImageGPTConfig) -> tuple[str, ...] | None:
-    """The class names in "id2label", or None if it has none: numbers, or LABEL_0, ... as transformers invents them.
-
-    A name that several classes have is followed by the class's number.
-    """
-    names = {str(number): str(name) for number, name in (config.id2label or {}).items()}
-    ordered = [names.get(str(i)) for i in range(config.num_labels)]
-    if None in ordered or all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(ordered)):
-        return None
-    counts = Counter(ordered)
-    return distinct_names(
-        (name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(ordered)), "id2label"
-    )
-
-
-def from_model_config(model: ModelConfig, head: str, class_names: Sequence[str] | None = None) -> ImageGPTConfig:
-    """The configuration with which transformers computes the same as `model`; `head` is a key of ARCHITECTURES.
-
-    A classifier's `class_names` become "id2label" and "label2id"; without names, the classes are called by number.
-    """
-    # Only networks that read SOS and have no classifier lack the key: fine-tuned in transformers, they will read none.
-    stated = {"prepend_sos": model.sos} if head == "classes" or not model.sos else {}
-    labels = {}
-    if head == "classes":
-        names = full_names(class_names, model.num_classes)
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return ImageGPTConfig(
-        **labels,
-        **{theirs: getattr(model, ours) for ours, theirs in SAME_FIELD.items()},
-        vocab_size=model.vocab_size + 1,
-        n_inner=None if model.mlp_width == 4 * model.width else model.mlp_width,
-        activation_function=model.activation,
-        architectures=[ARCHITECTURES[head]],
-        **stated,
-    )

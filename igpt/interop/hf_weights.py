@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig, to_model_config
+from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig
+from igpt.interop.hf_network import to_model_config
 from igpt.interop.mapping import Target, Tensor, abstract_params, check_tensors, read_params, stacked
 from igpt.interop.weight_files import FLOATS, list_tensors
 from igpt.model import ModelConfig

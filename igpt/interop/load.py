@@ -18,7 +18,7 @@ from igpt.data.settings import DataConfig
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.interop import hf_weights
-from igpt.interop.hf_config import names_of_labels
+from igpt.interop.hf_network import names_of_labels
 from igpt.interop.hub import resolve
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig

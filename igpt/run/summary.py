@@ -1,5 +1,7 @@
 """The texts that train.py prints: a description of the run before it, the result and the next commands after it."""
 
+import shlex
+
 import jax
 import numpy as np
 
@@ -53,7 +55,7 @@ def how_to_go_on(run: RunDirectory) -> str:
     if run.has_ended_early:
         return " A larger train.patience, or 0, goes on."
     more = f"--config.train.steps={2 * run.config.train.steps}"
-    return f" To go on: python train.py --workdir={run.path} {more}"
+    return f" To go on: python train.py --workdir={shlex.quote(str(run.path))} {more}"
 
 
 def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, source: Source) -> None:
@@ -79,13 +81,14 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
             f"[{100 * low:.1f}, {100 * high:.1f}] of {results['images']['test']} images; {workdir}/confusion.png"
         )
     print("next:")
+    model, probe = shlex.quote(str(workdir)), shlex.quote(f"{workdir}/probe")
     if source.train.labels is not None:
-        print(f"  python eval_probe.py --config=configs/probe_digits.py --model={workdir} --workdir={workdir}/probe")
+        print(f"  python eval_probe.py --config=configs/probe_digits.py --model={model} --workdir={probe}")
     if config.objective.classification:
-        print(f"  igpt predict --model={workdir} photo.png")
+        print(f"  igpt predict --model={model} photo.png")
     if config.model.causal and config.objective.classification:
-        print(f"  igpt export --model={workdir} --out=hf_classifier")
+        print(f"  igpt export --model={model} --out=hf_classifier")
     elif config.model.causal:
         if config.model.sos:
-            print(f"  igpt sample --model={workdir} --num=16 --out=samples.png")
-        print(f"  igpt sample --model={workdir} --complete=test --num=7 --out=completions.png")
+            print(f"  igpt sample --model={model} --num=16 --out=samples.png")
+        print(f"  igpt sample --model={model} --complete=test --num=7 --out=completions.png")

@@ -14,7 +14,8 @@ from igpt.data.classes import save_names
 from igpt.errors import UserError
 from igpt.interop import weight_files
 from igpt.interop.export import ORIGIN, export
-from igpt.interop.hf_config import ImageGPTConfig, names_of_labels
+from igpt.interop.hf_config import ImageGPTConfig
+from igpt.interop.hf_network import names_of_labels
 from igpt.interop.import_run import import_directory
 from tests.helpers import (
     HF_CLASSES,

@@ -8,16 +8,8 @@ from transformers import ImageGPTConfig as PeerConfig
 
 from igpt.errors import UserError
 from igpt.files import MAX_JSON_DEPTH
-from igpt.interop.hf_config import (
-    ACTIVATIONS,
-    DEFAULTS,
-    MAX_LABELS,
-    SAME_ACTIVATION,
-    UNREAD,
-    ImageGPTConfig,
-    from_model_config,
-    to_model_config,
-)
+from igpt.interop.hf_config import ACTIVATIONS, DEFAULTS, MAX_LABELS, SAME_ACTIVATION, UNREAD, ImageGPTConfig
+from igpt.interop.hf_network import from_model_config, to_model_config
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ModelConfig
 
