@@ -88,7 +88,7 @@ def run(args) -> None:
     shapes = outline(directory)
     check_classifies(shapes, args.model)
     settings = data_settings(shapes.config, preprocess=args.preprocess)
-    images = EncodedImages(ImagePaths(args.files), Preprocess.of(settings), settings.channels, skip=True)
+    images = EncodedImages(ImagePaths(args.files, "."), Preprocess.of(settings), settings.channels, skip=True)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(directory, args.step, mesh)
     shares = predict(pretrained, Split(images, None), args.batch_size, args.masks, mesh)

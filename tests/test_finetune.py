@@ -186,7 +186,8 @@ def test_a_model_keeps_its_classifier_and_may_lose_its_pixel_head(images, tmp_pa
 def test_a_fine_tuned_run_leaves_everything_that_it_promises(joint):
     workdir, evaluation, output = joint
     names = {path.name.split(".")[0] for path in workdir.iterdir()}
-    assert names == {"config", "palette", "checkpoints", "metrics", "events", "finetune", "confusion", "classes"}
+    recorded = {"config", "palette", "checkpoints", "metrics", "events", "images"}
+    assert names == recorded | {"finetune", "confusion", "classes"}
     assert not list(workdir.rglob("*.partial"))
     parts = {f"eval/{name}" for name in ("loss", "generative_loss", "classification_loss", "accuracy")}
     assert evaluation.keys() == {"eval/bits_per_dim", "test/accuracy"} | parts

@@ -24,7 +24,7 @@ REQUIRED = dict(source="digits", image_size=(32, 32), channels=3)
             {"validation_fraction": 0.5, "test_fraction": 0.5},
             "data.test_fraction add up to 1.0; .* leave images for training",
         ),
-        ({"test_fraction": float("nan")}, "data.test_fraction is nan; it must be at least 0"),
+        ({"test_fraction": float("nan")}, "data.test_fraction is nan; it must be 0, or a number between"),
         ({"split_seed": -1}, "data.split_seed is -1; it must be at least 0"),
         ({"pad": -1}, "data.pad is -1; it must be at least 0"),
         ({"pad_mode": "wrap"}, "data.pad_mode is 'wrap'; choose constant, edge, reflect"),

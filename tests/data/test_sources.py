@@ -25,7 +25,7 @@ def test_an_array_of_another_size_is_resized_or_refused(write_npz, write_openai)
     pictures = np.random.default_rng(0).integers(0, 256, (13, 9, 9), np.uint8)
     path = write_npz(images=pictures)
     settings = dict(source=f"npz:{path}", image_size=(3, 3), channels=1)
-    with pytest.raises(UserError, match=r"9 x 9 with 1 channel.* 3 x 3 with 1; .*'\(9,9\)'.*preprocess=shrink"):
+    with pytest.raises(UserError, match=r"9 x 9 with 1 channel.* 3 x 3 with 1\. .*'\(9,9\)'.*preprocess=shrink"):
         sources.open_source(settings)
     settings.update(preprocess="shrink", filter="box")
     source = sources.open_source(settings)

@@ -236,7 +236,7 @@ def test_a_failure_during_the_probe_leaves_no_files(monkeypatch, trained, tmp_pa
     monkeypatch.setattr(eval_probe if name == "load" else fit, name, fail)
     with pytest.raises(RuntimeError, match="halfway"):
         eval_probe.run(probe_config(layers=(1,)), trained, tmp_path / "probe")
-    assert not list((tmp_path / "probe").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_results_are_written_before_features_fill_the_disk(monkeypatch, trained, tmp_path):
