@@ -21,6 +21,7 @@ from igpt.errors import reported
 from igpt.files import check_workdir
 from igpt.interop.hub import resolve
 from igpt.interop.load import load, outline
+from igpt.plots import check_drawing
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import scratch_folder, untrained, write_features
 from igpt.probe.fit import SPLITS, Probe, neighbours, solver_settings
@@ -40,6 +41,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     # Check the settings, the files and the devices.
     config, workdir = ProbeConfig.of(config), check_workdir(workdir)
     check_features_out(config.features_out, workdir)
+    check_drawing()
     mesh = config.mesh.make()
     check_batch_size("batch_size", config.batch_size, 1, mesh)
     if config.solver == "sgd":

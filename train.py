@@ -35,7 +35,7 @@ from igpt.interop import load
 from igpt.interop.hub import resolve
 from igpt.loss import bits_per_dim
 from igpt.palette import Palette
-from igpt.plots import image_grid
+from igpt.plots import check_drawing, image_grid
 from igpt.run import checkpoint
 from igpt.run.changes import parse_changes
 from igpt.run.cluster import add_process_arguments, exists, join_from
@@ -68,6 +68,8 @@ def run(
 def pretrain(config: Config, run: RunDirectory) -> dict:
     """Trains in a fresh or a resumed run directory, which no other program uses. Returns and raises like `run`."""
     train, mesh = config.train, config.mesh.make()
+    if config.objective.classification:
+        check_drawing()  # the confusion matrix is drawn at the end
 
     # `program` holds shapes, shardings and the compiled step functions. `igpt plan` compiles the same functions.
     program = build_program(config, mesh)

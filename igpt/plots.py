@@ -2,6 +2,7 @@
 
 import colorsys
 import contextlib
+import io
 import math
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 from igpt.files import whole
 
 
@@ -109,6 +110,15 @@ def probe_curve(results: dict, path) -> None:
         axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=layers)
         axes.legend()
         axes.grid(alpha=0.3)
+
+
+def check_drawing() -> None:
+    """Raises UserError if matplotlib cannot draw. Call this function before work that ends in a figure."""
+    try:
+        _figure_class()(figsize=(1, 1)).savefig(io.BytesIO(), format="png")
+    except Exception as error:  # a broken installation or configuration raises exceptions of any type
+        problem = f"matplotlib cannot draw the results ({first_line(error)})"
+        raise UserError(f"{problem}; repair its installation or its configuration") from error
 
 
 def _figure_class():

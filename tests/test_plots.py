@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from igpt.errors import UserError
-from igpt.plots import check_writable, confusion_picture, image_grid, palette_picture, probe_curve, save_png
+from igpt.plots import (
+    check_drawing,
+    check_writable,
+    confusion_picture,
+    image_grid,
+    palette_picture,
+    probe_curve,
+    save_png,
+)
 from tests.helpers import ROOT
 
 
@@ -80,3 +88,13 @@ def test_a_back_end_that_is_not_installed_does_not_stop_drawing(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
     done = subprocess.run(command, env=os.environ | {"MPLBACKEND": "absent"}, cwd=ROOT, timeout=60)
     assert done.returncode == 0 and (tmp_path / "a.png").exists()
+
+
+def test_a_broken_matplotlib_is_found_before_the_work(monkeypatch):
+    def fails():
+        raise ImportError("no such library\nmore")
+
+    check_drawing()
+    monkeypatch.setattr("igpt.plots._figure_class", fails)
+    with pytest.raises(UserError, match=r"cannot draw the results \(no such library\); repair its installation"):
+        check_drawing()
