@@ -9,6 +9,7 @@ Parameters and optimizer are separate items, so that a program that needs only t
 import contextlib
 import dataclasses
 import glob
+import logging
 import os
 import shutil
 import sys
@@ -336,6 +337,7 @@ def _restored(workdir: Path, step: int, items):
         try:
             return checkpoints.restore(step, args=items)
         except Exception as error:  # the files are undamaged; the network has other arrays
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it logs each other read that failed, too
             raise UserError(
                 f"the checkpoint of step {step} of {workdir} does not fit this network: {first_line(error)[:300]}. It "
                 "may come from another version of igpt; another run can still start from its weights with init_from"
