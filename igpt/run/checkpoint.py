@@ -9,7 +9,6 @@ Parameters and optimizer are separate items, so that a program that needs only t
 import contextlib
 import dataclasses
 import glob
-import logging
 import os
 import shutil
 import sys
@@ -26,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from igpt.errors import StorageError, UserError, first_line, reported
 from igpt.run.cluster import all_processes, barrier, broadcast, exists, is_first_process
 from igpt.run.digests import damage, write_digests
+from igpt.sharding import path_of
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
@@ -179,7 +179,7 @@ class Checkpoints:
         for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
             write_digests(unnamed)
             for item in ("params", "optimizer"):
-                ocp.PyTreeCheckpointHandler().metadata(epath.Path(unnamed / item))
+                _described(unnamed / item)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Waits at Orbax's barrier until all processes of a save have called it.
@@ -242,6 +242,11 @@ def common_steps(workdir: Path) -> list[int]:
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(create=False)
     return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=ITEMS)
+
+
+def _described(item: Path) -> dict:
+    """The tree of a checkpoint's item with the shape of each array instead of its values."""
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(item.absolute())).tree
 
 
 def folder_of(workdir: Path, step: int) -> Path:
@@ -310,6 +315,7 @@ def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
             optimizer, ocp.checkpoint_utils.construct_restore_args(optimizer), partial_restore=True
         ),
     )
+    _check_params(workdir, step, abstract.params)
     found = _restored(workdir, step, items)
     return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
 
@@ -329,16 +335,39 @@ def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tu
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
     if reason := damage(folder_of(workdir, step), "params/"):
         raise UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
+    _check_params(workdir, step, abstract)
     return _restored(workdir, step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params, step
+
+
+def _check_params(workdir: Path, step: int, abstract: dict) -> None:
+    """Raises UserError unless a checkpoint's parameters have the names and shapes of `abstract`. It reads no array.
+
+    If Orbax found the difference, its other reads would go on, fail, and print tracebacks after the message.
+    """
+    found = _described(folder_of(workdir, step) / "params")
+    there, here = (
+        {path_of(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (found, abstract)
+    )
+    differing = [
+        f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise _unfit(workdir, step, f"{differing[0]} ({len(differing)} of its arrays differ)")
+
+
+def _unfit(workdir: Path, step: int, why: str) -> UserError:
+    return UserError(
+        f"the checkpoint of step {step} of {workdir} does not fit this network: {why}. It may come from another "
+        "version of igpt; another run can still start from its weights with init_from"
+    )
 
 
 def _restored(workdir: Path, step: int, items):
     with _reader(workdir) as checkpoints:
         try:
             return checkpoints.restore(step, args=items)
-        except Exception as error:  # the files are undamaged; the network has other arrays
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it logs each other read that failed, too
-            raise UserError(
-                f"the checkpoint of step {step} of {workdir} does not fit this network: {first_line(error)[:300]}. It "
-                "may come from another version of igpt; another run can still start from its weights with init_from"
-            ) from error
+        except Exception as error:  # the files are undamaged; the optimizer has other arrays
+            raise _unfit(workdir, step, first_line(error)[:300]) from error
