@@ -5,9 +5,8 @@ import re
 from collections.abc import Callable
 
 from igpt.errors import UserError
+from igpt.fields import LARGEST_SEED
 from igpt.files import expand_home
-
-LARGEST_SEED = (1 << 32) - 1  # JAX's seeds have 32 bits; no other number that a flag takes is larger
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from igpt.errors import UserError
 from igpt.files import expand_home
 
 Section = TypeVar("Section")
-LARGEST_INT = (1 << 32) - 1  # JAX's seeds have 32 bits, and no other whole number of a configuration is larger
+LARGEST_SEED = (1 << 32) - 1  # JAX's seeds have 32 bits; no other whole number of a field or flag is larger
 SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # the range in which float32 has its full precision
 
 
@@ -57,8 +57,8 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         allowed = f"0, or a number between {SMALLEST_FLOAT} and {LARGEST_FLOAT}"
         raise UserError(f"{name} is {value}; it must be {allowed} in size, so that float32 can hold it")
-    if isinstance(value, int) and abs(value) > LARGEST_INT:
-        raise UserError(f"{name} is {value}; it must be at most {LARGEST_INT}")
+    if isinstance(value, int) and abs(value) > LARGEST_SEED:
+        raise UserError(f"{name} is {value}; it must be at most {LARGEST_SEED}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -23,6 +23,7 @@ from igpt.command import Parser, add_shared, at_least
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
 from igpt.errors import UserError
+from igpt.fields import LARGEST_SEED
 from igpt.interop.load import Pretrained, load
 from igpt.model import ImageGPT
 from igpt.palette import Palette
@@ -33,7 +34,6 @@ from igpt.token_ids import checked_ids
 
 GREEDY = 1e-30  # logits divided by a smaller temperature overflow float32, and draws become NaN
 TINY = float(jnp.finfo(jnp.float32).tiny)
-SEEDS = 1 << 32  # JAX's keys have 32 bits of a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ def image_keys(seed: int, num: int, first: int = 0) -> Array:
 
     Raises UserError unless the seed is in 0..2**32 - 1: JAX would draw the same from seeds that differ by 2**32.
     """
-    if not 0 <= seed < SEEDS or seed != int(seed):
-        raise UserError(f"seed is {seed}; it must be a whole number from 0 to {SEEDS - 1}")
+    if not 0 <= seed <= LARGEST_SEED or seed != int(seed):
+        raise UserError(f"seed is {seed}; it must be a whole number from 0 to {LARGEST_SEED}")
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(num))
 
 

@@ -13,9 +13,10 @@ from flax import nnx
 from igpt.api.inputs import checked_mask, rows, whole_numbers
 from igpt.api.outputs import GenerateOutput
 from igpt.errors import UserError
+from igpt.fields import LARGEST_SEED
 from igpt.files import read_json
 from igpt.interop.documented import check_refused, refusals
-from igpt.sample import SEEDS, Sampling, continue_inputs, image_keys, truncate
+from igpt.sample import Sampling, continue_inputs, image_keys, truncate
 
 FILE_NAME = "generation_config.json"
 DEFAULTS = (  # the settings of a draw, with transformers' defaults; without a length, the image is completed
@@ -104,7 +105,7 @@ def generate(model, inputs, generation_config, arguments: dict, seed: int | None
         how.temperature if how.do_sample else 0.0, how.top_k or 0, 1.0 if how.top_p is None else how.top_p
     )
     if seed is None:  # NumPy's global state is seeded once per process, or by the caller
-        seed = int(np.random.randint(SEEDS, dtype=np.int64))
+        seed = int(np.random.randint(LARGEST_SEED + 1, dtype=np.int64))
     keys = image_keys(seed, count)
     if not pads.any():
         tokens = continue_inputs(network, ids, stop, keys, sampling)

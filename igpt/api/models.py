@@ -19,10 +19,10 @@ from igpt.api.inputs import as_array, checked_inputs, padded, rows, whole_number
 from igpt.api.outputs import Cache, ModelOutput
 from igpt.api.pretrained import ImageGPTPreTrainedModel
 from igpt.errors import UserError
+from igpt.fields import LARGEST_SEED
 from igpt.interop.documented import check_refused, refusals
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.interop.processor import ImageGPTImageProcessor
-from igpt.sample import SEEDS
 
 __all__ = ["GenerationConfig", "ImageGPTConfig", "ImageGPTPreTrainedModel", "ModelOutput"]
 
@@ -109,7 +109,7 @@ class _Callable(ImageGPTPreTrainedModel):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs))):
             remedy = "give a dropout_key, or call eval() first to leave dropout out"
             raise UserError(f"the model is in training mode, and a traced call cannot draw dropout afresh; {remedy}")
-        return jax.random.key(int(np.random.randint(SEEDS, dtype=np.int64)))
+        return jax.random.key(int(np.random.randint(LARGEST_SEED + 1, dtype=np.int64)))
 
     def _checked_labels(self, labels, batch: int, length: int):
         raise NotImplementedError

@@ -15,7 +15,7 @@ from PIL import Image
 
 from igpt.data import images
 from igpt.data.images import UnreadableImage, decode, read_image
-from tests.helpers import (
+from tests.image_files import (
     RANDOM_RGB,
     RGB_HEIGHT,
     RGB_WIDTH,

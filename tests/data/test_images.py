@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from igpt.data import images
-from tests.helpers import (
+from tests.image_files import (
     RANDOM_16_BITS,
     RANDOM_RGB,
     RGB_HEIGHT,

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from igpt.data.images import FILTERS, Preprocess, UnreadableImage
-from tests.helpers import RANDOM_RGB
+from tests.image_files import RANDOM_RGB
 
 
 def test_an_image_of_the_size_asked_for_is_left_alone():
