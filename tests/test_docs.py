@@ -246,6 +246,12 @@ def test_the_layout_page_names_every_module():
     assert set(re.findall(r"^\| `(igpt/\S+\.py)`", DOCUMENTS["layout.md"], re.MULTILINE)) == modules
 
 
+def test_the_layout_page_has_the_layers_that_imports_obey():
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (shown, *_) = (block for _, block in BLOCKS["layout.md"])
+    assert shown.split("\n")[:-1] == contract["layers"]
+
+
 def test_the_changelog_names_the_new_place_of_every_module():
     rows = re.findall(r"^\| `igpt\..* \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert len(rows) > 15

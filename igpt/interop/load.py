@@ -160,7 +160,7 @@ def parameter_fields(model: ModelConfig) -> dict:
 def check_same_network(ref: str, config: Config) -> ModelConfig:
     """Raises UserError unless a run of `config` can start from the weights of the model `ref`; returns its network.
 
-    The run may add a classifier, may omit the classifier or the palette head, and may read SOS where `ref` reads none.
+    The run may add a classifier, omit the classifier or the palette head, and change whether SOS is read.
     """
     there = config_of(resolve(ref)).model
     theirs, ours = parameter_fields(there), parameter_fields(config.model)
