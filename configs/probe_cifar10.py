@@ -3,9 +3,9 @@
     python eval_probe.py --config=configs/probe_cifar10.py --model=runs/imagenet-l --workdir=runs/imagenet-l/cifar10
     python eval_probe.py --config=configs/probe_cifar10.py:stl10 --model=runs/imagenet-l --workdir=runs/imagenet-l/stl10
 
-L-BFGS fits the pooled features of each layer. A tenth of the training images is held out to choose layer and penalty
-(Chen et al. 2020, section 3.1, which does not state the penalties). STL-10 is shrunk from 96 x 96 to the model's size.
-CIFAR is used unchanged, so the model must read 32 x 32.
+L-BFGS fits the pooled features of each layer, or Newton's method where few labels are used. A tenth of the training
+images is held out to choose layer and penalty (Chen et al. 2020, section 3.1, which does not state the penalties).
+STL-10 is shrunk from 96 x 96 to the model's size. CIFAR is used unchanged, so the model must read 32 x 32.
 """
 
 from ml_collections import ConfigDict

@@ -24,9 +24,11 @@ def get_config() -> ConfigDict:
     config.eval_masks = 5  # BERT: masks per image, which vote on its class; 0: nothing is masked
     config.features_out = ""  # a .npz to write the features to
 
-    config.solver = "lbfgs"  # lbfgs: all features of a layer at once | sgd: in batches, for data sets like ImageNet
+    # auto: newton or lbfgs, by size | newton: small sets, on the host | lbfgs: all features of a layer on the devices |
+    # sgd: in batches, for data sets like ImageNet
+    config.solver = "auto"
     config.inverse_penalties = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # C; validation chooses
-    config.max_iter = 1000  # iterations of L-BFGS
+    config.max_iter = 1000  # iterations of L-BFGS, and of Newton's method for each penalty
     config.sgd = sgd = ConfigDict()
     sgd.learning_rates = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # at the start of a cosine; chosen on the validation split
     sgd.steps = 2000

@@ -52,7 +52,7 @@ class ProbeConfig:
     def __post_init__(self):
         zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0)
         check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
-        check_choice(self, "", solver=("lbfgs", "sgd"))  # use sgd for data sets as large as ImageNet
+        check_choice(self, "", solver=("auto", "newton", "lbfgs", "sgd"))
         check_positive("inverse_penalties", self.inverse_penalties)
         if self.labels_per_class and min(self.labels_per_class) < 1:
             raise UserError(f"labels_per_class is {self.labels_per_class}; give numbers of 1 or more, such as '(4,25)'")

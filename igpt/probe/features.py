@@ -57,7 +57,13 @@ def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
     """Returns `pretrained` with random parameters, sharded over `mesh` by the usual rules."""
     graph, params = nnx.split(pretrained.model)
     config, placement = pretrained.model.config, shardings(nnx.to_pure_dict(params), mesh)
-    create = jax.jit(lambda: nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), out_shardings=placement)
+    # For a function that runs once, LLVM's optimisation takes longer than it saves.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+
+    @functools.partial(jax.jit, out_shardings=placement, compiler_options=options)
+    def create():
+        return nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed))))
+
     return pretrained._replace(model=nnx.merge(graph, create()))
 
 

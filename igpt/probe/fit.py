@@ -18,24 +18,39 @@ from igpt.loss import vote, wilson_interval
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
 from igpt.probe.logistic import fit_lbfgs, fit_sgd
+from igpt.probe.newton import fit_newton
 from igpt.progress import progress_bar
 from igpt.run.cluster import is_first_process
+
+# solver="auto" takes Newton's method for at most so many examples x features x classes. With fewer than MEMORY_CLASSES,
+# it counts so many: then memory is the limit, which is about 40 bytes for each feature of each example.
+NEWTON_PRODUCTS, MEMORY_CLASSES = 1 << 26, 8
+
+
+def solver_for(config: ProbeConfig, examples: int, width: int, classes: int) -> str:
+    """The solver of a fit: the configured one, or for "auto" the faster of Newton's method and L-BFGS."""
+    if config.solver != "auto":
+        return config.solver
+    return "newton" if examples * width * max(classes, MEMORY_CLASSES) <= NEWTON_PRODUCTS else "lbfgs"
 
 
 def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeConfig, mesh: Mesh) -> dict:
     """Fits classifiers on the training split, chooses one by its validation accuracy, and tests it on the test split.
 
-    Concatenates the features of `layers`. Fits one classifier for each C (L-BFGS) or learning rate (SGD). If several
-    are equally accurate, the smallest C or rate is chosen. Training has one mask; in the other splits, the predictions
-    under all masks of an image vote. An example counts as wrong if its class does not occur in training, or if the
-    classifier diverged. Returns the chosen C or rate, the accuracies, and the 95 % interval of the test accuracy.
+    Concatenates the features of `layers`. Fits one classifier for each C (Newton's method, L-BFGS) or learning rate
+    (SGD). If several are equally accurate, the smallest C or rate is chosen. Training has one mask; in other splits,
+    the predictions under all masks of an image vote. An example counts as wrong if its class does not occur in
+    training, or if the classifier diverged. Returns the solver, the chosen C or rate, the accuracies, and the 95 %
+    interval of the test accuracy.
     """
     train, validation, test = ((part.joined(layers), part.labels) for part in parts)
     classes, targets = np.unique(train[1], return_inverse=True)
     examples = train[0][:, 0], targets.astype(np.int32), len(classes)
-    if config.solver == "lbfgs":
+    solver = solver_for(config, *examples[0].shape, len(classes))
+    if solver in ("newton", "lbfgs"):
         name, values = "C", sorted(config.inverse_penalties)
-        classifiers = fit_lbfgs(*examples, values, config.max_iter, mesh)
+        settings = (*examples, values, config.max_iter)
+        classifiers = fit_newton(*settings) if solver == "newton" else fit_lbfgs(*settings, mesh)
     else:
         name, values = "learning_rate", tuple(sorted(config.sgd.learning_rates))
         classifiers = fit_sgd(*examples, dataclasses.replace(config.sgd, learning_rates=values), config.seed, mesh)
@@ -51,7 +66,7 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
     accuracies = correct(*validation).mean(axis=1)
     best = int(np.argmax(accuracies))
     hits, count = int(np.sum(correct(*test)[best])), len(test[1])
-    chosen = {name: values[best], "converged": bool(classifiers.converged[best])}
+    chosen = {"solver": solver, name: values[best], "converged": bool(classifiers.converged[best])}
     chosen |= {"validation_accuracy": float(accuracies[best]), "test_accuracy": hits / count}
     return chosen | {"interval": wilson_interval(hits, count)}
 

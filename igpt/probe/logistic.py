@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+from threadpoolctl import threadpool_limits
 
 from igpt.data.batches import EpochOrder
 from igpt.loss import cross_entropy
@@ -52,15 +53,16 @@ class Scale(NamedTuple):
 class Classifiers(NamedTuple):
     """R linear classifiers for standardised features."""
 
-    kernel: Float[Array, "R D C"]
-    bias: Float[Array, "R C"]
+    kernel: Float[Array | np.ndarray, "R D C"]  # on the devices, or on the host
+    bias: Float[Array | np.ndarray, "R C"]
     scale: Scale
     converged: Bool[np.ndarray, "R"]
 
     def predict(self, features: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "R N"]:
         """Predicts the class of each example. A classifier with parameters that are not finite always predicts -1."""
         chunks = (features[start : start + ROWS_AT_ONCE] for start in range(0, len(features), ROWS_AT_ONCE))
-        classes = [_predict(self.kernel, self.bias, self.scale(rows)) for rows in chunks]
+        predict = _predict if isinstance(self.kernel, jax.Array) else _predict_on_host
+        classes = [predict(self.kernel, self.bias, self.scale(rows)) for rows in chunks]
         return np.concatenate(jax.device_get(classes), axis=1)
 
 
@@ -69,6 +71,14 @@ def _predict(kernel, bias, rows):
     classes = jnp.argmax(_logits(kernel, bias, rows), axis=-1)
     finite = jnp.isfinite(kernel).all(axis=(1, 2)) & jnp.isfinite(bias).all(axis=1)
     return jnp.where(finite[:, None], classes, -1)
+
+
+def _predict_on_host(kernel, bias, rows):
+    """`_predict` without a compilation."""
+    with threadpool_limits(1, "blas"):
+        classes = np.argmax(rows @ kernel + bias[:, None], axis=-1)
+    finite = np.isfinite(kernel).all(axis=(1, 2)) & np.isfinite(bias).all(axis=1)
+    return np.where(finite[:, None], classes, -1)
 
 
 def _logits(kernel: Float[Array, "R D C"], bias: Float[Array, "R C"], rows: Float[Array, "n D"]):

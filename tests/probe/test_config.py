@@ -25,7 +25,7 @@ def test_every_field_of_the_config_file_is_a_field_of_the_class():
     ("changes", "message"),
     [
         (dict(labels_per_class=(0,)), r"labels_per_class is \(0,\)"),
-        (dict(solver="svm"), "solver is 'svm'; choose lbfgs"),
+        (dict(solver="svm"), "solver is 'svm'; choose auto, newton, lbfgs, sgd"),
         (dict(inverse_penalties=(1.0, 0.0)), "inverse_penalties is"),
         (dict(inverse_penalties=()), "inverse_penalties is"),
         (dict(sgd=dict(learning_rates=(-1.0,))), "sgd.learning_rates is"),

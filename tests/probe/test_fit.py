@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from configs import probe_digits
+from igpt.probe import fit as fit_module
 from igpt.probe.config import SGD, ProbeConfig
 from igpt.probe.features import Features, keep_features
-from igpt.probe.fit import fit_probe, neighbours
+from igpt.probe.fit import fit_probe, neighbours, solver_for
 from igpt.probe.logistic import fit_lbfgs
 from igpt.sharding import make_mesh
 
@@ -34,7 +35,11 @@ def sgd(*rates, steps, weight_decay=0.0):
     return dataclasses.replace(lbfgs(1.0), solver="sgd", sgd=SGD(rates, steps, 32, weight_decay), seed=0)
 
 
-SOLVERS = [lbfgs(1.0), sgd(0.3, steps=200)]
+def newton(*penalties):
+    return dataclasses.replace(lbfgs(*penalties), solver="newton")
+
+
+SOLVERS = [lbfgs(1.0), newton(1.0), sgd(0.3, steps=200)]
 
 
 @pytest.mark.parametrize("config", SOLVERS, ids=lambda config: config.solver)
@@ -116,6 +121,26 @@ def test_a_probe_of_features_in_files_equals_one_in_memory(tmp_path):
     assert all(isinstance(part, Features) for part in kept)
     for config in SOLVERS:
         assert fit_probe(kept, [4], config, ONE) == fit(parts, config)
+
+
+def test_auto_takes_newton_for_small_sets_and_lbfgs_for_large_ones(monkeypatch):
+    parts = [
+        blobs(count, seed, noise=0.8) for seed, count in enumerate((90, 30, 60))
+    ]  # 90 x 3 features; 3 classes count as 8
+    config = dataclasses.replace(lbfgs(0.1, 1.0), solver="auto")
+    monkeypatch.setattr(fit_module, "NEWTON_PRODUCTS", 90 * 3 * 8)
+    small = fit(parts, config)
+    assert small == fit(parts, newton(0.1, 1.0)) and small["solver"] == "newton"
+    monkeypatch.setattr(fit_module, "NEWTON_PRODUCTS", 90 * 3 * 8 - 1)
+    large = fit(parts, config)
+    assert large == fit(parts, lbfgs(0.1, 1.0)) and large["solver"] == "lbfgs"
+
+
+def test_auto_fits_the_digits_by_newton_and_the_papers_sets_by_lbfgs():
+    auto = ProbeConfig.of(probe_digits.get_config())
+    assert auto.solver == "auto" and solver_for(auto, 1258, 128, 10) == "newton"
+    assert solver_for(auto, 45_000, 512, 10) == "lbfgs"  # CIFAR-10 with iGPT-S
+    assert solver_for(sgd(0.3, steps=200), 1258, 128, 10) == "sgd"  # who names a solver gets it
 
 
 @pytest.mark.parametrize(

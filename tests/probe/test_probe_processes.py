@@ -23,6 +23,9 @@ images, read = [], Split.read
 Split.read = lambda split, indices, *draws: images.extend(indices) or read(split, indices, *draws)
 model, out, *sys.argv[1:] = sys.argv[1:]
 runpy.run_path("eval_probe.py", run_name="__main__")
+joined = [flag for flag in sys.argv if not flag.startswith(("--coordinator", "--process", "--config.features_out"))]
+sys.argv = [*joined, "--config.solver=newton", f"--workdir={out}/newton"]
+runpy.run_path("eval_probe.py", run_name="__main__")
 shared = ["--fsdp=2", "--tensor=2", f"--model={model}"]
 run_igpt(["sample", *shared, "--num=3", f"--out={out}/samples.png"])
 run_igpt(["evaluate", *shared, "--batch_size=13", f"--json={out}/figures.json"])
@@ -68,6 +71,9 @@ def test_two_processes_agree_with_one_and_only_the_first_writes(monkeypatch, tmp
     config = probe_config(**SETTINGS, features_out=str(alone / "features.npz"))
     config.mesh.update(fsdp=2, tensor=2)
     eval_probe.run(config, run, alone)
+    by_newton = probe_config(**SETTINGS, solver="newton")
+    by_newton.mesh.update(fsdp=2, tensor=2)
+    eval_probe.run(by_newton, run, alone / "newton")
     monkeypatch.setattr(sample, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
     run_igpt(["sample", f"--model={run}", "--num=3", f"--out={alone}/samples.png"])
     run_igpt(["evaluate", f"--model={run}", f"--json={alone}/figures.json"])
@@ -76,12 +82,14 @@ def test_two_processes_agree_with_one_and_only_the_first_writes(monkeypatch, tmp
     assert [process.returncode for process in started] == [0, 0], printed
     for text in ("labels a class", "samples.png", "bits_per_dim"):
         assert text in printed[0] and text not in printed[1]
-    # Each process reads half of every batch, padding included. The probe has 105, 15 and 30 images in batches of 40,
-    # the evaluation has 30 in batches of 14.
-    assert all(f"{5 * 20 + 3 * 7} images read" in text for text in printed)
+    # Each process reads half of every batch, padding included. Each of two probes has 105, 15 and 30 images in
+    # batches of 40, the evaluation has 30 in batches of 14.
+    assert all(f"{2 * 5 * 20 + 3 * 7} images read" in text for text in printed)
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
     results, expected = (json.loads((folder / "probe.json").read_text()) for folder in (together, alone))
     assert results == expected
+    results, expected = (json.loads((folder / "newton" / "probe.json").read_text()) for folder in (together, alone))
+    assert results == expected and results["pretrained"]["layers"][0]["solver"] == "newton"
     with np.load(together / "features.npz") as ours, np.load(alone / "features.npz") as theirs:
         for name in theirs:
             np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
