@@ -17,6 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from igpt.command import Parser, add_shared
+from igpt.compiler import keep_programs
 from igpt.errors import reported
 from igpt.files import check_workdir
 from igpt.interop.hub import resolve
@@ -106,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     with reported():
         args = parse_with_config(parser(), argv)
         config = ProbeConfig.of(args.config)
+        keep_programs(args.compilation_cache)
         cluster.join_from(args, config.mesh.cpu_devices)
         results = run(config, args.model, args.workdir)
         if cluster.is_first_process():

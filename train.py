@@ -12,6 +12,11 @@ run. configs/base.py explains every field. At SIGTERM the run saves a checkpoint
 hosts, start the same command on each of them (docs/pods.md).
 """
 
+from igpt.huge_pages import FLAG, ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()  # may start this program anew, and therefore comes before the slow imports
+
 import dataclasses
 import time
 from collections.abc import Collection
@@ -23,6 +28,7 @@ from ml_collections import ConfigDict
 
 from igpt import finetune
 from igpt.command import Parser
+from igpt.compiler import keep_programs
 from igpt.config import Config
 from igpt.data.batches import Augmentation, Drops, TrainBatches, eval_batches
 from igpt.data.classes import load_names
@@ -79,6 +85,8 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
 
+    compiled = compile_ahead(config, run, program, batches, source, palette)
+
     # Initial values come from 1. this run's newest undamaged checkpoint; 2. config.init_from; 3. random initialisation.
     state, origin = starting_state(config, run, program)
 
@@ -97,6 +105,7 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
                     checkpoints.save(state, step)  # saves the step again, now with the evaluation's result
                 last_step = step if signal.requested() else run.last_step
 
+            compiled()  # waits
             steps = batches.iterate(run.first_step, last_step, config.data.threads)
             for step, batch in enumerate(steps, run.first_step + 1):
                 profile.before(step)
@@ -173,6 +182,17 @@ def training_batches(config: Config, source: Source, palette: Palette, mesh) -> 
     rows = process_rows(batch_size, mesh)
     augmentation = Augmentation.of(config.data)
     return TrainBatches(source.train, palette, batch_size, config.seed, augmentation, rows, drops)
+
+
+def compile_ahead(config: Config, run: RunDirectory, program: TrainProgram, batches: TrainBatches, source, palette):
+    """Starts to compile the steps, unless the run is finished. Returns what waits: see `TrainProgram.compile_ahead`."""
+    if run.first_step == run.last_step:
+        return lambda: None
+    train, mesh = config.train, program.mesh
+    rows = process_rows(train.eval_batch_size, mesh)
+    held_out = next(eval_batches(source.validation, palette, train.eval_batch_size, rows, evaluation_drops(config)))
+    first = to_devices(batches[run.first_step], train.batch_size, mesh)
+    return program.compile_ahead(first, to_devices(held_out, train.eval_batch_size, mesh))
 
 
 def evaluation_drops(config: Config) -> Drops | None:
@@ -278,6 +298,8 @@ def parser() -> Parser:
         help="what may differ from the run that is resumed: data, or fields such as "
         "optim.learning_rate, with commas between them",
     )
+    pages = "whether to use memory pages of 2 MiB on Linux (default on)"
+    parser.add_argument(FLAG, default="on", choices=("on", "off"), help=pages)
     add_process_arguments(parser)
     return parser
 
@@ -286,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     with reported():
         args = parse_with_config(parser(), argv, resumes=True)
         config, allowed = Config.of(args.config, trains=True), parse_changes(args.change)
+        keep_programs(args.compilation_cache)
         join_from(args, config.mesh.cpu_devices, saves_at_sigterm=True)
         run(config, args.workdir, args.start_over, allowed)
 

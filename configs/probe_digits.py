@@ -39,5 +39,5 @@ def get_config() -> ConfigDict:
     mesh.data = -1
     mesh.fsdp = 1
     mesh.tensor = 1
-    mesh.cpu_devices = 2  # one per core, as in configs/digits.py
+    mesh.cpu_devices = 2  # one per core
     return config

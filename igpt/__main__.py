@@ -12,6 +12,7 @@ import sys
 
 from igpt import __version__
 from igpt.command import Parser
+from igpt.compiler import keep_programs
 from igpt.errors import UserError, reported
 
 COMMANDS = {  # sub-command -> (module, one line of help)
@@ -42,9 +43,11 @@ def main(argv: list[str] | None = None) -> None:
             if name == "plan":
                 from igpt.run.flags import parse_with_config
 
-                module.run(parse_with_config(parser, flags))
+                args = parse_with_config(parser, flags)
             else:
-                module.run(parser.parse_args(flags))
+                args = parser.parse_args(flags)
+            keep_programs(args.compilation_cache)
+            module.run(args)
         else:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"

@@ -15,6 +15,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, text: str):
         as_written = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=text.strip(), formatter_class=as_written, allow_abbrev=False)
+        kept = "a folder that keeps compiled programs for the next start, or off (default: in the user's cache folder)"
+        self.add_argument("--compilation_cache", help=kept)
 
     def parse_known_args(self, args=None, namespace=None):
         """Parses like argparse. In every path, also in `folder:~/x`, it replaces `~` by the home directory."""

@@ -125,7 +125,10 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given."""
+    """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given.
+
+    The dimension x of the equation stands for all leading dimensions of the input.
+    """
 
     def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs):
         self.equation = equation
@@ -133,7 +136,12 @@ class Linear(nnx.Module):
         self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape))
 
     def __call__(self, x: Array, out_dtype=None) -> Array:
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
+        summed = self.equation.index(",") - 1
+        leading = x.shape[: x.ndim - summed]
+        # As one dimension: otherwise the gradient of the kernel sums over two, for which XLA transposes copies on CPUs.
+        rows = x.reshape(-1, *x.shape[len(leading) :])
+        y = jnp.einsum(self.equation, rows, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
+        y = y.reshape(*leading, *y.shape[1:])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
 
 
@@ -148,11 +156,11 @@ class Block(nnx.Module):
             return shape if config.use_bias else None
 
         self.attention_norm = Norm(D, config.norm_epsilon)
-        self.qkv = Linear("btd,dcnk->btcnk", (D, 3, N, K), D**-0.5, bias(3, N, K), rngs)
-        self.out = Linear("btnk,nkd->btd", (N, K, D), (D * config.depth) ** -0.5, bias(D), rngs)
+        self.qkv = Linear("xd,dcnk->xcnk", (D, 3, N, K), D**-0.5, bias(3, N, K), rngs)
+        self.out = Linear("xnk,nkd->xd", (N, K, D), (D * config.depth) ** -0.5, bias(D), rngs)
         self.mlp_norm = Norm(D, config.norm_epsilon)
-        self.up = Linear("btd,df->btf", (D, F), 0.02, bias(F), rngs)
-        self.down = Linear("btf,fd->btd", (F, D), 0.02, bias(D), rngs)
+        self.up = Linear("xd,df->xf", (D, F), 0.02, bias(F), rngs)
+        self.down = Linear("xf,fd->xd", (F, D), 0.02, bias(D), rngs)
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
         """Returns the block's output and its BlockOutputs.
@@ -168,7 +176,8 @@ class Block(nnx.Module):
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         mixed, extra = attend(q, k, v, keys[0])
         y = x + dropout(self.out(mixed), config.residual_dropout, keys[1])
-        hidden = ACTIVATIONS[config.activation](self.up(self.mlp_norm(y)))
+        activation = jax.checkpoint(ACTIVATIONS[config.activation])  # its backward pass keeps the input alone
+        hidden = activation(self.up(self.mlp_norm(y)))
         y = y + dropout(self.down(hidden), config.residual_dropout, keys[2])
         return y, BlockOutputs(x, pool(normed), k, v, extra)
 
@@ -203,8 +212,8 @@ class ImageGPT(nnx.Module):
         self.final_norm = Norm(config.width, config.norm_epsilon)
         # Zero kernels make the first prediction uniform and the first loss ln V (Chen et al. 2020, appendix A.1).
         D, V, C = config.width, config.vocab_size, config.num_classes
-        self.head = Linear("btd,dv->btv", (D, V), 0.0, None, rngs) if config.pixel_head else None
-        self.classifier = Linear("bd,dc->bc", (D, C), 0.0, None, rngs) if C else None
+        self.head = Linear("xd,dv->xv", (D, V), 0.0, None, rngs) if config.pixel_head else None
+        self.classifier = Linear("xd,dc->xc", (D, C), 0.0, None, rngs) if C else None
 
     def __call__(self, tokens: Tokens, key: Array | None = None) -> Float[Array, "B T V"]:
         """Float32 logits. Position i predicts tokens[:, i], from tokens[:, :i] if causal. A key turns dropout on.

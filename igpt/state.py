@@ -5,6 +5,7 @@ train.py runs this program. `igpt plan` compiles the same program for devices th
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from igpt.attention import check_dropout
+from igpt.compiler import one_run_options, step_options
 from igpt.config import Config
 from igpt.loss import make_loss
 from igpt.model import ImageGPT, ModelConfig
@@ -46,6 +48,19 @@ class TrainProgram(NamedTuple):
         """Makes a new state. Each leaf is initialised on the devices that hold it."""
         return create_state(self.model, self.optimizer, self.mesh, seed)
 
+    def compile_ahead(self, train_batch: dict, eval_batch: dict) -> Callable[[], None]:
+        """Starts to compile both steps for such batches, in threads. The returned function waits until they are ready.
+
+        JAX then finds the compiled steps in its memory, so that the first call of a step does not compile.
+        """
+        pool = ThreadPoolExecutor(max_workers=2)
+        compiling = [
+            pool.submit(_compile, self.train_step, self.abstract, train_batch, self.mesh),
+            pool.submit(_compile, self.eval_step, self.abstract.params, eval_batch, self.mesh),
+        ]
+        pool.shutdown(wait=False)
+        return lambda: [each.result() for each in compiling]
+
 
 def build_program(config: Config, mesh: Mesh) -> TrainProgram:
     """Builds the program of a training configuration. Raises UserError if the configuration does not fit the mesh."""
@@ -57,8 +72,14 @@ def build_program(config: Config, mesh: Mesh) -> TrainProgram:
     graph, abstract = abstract_state(model, optimizer, mesh)
     loss = make_loss(graph, config.objective.generative, config.objective.classification)
     dropout_seed = config.seed if model.has_dropout else None
-    train_step = make_train_step(loss, optimizer, schedule, abstract, train.accumulate, dropout_seed)
+    platform = mesh.devices.flat[0].platform
+    train_step = make_train_step(loss, optimizer, schedule, abstract, train.accumulate, dropout_seed, platform)
     return TrainProgram(model, graph, optimizer, abstract, train_step, make_eval_step(loss), mesh)
+
+
+def _compile(step: Callable, state: Any, batch: dict, mesh: Mesh) -> None:
+    with jax.set_mesh(mesh):
+        step.lower(state, batch).compile()
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh):
@@ -84,7 +105,9 @@ def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, m
     def create():
         return _fresh(nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), optimizer)
 
-    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    options = one_run_options(mesh.devices.flat[0].platform)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, out_shardings=placement, compiler_options=options)()
 
 
 def _fresh(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -98,11 +121,12 @@ def make_train_step(
     abstract: TrainState,
     accumulate: int = 1,
     dropout_seed: int | None = None,
+    platform: str = "",
 ) -> Callable:
     """Returns the jitted train_step(state, batch) -> (state, metrics). It donates the old state.
 
     `loss` comes from `igpt.loss.make_loss`. The batch is split into `accumulate` micro-batches, whose gradients are
-    averaged. Without a `dropout_seed` there is no dropout.
+    averaged. Without a `dropout_seed` there is no dropout. `platform` selects the compiler's options.
     """
 
     def loss_and_grads(params, batch, key):
@@ -128,7 +152,8 @@ def make_train_step(
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, None))
+    options = step_options(platform)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, None), compiler_options=options)
 
 
 def _averaged(loss_and_grads, params, batch, key, accumulate):

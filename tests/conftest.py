@@ -9,6 +9,8 @@ if "gpu" not in sys.argv:  # python -m pytest -m gpu
 # Tests compile much and compute little. Without LLVM's optimisation they take less than half the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave the user's cache alone
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def tiny_config():
     from configs import digits
 
     config = digits.get_config()
-    config.model.update(width=20, depth=3, num_heads=2, mlp_width=28, remat="none")
+    config.model.update(width=20, depth=3, num_heads=2, mlp_width=28, remat="none", scan_layers=True)
     config.optim.update(learning_rate=3e-3, warmup_steps=2)
     config.train.update(
         steps=6, batch_size=8, log_every=1, eval_every=3, eval_batch_size=40, sample_every=6, num_samples=3

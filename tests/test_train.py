@@ -102,6 +102,7 @@ def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_conf
             events.append("dispatch")
             return step(state, batch)
 
+        dispatch.lower = step.lower
         return dispatch
 
     def get(values):
@@ -215,7 +216,7 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
         ),
         (["--config=configs/digits.py"], "arguments are required: --workdir"),
         (["--config=configs/probe_digits.py", "--workdir=RUN"], "no training configuration"),
-        (["--config=configs/digits.py", "--workdir=RUN", "--config.train.batch_size=7"], "batch_size 7"),
+        (["--config=configs/digits.py", "--workdir=RUN", "--config.train.accumulate=3"], "batch_size 16"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_message_and_exit_code_2(tmp_path, arguments, message):

@@ -7,7 +7,6 @@ step, and every process computes only its own rows of a batch.
 import dataclasses
 from collections.abc import Iterator
 
-import grain.python as grain
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -134,6 +133,8 @@ class TrainBatches:
 
     def iterate(self, start: int, stop: int, threads: int = 1) -> Iterator[dict]:
         """Yields batches start, ..., stop - 1 in order. `threads` threads prepare up to AHEAD batches in advance."""
+        import grain.python as grain  # the import is slow
+
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)))
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from igpt.compiler import one_run_options
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Split
 from igpt.errors import UserError
@@ -57,8 +58,7 @@ def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
     """Returns `pretrained` with random parameters, sharded over `mesh` by the usual rules."""
     graph, params = nnx.split(pretrained.model)
     config, placement = pretrained.model.config, shardings(nnx.to_pure_dict(params), mesh)
-    # For a function that runs once, LLVM's optimisation takes longer than it saves.
-    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    options = one_run_options(mesh.devices.flat[0].platform)
 
     @functools.partial(jax.jit, out_shardings=placement, compiler_options=options)
     def create():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from igpt.compiler import share_programs
 from igpt.errors import UserError
 from igpt.run.roll_call import roll_call
 from igpt.sharding import all_devices
@@ -52,6 +53,8 @@ def join_from(args, cpu_devices: int = 0, saves_at_sigterm: bool = False) -> Non
     """
     join(*(getattr(args, name) for name in PROCESS_FLAGS), saves_at_sigterm=saves_at_sigterm)
     all_devices(cpu_devices)
+    if jax.process_count() > 1 and getattr(args, "workdir", None):
+        share_programs(Path(args.workdir).absolute().parent / ".compiled")
 
 
 def join(coordinator=None, processes=None, process=None, join_timeout=None, saves_at_sigterm: bool = False) -> None:

@@ -5,6 +5,8 @@ import shlex
 import jax
 import numpy as np
 
+from igpt import huge_pages
+from igpt.compiler import kept_programs
 from igpt.config import Config, ObjectiveConfig
 from igpt.data.classes import class_counts
 from igpt.data.examples import EncodedImages, Source
@@ -37,7 +39,8 @@ def describe(workdir, origin: str, config: Config, model: ModelConfig, state, me
         f"{count:,} parameters{', reads no SOS' if model.first_predicted else ''}\n"
         f"learns   {learning_goal(config.objective, model)}: {config.train.steps:,} steps of "
         f"{config.train.batch_size} images\n"
-        f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}\n"
+        f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}"
+        f"{', huge pages' if huge_pages.in_use() else ''}; compiled programs: {kept_programs()}\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
         flush=True,
     )

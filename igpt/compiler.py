@@ -1,0 +1,79 @@
+"""How XLA compiles: options for each platform, and compiled programs that are kept between starts."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import jax
+
+OFF = "off"
+MAX_BYTES = 1 << 30  # of all kept programs; the ones that were not used for the longest time are removed
+
+# On CPUs, XLA gives sums and elementwise functions to a library, too, and writes arrays to memory for it. With products
+# alone, a training step takes 20 % less processor time (docs/decisions.md).
+FOR_STEPS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}}
+# For a function that runs once, LLVM's optimisation takes longer than it saves.
+FOR_ONE_RUN = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
+def step_options(platform: str) -> dict | None:
+    """The compiler's options for a function that runs thousands of times, without those that this XLA lacks."""
+    if (options := FOR_STEPS.get(platform)) is None:
+        return None
+    try:
+        jax.jit(lambda: None, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # the options are experimental
+        return None
+    return options
+
+
+def one_run_options(platform: str) -> dict | None:
+    """The compiler's options for a function that runs once."""
+    return FOR_ONE_RUN.get(platform)
+
+
+def keep_programs(folder: str | None = None) -> None:
+    """Keeps compiled programs on disk, so that the next start need not compile them again.
+
+    `folder` is a directory; None: a folder of this kind of processor in the user's cache directory; "off": nowhere. The
+    variables of JAX, such as JAX_COMPILATION_CACHE_DIR, come first. Several processes may share the folder.
+    """
+    if folder == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    path = Path(folder) if folder else _cache_directory() / "igpt" / _processor()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that is read-only is no mistake; each start then compiles
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def share_programs(folder: Path) -> None:
+    """Keeps programs in a folder that all hosts of a run see instead of each user's. Process 0 alone writes there."""
+    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_max_size == MAX_BYTES:
+        jax.config.update("jax_compilation_cache_dir", str(folder / _processor()))
+        jax.config.update("jax_compilation_cache_max_size", -1)  # a limit needs file locks, which a network may lack
+
+
+def kept_programs() -> str:
+    """The folder that keeps compiled programs, or "not kept"."""
+    config = jax.config
+    return (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir) or "not kept"
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _processor() -> str:
+    """A name of this processor's instruction set: programs compiled for one may not run on another."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return os.uname().machine
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return f"{os.uname().machine}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

@@ -1,0 +1,83 @@
+"""Compiled programs are kept between starts, and XLA's options fit the platform."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igpt import compiler
+from igpt.config import Config
+from igpt.sharding import make_mesh, to_devices
+from igpt.state import build_program
+
+START = """
+import jax
+from igpt.compiler import keep_programs, kept_programs
+keep_programs({folder!r})
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
+jax.jit(lambda x: x * 3 + 1)(1.0)
+print(kept_programs(), found.count("/jax/compilation_cache/cache_hits"))
+"""
+
+
+def start(tmp_path, folder=None, **variables):
+    """Starts a process that compiles one function. Returns where it keeps programs, and how many it found there."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_ENABLE", "XLA"))}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)} | variables
+    command = [sys.executable, "-c", START.format(folder=folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where, hits = done.stdout.strip().rsplit(" ", 1)
+    return where, int(hits)
+
+
+def test_the_next_start_finds_the_compiled_programs(tmp_path):
+    first, second = start(tmp_path), start(tmp_path)
+    assert first[0] == second[0] and first[0].startswith(f"{tmp_path}/cache/igpt/")
+    assert first[1] == 0 and second[1] > 0
+
+
+def test_programs_can_be_kept_elsewhere_or_nowhere(tmp_path):
+    assert start(tmp_path, str(tmp_path / "mine"))[0] == str(tmp_path / "mine")
+    assert start(tmp_path, "off")[0] == "not kept"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_variable_of_jax_comes_first(tmp_path):
+    assert start(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax"))[0] == str(tmp_path / "jax")
+
+
+def test_without_a_place_for_them_programs_are_not_kept(tmp_path):
+    (tmp_path / "cache").write_text("a file, where a folder is needed")
+    assert start(tmp_path)[0] == "not kept"
+
+
+def test_options_that_this_xla_lacks_are_left_out(monkeypatch):
+    assert compiler.step_options("cpu") == compiler.FOR_STEPS["cpu"]
+    monkeypatch.setitem(compiler.FOR_STEPS, "cpu", {"xla_cpu_no_such_option": True})
+    assert compiler.step_options("cpu") is None
+    assert compiler.step_options("tpu") is None
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_a_step_that_was_compiled_ahead_is_not_compiled_at_its_first_call(tiny_config, data):
+    mesh = make_mesh(data=data, devices=jax.devices()[:data])
+    program = build_program(Config.of(tiny_config, trains=True), mesh)
+    tokens = np.random.default_rng(0).integers(0, 17, (8, 64)).astype(np.int32)
+    batch = to_devices({"tokens": tokens}, 8, mesh)
+    examples = to_devices({"tokens": tokens, "mask": np.ones(8, np.float32)}, 8, mesh)
+    program.compile_ahead(batch, examples)()
+    state = jax.block_until_ready(program.create_state(0))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    with jax.set_mesh(mesh):
+        program.eval_step(state.params, examples)
+        program.train_step(state, batch)
+        assert "/jax/core/compile/backend_compile_duration" not in compiled
+        jax.jit(lambda x: x - 0.125)(jnp.ones(3))
+    assert "/jax/core/compile/backend_compile_duration" in compiled  # the event's name is still this one
