@@ -17,6 +17,9 @@ from igpt.attention import attend_to_cache
 from igpt.model import Block, ImageGPT, Linear
 from igpt.sharding import shard_cache
 
+# The products of a block. Its hidden layer is [F, B, T], other than in igpt/model.py: XLA would transpose a copy of it.
+EQUATIONS = {"qkv": "btd,dcnk->btcnk", "out": "btnk,nkd->btd", "up": "btd,df->fbt", "down": "fbt,fd->btd"}
+
 
 class KVCache(NamedTuple):
     """Keys and values of all positions so far. Each layer has its own array, so that XLA can update it in place."""
@@ -39,27 +42,29 @@ def decoder_of(model: ImageGPT) -> Decoder:
     blocks = []
     for layer in range(model.config.depth):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked))
-        for name in ("qkv", "out", "up", "down"):
-            setattr(block, name, by_rows(getattr(block, name), model.config.dtype))
+        for name, equation in EQUATIONS.items():
+            setattr(block, name, by_rows(getattr(block, name), model.config.dtype, equation))
         blocks.append(block)
-    return Decoder(model, blocks, model.head and by_rows(model.head, model.config.dtype))
+    return Decoder(model, blocks, model.head and by_rows(model.head, model.config.dtype, model.head.equation))
 
 
-def by_rows(linear: Linear, dtype: str) -> Callable[..., Array]:
-    """The function of `linear`, for few inputs: its kernel is [outputs, inputs], and products are kernel @ inputs.
+def by_rows(linear: Linear, dtype: str, equation: str) -> Callable[..., Array]:
+    """`linear` as a function for few inputs: its kernel is [outputs, inputs], and products are kernel @ inputs.
 
     On the CPU, XLA multiplies a few vectors by a kernel [inputs, outputs] only after it has copied the kernel into
     another layout. The copy takes longer than the product. It reads a kernel of this layout as it lies in memory.
     """
-    read, _, given, _, result = linear.equation.replace(",", "|,|").replace("->", "|->|").split("|")
+    operands, result = equation.split("->")
+    read, given = operands.split(",")
     inputs = "".join(dim for dim in given if dim in read)
     outputs = "".join(dim for dim in given if dim not in read)
     kernel = jnp.einsum(f"{given}->{outputs}{inputs}", linear.kernel[...].astype(dtype))
 
     def product(x: Array, out_dtype=None) -> Array:
         y = jnp.einsum(f"{outputs}{inputs},{read}->{outputs}bt", kernel, x, preferred_element_type=out_dtype)
-        y = jnp.einsum(f"{outputs}bt->{result}", y)
-        return y if linear.bias is None else y + jnp.broadcast_to(linear.bias[...], y.shape).astype(y.dtype)
+        if linear.bias is not None:
+            y = y + jnp.broadcast_to(linear.bias[..., None, None], y.shape).astype(y.dtype)
+        return jnp.einsum(f"{outputs}bt->{result}", y)
 
     return product
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from igpt.decode import KVCache, by_rows, decode, decoder_of, grow, prefill
+from igpt.decode import EQUATIONS, KVCache, by_rows, decode, decoder_of, grow, prefill
 from igpt.errors import UserError
 from igpt.plan.hlo import HloProgram
 from igpt.sample import Sampling, _generate, image_keys, sample_tokens, segments
@@ -45,11 +45,14 @@ def test_products_by_rows_are_the_layers_products():
     model = random_model(dataclasses.replace(TINY_MODEL, use_bias=True))
     graph, stacked = nnx.split(model.blocks)
     block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[1], stacked))
-    N, K, D = block.config.num_heads, block.config.head_size, block.config.width
-    shapes = {"qkv": (D,), "out": (N, K), "up": (D,), "down": (block.config.mlp_width,)}
-    for name, shape in shapes.items():
-        linear, x = getattr(block, name), jax.random.normal(jax.random.key(3), (5, 1, *shape))
-        np.testing.assert_allclose(by_rows(linear, "float32")(x), linear(x), atol=1e-5)
+    N, K, D, F = block.config.num_heads, block.config.head_size, block.config.width, block.config.mlp_width
+    shapes = {"qkv": (D,), "out": (N, K), "up": (D,), "down": (F,)}
+    for name, equation in EQUATIONS.items():
+        linear, x = getattr(block, name), jax.random.normal(jax.random.key(3), (5, 1, *shapes[name]))
+        given = jnp.moveaxis(x, -1, 0) if name == "down" else x
+        product = by_rows(linear, "float32", equation)(given)
+        expected = jnp.moveaxis(linear(x), -1, 0) if name == "up" else linear(x)
+        np.testing.assert_allclose(product, expected, atol=1e-5)
 
 
 def test_a_growing_cache_keeps_its_entries():
