@@ -1,10 +1,16 @@
-"""Measures sampling on the CPU: ours, ours without the KV cache (like OpenAI's sampler), and transformers' generate().
+"""Measures sampling on the CPU: ours and transformers' generate(), alternating, beside the bound of memory bandwidth.
 
 pip install -e ".[bench]"
 python benchmarks/sampling.py --out=benchmarks/results/sampling_cpu.json
+
+A step must read every parameter, and the filled part of the cache, from memory: their bytes, divided by the bandwidth
+that a sum over a large array reaches in the same run, bound the time of a step from below.
 """
 
 import argparse
+import resource
+import statistics
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,73 +18,132 @@ import numpy as np
 import torch
 from flax import nnx
 from peer import transformers_model
-from report import median_seconds, write
+from report import write
 
-from igpt.model import ImageGPT, ModelConfig
-from igpt.sample import image_keys, sample_tokens
+from igpt.model import ImageGPT, ModelConfig, count_params
+from igpt.sample import Sampling, image_keys, sample_tokens
 
 MODELS = {
-    "digits, 8 x 8": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=17, seq_len=64),
-    "width 128, 16 x 16": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=512, seq_len=256),
+    "digits": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=17, seq_len=64),
+    "width 128": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=512, seq_len=256),
+    "width 512": ModelConfig(width=512, depth=4, num_heads=8, vocab_size=512, seq_len=1024),
 }
 
 
-@jax.jit
-def without_cache(model: ImageGPT, keys: jax.Array) -> jax.Array:
-    """Samples the same tokens, but runs a forward pass over all T positions for each of them."""
+def bandwidth() -> float:
+    """The bytes per second that a sum reads from an array of 256 MB, which no cache of the processor holds: the best
+    of five."""
+    array, total = jnp.ones(64 * 2**20), jax.jit(jnp.sum)
+    total(array).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        total(array).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return array.nbytes / min(seconds)
 
-    def step(tokens, position):
-        logits = model(tokens)[:, position]
-        position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        return tokens.at[:, position].set(jax.vmap(jax.random.categorical)(position_keys, logits)), None
 
-    tokens = jnp.zeros((len(keys), model.config.seq_len), jnp.int32)
-    return jax.lax.scan(step, tokens, jnp.arange(model.config.seq_len))[0]
+def bytes_per_image_set(config: ModelConfig, batch_size: int) -> int:
+    """What T steps must read in float32: all parameters but the tables, and keys and values of earlier positions."""
+    tables = (config.vocab_size + 1 + config.seq_len) * config.width
+    filled = config.seq_len * (config.seq_len + 1) // 2
+    cache = filled * batch_size * config.depth * config.width * 2
+    return 4 * ((count_params(config) - tables) * config.seq_len + cache)
 
 
 def with_random_head(config: ModelConfig) -> ImageGPT:
-    """A new model with a random head: with the initial zeros, draws are uniform and would hide errors of the cache."""
+    """A new model with a random head: with the initial zeros, draws would be uniform."""
     model = ImageGPT(config, nnx.Rngs(0))
     model.head.kernel[...] = jax.random.normal(jax.random.key(1), model.head.kernel.shape) * 0.1
     return model
 
 
-def measure(config: ModelConfig, batch_size: int, repeats: int) -> dict:
-    model, peer = with_random_head(config), transformers_model(config).eval()
-    keys, nothing = image_keys(0, batch_size), np.zeros((batch_size, 0), np.int32)
+def peers(config: ModelConfig, batch_size: int, top_k: int, names: list[str]) -> dict:
+    """{name: a function of the length: transformers' generate()}, with the given caches, eager or compiled."""
     start = torch.full((batch_size, 1), config.vocab_size)
 
-    def generate():
-        with torch.no_grad():  # one token fewer than ours, because it has no position for the last prediction
-            return peer.generate(start, max_length=config.seq_len, do_sample=True, top_k=0).numpy()
+    def generator(peer, **options):
+        def generate(length=config.seq_len):
+            with torch.no_grad():  # one token fewer than ours, because it has no position for the last prediction
+                peer.generate(start, max_length=length, do_sample=True, top_k=top_k, **options)
 
-    seconds = {
-        "ours": median_seconds(lambda: sample_tokens(model, nothing, keys), repeats),
-        "without_cache": median_seconds(lambda: without_cache(model, keys), repeats),
-        "transformers": median_seconds(generate, repeats),
-    }
-    equal = np.mean(np.asarray(sample_tokens(model, nothing, keys)) == np.asarray(without_cache(model, keys)))
+        return generate
+
+    peer, static, found = transformers_model(config).eval(), dict(cache_implementation="static"), {}
+    if "dynamic" in names:
+        found["transformers, dynamic cache"] = generator(peer)
+    if "static" in names:
+        found["transformers, static cache"] = generator(peer, **static, disable_compile=True)
+    if "compiled" in names:
+        compiled = transformers_model(config).eval()
+        compiled.forward = torch.compile(compiled.forward)
+        found["transformers, static cache, torch.compile"] = generator(compiled, **static)
+    return found
+
+
+def timed(run) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int, names: list[str]) -> dict:
+    model, keys, nothing = with_random_head(config), image_keys(0, batch_size), np.zeros((batch_size, 0), np.int32)
+    runs = {"ours": lambda: sample_tokens(model, nothing, keys, Sampling(top_k=top_k))}
+    runs |= peers(config, batch_size, top_k, names)
+    first, failed, seconds, speeds = {}, {}, {}, [bandwidth()]
+    for name, run in list(runs.items()):
+        try:
+            first[name] = timed(run if name == "ours" else lambda run=run: run(16))  # compiles, or warms up
+        except Exception as error:  # what does not run is part of the result
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            del runs[name]
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds.setdefault(name, []).append(timed(run))
+        speeds.append(bandwidth())
+    tokens = batch_size * config.seq_len
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {name: [a / b for a, b in zip(times, seconds["ours"], strict=True)] for name, times in seconds.items()}
+    bound = bytes_per_image_set(config, batch_size) / statistics.median(speeds)
     return {
-        "images_per_s": {name: batch_size / time for name, time in seconds.items()},
-        "speed_ratio": {name: time / seconds["ours"] for name, time in seconds.items()},
-        "tokens_equal_without_cache": float(equal),
+        "tokens_per_s": {name: tokens / median for name, median in medians.items()},
+        "images_per_s": {name: batch_size / median for name, median in medians.items()},
+        "times_ours": {name: statistics.median(ratio) for name, ratio in ratios.items()},
+        "first_call_s": first,
+        "did_not_run": failed,
+        "bandwidth_gb_per_s": statistics.median(speeds) / 1e9,
+        "bandwidths_gb_per_s": [speed / 1e9 for speed in speeds],
+        "bound_tokens_per_s": tokens / bound,
+        "share_of_bound": bound / medians["ours"],
+        "seconds": seconds,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--top_k", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=("dynamic", "static", "compiled"), default=["dynamic", "static"])
     args = parser.parse_args()
 
     rows = []
-    for name, config in MODELS.items():
-        rows.append({"model": name, "tokens": config.seq_len} | measure(config, args.batch_size, args.repeats))
-        rates = ", ".join(f"{who} {rate:.1f}" for who, rate in rows[-1]["images_per_s"].items())
-        print(f"{name}: images/s {rates}; {rows[-1]['tokens_equal_without_cache']:.1%} of tokens equal", flush=True)
-    settings = {"batch_size": args.batch_size, "repeats": args.repeats}
-    write(args.out, {"what": "unconditional sampling, float32, medians"} | settings | {"rows": rows})
+    for name in args.models:
+        config = MODELS[name]
+        for batch_size in args.batch_sizes:
+            found = measure(config, batch_size, min(args.top_k, config.vocab_size), args.repeats, args.peers)
+            rows.append({"model": name, "tokens": config.seq_len, "batch_size": batch_size} | found)
+            rates = ", ".join(f"{who} {rate:.0f}" for who, rate in found["tokens_per_s"].items())
+            bound = f"bound {found['bound_tokens_per_s']:.0f} at {found['bandwidth_gb_per_s']:.1f} GB/s"
+            print(f"{name}, {batch_size} images: tokens/s {rates}; {bound}: {found['share_of_bound']:.0%}", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    settings = {"top_k": args.top_k, "repeats": args.repeats, "peak_gib_of_the_process": peak}
+    write(
+        args.out, {"what": "unconditional sampling, float32, medians of alternating runs"} | settings | {"rows": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The iGPT transformer. From tokens it computes logits, pooled features of every layer, or a decode step with a cache.
+"""The iGPT transformer. From tokens it computes logits or pooled features of every layer (igpt/decode.py: one token).
 
 Architecture: Chen et al. 2020, section 2.2, in the exact form of OpenAI's release (src/model.py). Dims: B batch,
 T tokens, V palette size, D width, N heads, K head size, F mlp width, L layers.
@@ -15,11 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from igpt.activations import ACTIVATIONS
-from igpt.attention import BACKENDS, attend_to_cache, attention
+from igpt.attention import BACKENDS, attention
 from igpt.chunked import ATTENTION_OUTPUT
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice
-from igpt.sharding import replicate, shard_batch, shard_cache
+from igpt.sharding import replicate, shard_batch
 from igpt.token_ids import Tokens, checked_ids
 
 # Sizes: Chen et al. 2020, table 2. Heads: OpenAI's README. XL's heads are unpublished; we chose 24 heads of size 128.
@@ -192,13 +192,6 @@ class BlockOutputs(NamedTuple):
     extra: Any
 
 
-class KVCache(NamedTuple):
-    """Keys and values of all positions so far. Each layer has its own array, so that XLA can update it in place."""
-
-    keys: tuple[Float[Array, "B N T K"], ...]
-    values: tuple[Float[Array, "B N T K"], ...]
-
-
 class ImageGPT(nnx.Module):
     """The whole network. It holds the parameters. Every method is a pure function of parameters and arguments."""
 
@@ -253,47 +246,6 @@ class ImageGPT(nnx.Module):
             graph, stacked = nnx.split(self.blocks.attention_norm)
             norm = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[last], stacked))
         return jnp.concatenate([outputs.features, pool(norm(x))[None]])[jnp.asarray(layers)]
-
-    def prefill(self, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads the first `given` of `self.inputs`. Returns the logits of the next token and a cache of length T.
-
-        The inputs at index `given` and above are padding; `decode` overwrites their cache entries.
-        """
-        x, outputs = self.run_blocks(self.embed(inputs))
-        last = jax.lax.dynamic_slice_in_dim(x, given - 1, 1, axis=1)
-        room = [(0, 0), (0, 0), (0, 0), (0, self.config.seq_len - inputs.shape[1]), (0, 0)]
-        padded = (jnp.pad(jnp.swapaxes(kv, 2, 3), room) for kv in (outputs.keys, outputs.values))  # [L, B, N, T, K]
-        cache = KVCache(*(tuple(map(shard_cache, layers)) for layers in padded))
-        return self.logits(self.final_norm(last))[:, 0], cache
-
-    def decode(
-        self, blocks: list[Block], token: Int[Array, "B"], position: Int[Array, ""], cache: KVCache
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads one more input, the token at `position`. Returns the next logits. `unstack_blocks` makes `blocks`."""
-        x = self.embed(token[:, None], position)
-        keys, values = list(cache.keys), list(cache.values)
-        for layer, block in enumerate(blocks):
-
-            def attend(q, k, v, _, layer=layer):
-                at = (0, 0, position, 0)
-                keys[layer] = jax.lax.dynamic_update_slice(keys[layer], jnp.swapaxes(k, 1, 2), at)
-                values[layer] = jax.lax.dynamic_update_slice(values[layer], jnp.swapaxes(v, 1, 2), at)
-                return attend_to_cache(q[:, 0], keys[layer], values[layer], position)[:, None], None
-
-            x, _ = block(x, layer, attend)
-        return self.logits(self.final_norm(x))[:, 0], KVCache(tuple(keys), tuple(values))
-
-    def unstack_blocks(self) -> list[Block]:
-        """The blocks as a list. Kernels are cast to the compute dtype once, here, and not in every decode step."""
-        graph, stacked = nnx.split(self.blocks)
-
-        def cast(leaf):  # a norm's gain, [D], stays float32, as in the full forward pass
-            return leaf.astype(self.config.dtype) if leaf.ndim > 1 else leaf
-
-        return [
-            nnx.merge(graph, jax.tree.map(lambda leaf, layer=layer: cast(leaf[layer]), stacked))
-            for layer in range(self.config.depth)
-        ]
 
     def inputs(self, tokens: Tokens) -> Int[Array, "B T"]:
         """The model's inputs: SOS, x_0, ..., x_{T-2}, or x_0, ..., x_{T-1} for a model without SOS.

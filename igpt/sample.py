@@ -12,6 +12,7 @@ this command in each process; process 0 writes the picture.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int, Integer
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
+from igpt.decode import decode, decoder_of, grow, prefill
 from igpt.errors import UserError
 from igpt.fields import LARGEST_SEED
 from igpt.interop.load import Pretrained, load
@@ -33,6 +35,8 @@ from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 from igpt.token_ids import checked_ids
 
 GREEDY = 1e-30  # logits divided by a smaller temperature overflow float32, and draws become NaN
+SEGMENTS = 8  # more of them save little reading: 1/8 of the longest cache is read in vain on average
+SHORTEST_SEGMENT = 128
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -105,7 +109,8 @@ def continue_inputs(
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
     rules = sampling.temperature, sampling.greedy, int(sampling.top_k), sampling.top_p
-    return _generate(graph, params, padded, given, stop, keys, *rules)[:, :stop]
+    lengths = segments(padded.shape[1], model.config.seq_len)
+    return _generate(graph, params, padded, given, stop, keys, *rules, lengths)[:, :stop]
 
 
 def padded_length(length: int, most: int) -> int:
@@ -113,10 +118,10 @@ def padded_length(length: int, most: int) -> int:
     return min(1 << (length - 1).bit_length(), most)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "greedy", "top_k", "top_p"))
-def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p):
+@functools.partial(jax.jit, static_argnames=("graph", "greedy", "top_k", "top_p", "lengths"))
+def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p, lengths):
     model = nnx.merge(graph, params)
-    blocks = model.unstack_blocks()
+    decoder = decoder_of(model)
     inputs, keys = shard_batch(inputs), shard_batch(keys)
 
     def draw(logits, position):
@@ -131,14 +136,24 @@ def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top
     def step(position, carry):  # reads the input at `position` and writes the next one
         tokens, cache = carry
         token = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
-        logits, cache = model.decode(blocks, token, position, cache)
+        logits, cache = decode(decoder, token, position, cache)
         return put(tokens, position + 1, draw(logits, position)), cache
 
     room = [(0, 0), (0, model.config.seq_len + 1 - inputs.shape[1])]
-    logits, cache = model.prefill(inputs, given)
+    logits, cache = prefill(model, inputs, given)
     tokens = put(jnp.pad(inputs, room), given, draw(logits, given - 1))
-    tokens, _ = jax.lax.fori_loop(given, stop - 1, step, (tokens, cache))
+    first = given
+    for length in lengths:  # a step reads the whole cache, so each segment has a cache of its own length
+        tokens, cache = jax.lax.fori_loop(first, jnp.minimum(length, stop - 1), step, (tokens, grow(cache, length)))
+        first = jnp.maximum(given, length)
     return replicate(tokens)
+
+
+def segments(given: int, length: int) -> tuple[int, ...]:
+    """The lengths to which the cache grows, from `given` positions: multiples of a step, and `length` at last."""
+    step = max(SHORTEST_SEGMENT, math.ceil(length / SEGMENTS))
+    ends = (min(end, length) for end in range(step, length + step, step))
+    return tuple(end for end in ends if end >= given)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
@@ -147,7 +162,9 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
     Logits that equal the smallest kept logit are kept, too. Top-p is nucleus sampling (Holtzman et al. 2019).
     """
     if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        smallest = jax.lax.platform_dependent(
+            logits, cpu=lambda x: kth_largest(x, top_k), default=lambda x: jax.lax.top_k(x, top_k)[0][:, -1:]
+        )
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if top_p < 1.0:
         descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
@@ -157,6 +174,20 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
         smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
+
+
+def kth_largest(x: Float[Array, "B V"], k: int) -> Float[Array, "B 1"]:
+    """The k-th largest number of each row, found bit by bit. XLA's top_k sorts on CPUs, and takes ten times as long."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    ordered = jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)  # integers in the order of the floats
+
+    def add_bit(i, found):  # the largest integer so far that k numbers of the row reach
+        higher = found ^ (jnp.int32(1) << (31 - i))  # bit 31, the sign, is set in the smallest integer: it is cleared
+        enough = jnp.sum(ordered >= higher, axis=-1, keepdims=True) >= k
+        return jnp.where(enough, higher, found)
+
+    found = jax.lax.fori_loop(0, 32, add_bit, jnp.full_like(ordered[:, :1], -(2**31)))
+    return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ jnp.int32(2**31 - 1), found), x.dtype)
 
 
 def sample_images(pretrained: Pretrained, num: int, seed=0, sampling=Sampling(), batch_size=64) -> np.ndarray:

@@ -197,21 +197,6 @@ def test_a_layer_that_does_not_exist_is_refused(layers):
         random_model().features(random_tokens(), layers)
 
 
-@pytest.mark.parametrize("given", [0, 1, 6, 12])
-def test_cached_decoding_equals_the_full_forward(given):
-    model = random_model()
-    tokens = random_tokens()
-    full = logits_of(model, tokens)
-    inputs = model.inputs(tokens)
-    logits, cache = jax.jit(lambda inputs: model.prefill(inputs, given + 1))(inputs[:, : given + 1])
-    np.testing.assert_allclose(logits, full[:, given], atol=1e-5)
-    blocks = model.unstack_blocks()
-    decode = jax.jit(lambda token, position, cache: model.decode(blocks, token, position, cache))
-    for position in range(given + 1, model.config.seq_len):
-        logits, cache = decode(inputs[:, position], position, cache)
-        np.testing.assert_allclose(logits, full[:, position], atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "change",
     [

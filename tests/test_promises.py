@@ -125,7 +125,7 @@ def sampler(*sizes):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     with jax.set_mesh(mesh):
         arguments = abstract.params, np.zeros((B, GIVEN), np.int32), GIVEN, T + 1, keys, 1.0
-        return _generate.lower(graph, *arguments, greedy=False, top_k=0, top_p=1.0).compile()
+        return _generate.lower(graph, *arguments, greedy=False, top_k=0, top_p=1.0, lengths=(T,)).compile()
 
 
 def test_the_cache_is_split_by_example_and_by_head():

@@ -19,6 +19,7 @@ from igpt.sample import (
     completion_picture,
     image_keys,
     kept_rows,
+    kth_largest,
     sample_images,
     sample_tokens,
     truncate,
@@ -85,6 +86,15 @@ def test_top_k_keeps_the_k_largest():
     np.testing.assert_array_equal(kept, np.argsort(np.argsort(-logits)) < 3)
     np.testing.assert_array_equal(truncate(logits, 0, 1.0), logits)
     np.testing.assert_array_equal(truncate(logits, 99, 1.0), logits)
+
+
+def test_the_kth_largest_is_that_of_a_sort_also_with_ties_zeros_and_infinities():
+    logits = (np.random.default_rng(0).normal(size=(50, 37)) * 10.0 ** np.arange(-25, 25)[:, None]).astype(np.float32)
+    logits[3] = np.round(logits[3])  # ties
+    logits[4, ::3], logits[5, ::2], logits[6, 5:] = -np.inf, np.inf, 0.0
+    logits[7, :20], logits[7, 20:] = 0.0, -0.0
+    for k in (1, 2, 20, 37):
+        np.testing.assert_array_equal(kth_largest(jnp.asarray(logits), k)[:, 0], np.sort(logits)[:, -k])
 
 
 def test_top_p_keeps_the_smallest_set_of_that_mass():
