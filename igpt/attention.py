@@ -10,8 +10,6 @@ mask, position t attends to positions 0..t (Chen et al. 2020, section 2.2; OpenA
 - `splash`: JAX's kernel for TPUs and any length (jax.experimental.pallas.ops.tpu.splash_attention).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -66,12 +64,20 @@ def _tpu_kernel(q, k, v, backend, causal, interpret=False):
 
     `interpret` emulates the kernel on any device, slowly.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_fused if backend == "fused" else _splash, causal=causal, interpret=interpret)
-    if mesh.empty:
-        return local(q, k, v)
-    spec = P(("data", "fsdp"), None, "tensor", None)
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    mesh, kernel = jax.sharding.get_abstract_mesh(), _fused if backend == "fused" else _splash
+
+    def local(*rows):
+        q, k, v = (x.reshape(*x.shape[:2], -1, head_size) for x in rows)
+        return kernel(q, k, v, causal, interpret).reshape(rows[0].shape)
+
+    # Heads cross the border side by side, [B, T, N K]. With [B, T, N, K] the compiler puts T last, where nothing is
+    # padded, and copies all that the kernel reads and writes.
+    shape, head_size = q.shape, q.shape[-1]
+    rows = [x.reshape(*shape[:2], -1) for x in (q, k, v)]
+    if not mesh.empty:
+        spec = P(("data", "fsdp"), None, "tensor")
+        local = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return local(*rows).reshape(shape)
 
 
 def _fused(q, k, v, causal, interpret):
@@ -112,7 +118,7 @@ def resolve_backend(name: str, device, dtype: str, heads: int, head_size: int, s
     gpu_can = device.platform == "gpu" and ampere and dtype == "bfloat16"
     can = {
         "cudnn": gpu_can and head_size % 8 == 0 and head_size <= 128,
-        "fused": device.platform == "tpu" and fused.fits(heads, head_size, seq_len),
+        "fused": device.platform == "tpu" and fused.fits(heads, head_size, seq_len, device.device_kind),
         "splash": device.platform == "tpu" and head_size % 32 == 0 and head_size <= 256 and whole_blocks,
     }
     if name == "auto":

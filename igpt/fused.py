@@ -34,9 +34,10 @@ BLOCK = 256  # positions in a block
 MAX_LENGTH = 4096  # positions whose arrays fit in VMEM
 ONE_REGION = 1024  # positions up to which all blocks are scheduled together
 VMEM_BYTES = 64 << 20
+V4_NUMBERS = 1024 * 128  # positions x lanes of a group that fit in the 16 MiB of VMEM of a v4
 NEEDED = (  # what `fits` checks, in words
     "a head size of 32, 64, 96 or 128, heads that fill lanes of 128 (for size 64 a multiple of 2, for 32 and 96 of 4) "
-    f"and positions in multiples of {BLOCK} up to {MAX_LENGTH}"
+    f"and positions in multiples of {BLOCK} up to {MAX_LENGTH} (on v4 up to 1,024, with heads of 32, 64 or 128)"
 )
 HIDDEN = -1e30  # the score of a key that a query must not see; finite, so that no difference is NaN
 
@@ -82,8 +83,10 @@ def group_size(head_size: int) -> int:
     return math.lcm(head_size, LANES) // head_size
 
 
-def fits(heads: int, head_size: int, length: int) -> bool:
-    """Whether the kernels can compute attention of these sizes."""
+def fits(heads: int, head_size: int, length: int, device_kind: str = "") -> bool:
+    """Whether the kernels can compute attention of these sizes, on devices of this kind."""
+    if "v4" in device_kind and length * group_size(head_size) * head_size > V4_NUMBERS:
+        return False
     whole = heads % group_size(head_size) == 0 and length % BLOCK == 0
     return whole and length <= MAX_LENGTH and head_size % 32 == 0 and head_size <= LANES
 

@@ -104,6 +104,13 @@ def test_the_back_end_is_never_chosen_silently():
     for size in PRESETS.values():
         heads, head_size = size["num_heads"], size["width"] // size["num_heads"]
         assert resolve_backend("auto", tpu, "bfloat16", heads, head_size, size["seq_len"]) == "fused"
+    v4 = SimpleNamespace(platform="tpu", device_kind="TPU v4")  # it has little VMEM
+    assert [resolve_backend("auto", v4, "bfloat16", 8, size, 1024) for size in (64, 96, 128)] == [
+        "fused",
+        "splash",
+        "fused",
+    ]
+    assert resolve_backend("auto", v4, "bfloat16", 8, 128, 2048) == "splash"
     assert resolve_backend("auto", tpu, "bfloat16", 7, 128, 1024) == "fused"  # heads of 128 need no other heads
     for heads, head_size, length in ((7, 64, 1024), (6, 96, 1024), (8, 64, 128), (8, 64, 8192), (8, 256, 1024)):
         assert resolve_backend("auto", tpu, "bfloat16", heads, head_size, length) == "splash"

@@ -38,8 +38,9 @@ USABLE_SHARE = 0.9  # share of a chip's memory that a plan may use; the compiler
 # Without this flag, the TPU compiler splits a product with an FSDP kernel into small products that all read and write
 # the whole sum. By the compiler's own estimate, these took three times as long for size m on v5e:2x4 with fsdp 8.
 COMPILER_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-KERNEL_SHARE = 0.4  # share of the peak: the assumed speed of splash's kernels in the blocks that they compute
-KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # splash's products per block; dq and dkv both recompute the scores
+KERNEL_SHARE = 0.4  # share of the peak: the assumed speed of kernels without bundles, in the blocks that they compute
+# Matrix products per block; splash's dq and dkv both recompute the scores, our backward kernel does so once.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward": 5}
 
 
 class Chip(NamedTuple):
@@ -235,11 +236,11 @@ def _kernel_seconds(plan: dict, model: ModelConfig, chip: Chip) -> float:
 
     Splash decides while it runs which blocks it computes, so its bundles do not tell its time.
     """
-    # An example of a kernel's name is splash_mha_dkv_no_residuals.
-    splash = [(name.split("_")[2], count) for name, count in plan["kernels"].items() if name.startswith("splash")]
-    if not splash:
-        return plan["roofline_seconds"]["kernels"]
-    products = sum(KERNEL_PRODUCTS[kind] * count for kind, count in splash)
+    counted = plan.get("roofline_seconds", {}).get("kernels")
+    if counted is not None and not any(name.startswith("splash") for name in plan["kernels"]):
+        return counted
+    # Examples of kernels' names are splash_mha_dkv_no_residuals and fused_attention_forward.
+    products = sum(KERNEL_PRODUCTS[name.split("_")[2]] * count for name, count in plan["kernels"].items())
     images = plan["batch_size"] / plan["accumulate"] / plan["chips"]
     return images * kernel_flops(model, products / model.depth) / (KERNEL_SHARE * chip.peak)
 

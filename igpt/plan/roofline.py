@@ -57,12 +57,15 @@ class Roofline:
                 if not is_free(one):
                     yield self._measure(name, one, times)
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds of a step in kernels, and in all other operations."""
-        found = Counter()
-        for one in self.operations():
+    def seconds(self) -> dict[str, float | None]:
+        """Seconds of a step in kernels, and in all other operations. None for kernels if the dump lacks some."""
+        found = {"kernels": 0.0, "operations": 0.0}
+        operations = list(self.operations())
+        for one in operations:
             found["kernels" if one.is_kernel else "operations"] += one.times * one.seconds
-        return dict(found)
+        if any(one.is_kernel and not one.bundles for one in operations):
+            found["kernels"] = None
+        return found
 
     def _measure(self, computation: str, one: Instruction, times: int) -> Operation:
         chip, is_kernel = self.chip, 'custom_call_target="tpu_custom_call"' in one.line

@@ -233,10 +233,12 @@ def test_every_kind_of_tpu_compiles_the_step_of_every_size_with_our_kernels(comp
     config.model.depth, config.train.batch_size, config.mesh.fsdp, config.model.remat = 2, 4, 4, "full"
     plan = compile_plan(config, topology)
     assert PRESETS[size]["seq_len"] == config.data.image_size[0] ** 2
-    assert plan["fits"] and plan["attention"] == "fused" and plan["float32_products_in_blocks"] == 0
+    assert plan["fits"] and plan["float32_products_in_blocks"] == 0
     assert plan["chips"] == 4 and plan["uncounted_loops"] == 0  # v4's two cores are one device
-    # Two layers, forward and recomputed.
-    assert plan["kernels"] == {"fused_attention_forward": 4, "fused_attention_backward": 2}
+    if topology.startswith("v4") and size in ("l", "l48", "xl"):
+        assert plan["attention"] == "splash"  # a v4 has little VMEM
+    else:  # two layers, forward and recomputed
+        assert plan["kernels"] == {"fused_attention_forward": 4, "fused_attention_backward": 2}
     assert plan["collectives"]["all-gather"]["bytes"] > 0  # fsdp's
     first, second = plan["estimate"], plan["second_estimate"]
     assert 0.02 < first["mfu_causal"] < second["mfu_causal"] < 0.9

@@ -116,6 +116,10 @@ def test_the_seconds_of_a_step_are_those_of_kernels_and_of_all_else():
     assert roofline.seconds() == pytest.approx({"kernels": 7 * found["kernel.1"].seconds, "operations": others})
 
 
+def test_kernels_without_bundles_have_no_seconds():
+    assert Roofline(HloProgram(TEXT), {}, CHIP, (6, 12)).seconds()["kernels"] is None
+
+
 def test_operands_are_the_names_in_the_parentheses():
     program = HloProgram(TEXT)
     by_name = {one.name: operands(one) for one, _ in program}
