@@ -78,7 +78,7 @@ def gradient_jaxpr(**changes):
 @pytest.mark.parametrize("attention", ["fused", "splash", "chunked"])
 @pytest.mark.parametrize("remat", list(REMAT))
 def test_no_matrix_product_of_a_bfloat16_block_reads_float32(attention, remat):
-    assert compiled.float32_products_in_blocks(gradient_jaxpr(attention=attention, remat=remat), 7) == 0
+    assert compiled.float32_products_in_blocks(gradient_jaxpr(attention=attention, remat=remat, width=128), 7) == 0
 
 
 def test_matrix_products_that_read_float32_are_counted():
@@ -131,7 +131,7 @@ KERNELS = {  # the forward kernel of each back end, as a program's text names it
 def test_only_dots_and_full_run_the_attention_kernel_twice(monkeypatch, attention, remat, times):
     for check in ("check_cudnn_version", "check_is_flash_attention"):  # they need a GPU
         monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_, **__: 90000)
-    jaxpr = gradient_jaxpr(attention=attention, remat=remat)
+    jaxpr = gradient_jaxpr(attention=attention, remat=remat, width=128)  # two heads of 64
     assert len(re.findall(rf"\b{KERNELS[attention]}\b", str(dead_code_removed(jaxpr)))) == times
 
 
