@@ -120,7 +120,6 @@ def test_each_remat_policy_recomputes_its_products(remat, again):
 
 
 KERNELS = {  # the forward kernel of each back end, as a program's text names it
-    "fused": "name=fused_attention_forward",
     "splash": "name=splash_mha_fwd_residuals",
     "cudnn": "dot_product_attention_fwd_wrapper",
 }
