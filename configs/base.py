@@ -56,8 +56,10 @@ def get_config() -> ConfigDict:
     model.scale_scores = True  # by 1 / sqrt(K); change this and the next field only for weights that were trained so
     model.scale_scores_by_layer = False  # in addition by 1 / (l + 1), for layer l = 0, 1, ...
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
-    model.attention = "auto"  # reference | chunked | cudnn (GPU) | splash (TPU) | auto: the fastest for the device
-    model.remat = "none"  # recomputed to save memory: none | minimal: elementwise | dots: + attention | full: all
+    model.attention = "auto"  # reference | chunked | cudnn (GPU) | fused, splash (TPU) | auto: the fastest here
+    # Recomputed to save memory: none | minimal: elementwise results | dots: these and attention | full: all results |
+    # attention: all results but attention's
+    model.remat = "none"
     model.scan_layers = True  # one compiled block for all layers; False: slower to compile, sometimes faster to run
 
     config.objective = objective = ConfigDict()

@@ -75,9 +75,9 @@ def get_config(argument: str = "s") -> ConfigDict:
     config.train.sample_every = 10_000
     config.train.checkpoint_every = 5000
 
-    # s is small enough to store the outputs of its matrix products. For the larger sizes they exceed the memory of an
-    # accelerator, so only the inputs of the blocks are stored. For TPUs: docs/plans.md.
-    config.model.remat = "dots" if size == "s" else "full"
+    # The blocks' inputs and the outputs of attention are stored. Attention is the dearest result to recompute for its
+    # size. With "full" only the inputs are stored, which takes half the memory. For TPUs: docs/plans.md.
+    config.model.remat = "attention"
     # Weights and Adam's moments take 12 bytes per parameter: 16 GB for l, 82 GB for xl. fsdp splits them over devices.
     # These are the smallest sensible numbers; on more devices, mesh.data uses the rest.
     config.mesh.fsdp = {"s": 1, "m": 1, "l": 4, "l48": 4, "xl": 8}[size]

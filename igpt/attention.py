@@ -6,21 +6,20 @@ mask, position t attends to positions 0..t (Chen et al. 2020, section 2.2; OpenA
 - `reference`: all T x T scores at once. Read this back end first; the tests compare the other back ends with it.
 - `chunked`: one block of scores after the other, in plain JAX, for any device (igpt/chunked.py).
 - `cudnn`: NVIDIA's fused kernel, for bfloat16 on GPUs.
-- `splash`: JAX's fused kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention).
+- `fused`: our own kernels for TPUs, for sequences that fit into fast memory (igpt/fused.py).
+- `splash`: JAX's kernel for TPUs and any length (jax.experimental.pallas.ops.tpu.splash_attention).
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from igpt import chunked
+from igpt import chunked, fused
 from igpt.chunked import Heads
 from igpt.errors import UserError
 
-BACKENDS = ("reference", "chunked", "cudnn", "splash")
+BACKENDS = ("reference", "chunked", "cudnn", "fused", "splash")
 SPLASH_BLOCKS = (512, 256, 128)  # block sizes for `splash`, in positions; it uses the largest that divides T
 
 
@@ -29,17 +28,18 @@ def attention(
 ) -> Heads:
     """Softmax attention with the given back end. Dropout of attention weights needs the back end `reference` and a key.
 
-    `splash` needs a T that whole blocks fill. For other lengths, which sampling uses, `chunked` runs instead.
+    `fused` and `splash` need a T that whole blocks fill; for others, which sampling uses, `chunked` runs instead.
+    Where the mesh leaves a device a number of heads that `fused` cannot group, `splash` runs instead.
     """
     if key is not None and dropout > 0.0:
         check_dropout(backend, dropout)
         return _reference(q, k, v, causal, dropout, key)
     match backend:
-        case "splash" if q.shape[1] % SPLASH_BLOCKS[-1] == 0:
-            return _splash(q, k, v, causal)
-        case "chunked" | "splash" if q.shape[1] > chunked.BLOCK:
+        case "fused" | "splash" if q.shape[1] % SPLASH_BLOCKS[-1] == 0:
+            return _tpu_kernel(q, k, v, backend, causal)
+        case "chunked" | "fused" | "splash" if q.shape[1] > chunked.BLOCK:
             return chunked.chunked_attention(q, k, v, causal)
-        case "reference" | "chunked" | "splash":  # with a single block, `chunked` would save neither time nor memory
+        case "reference" | "chunked" | "fused" | "splash":  # a single block: `chunked` saves neither time nor memory
             return _reference(q, k, v, causal)
         case "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
@@ -59,20 +59,34 @@ def _reference(q, k, v, causal, dropout=0.0, key=None):
     return jnp.einsum("bnts,bsnk->btnk", weights.astype(v.dtype), v)
 
 
-def _splash(q, k, v, causal, interpret=False):
-    """Runs the TPU kernel on each device's own examples and heads, because the compiler cannot partition a kernel.
+def _tpu_kernel(q, k, v, backend, causal, interpret=False):
+    """Runs a TPU kernel on each device's own examples and heads, because the compiler cannot partition a kernel.
 
     `interpret` emulates the kernel on any device, slowly.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    local = functools.partial(_splash_local, causal=causal, interpret=interpret)
-    if mesh.empty:
-        return local(q, k, v)
-    spec = P(("data", "fsdp"), None, "tensor", None)
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    mesh, kernel = jax.sharding.get_abstract_mesh(), _fused if backend == "fused" else _splash
+
+    def local(*rows):
+        q, k, v = (x.reshape(*x.shape[:2], -1, head_size) for x in rows)
+        return kernel(q, k, v, causal, interpret).reshape(rows[0].shape)
+
+    # Heads cross the border side by side, [B, T, N K]. With [B, T, N, K] the compiler puts T last, where nothing is
+    # padded, and copies all that the kernel reads and writes.
+    shape, head_size = q.shape, q.shape[-1]
+    rows = [x.reshape(*shape[:2], -1) for x in (q, k, v)]
+    if not mesh.empty:
+        spec = P(("data", "fsdp"), None, "tensor")
+        local = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return local(*rows).reshape(shape)
 
 
-def _splash_local(q, k, v, causal, interpret):
+def _fused(q, k, v, causal, interpret):
+    length, heads, head_size = q.shape[1:]
+    kernel = fused.fused_attention if fused.fits(heads, head_size, length) else _splash
+    return kernel(q, k, v, causal, interpret)
+
+
+def _splash(q, k, v, causal, interpret):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # the import is slow, and only TPUs need it
 
     length, heads = q.shape[1:3]
@@ -96,24 +110,29 @@ def attend_to_cache(
     return jnp.einsum("bnt,bntk->bnk", weights, values)
 
 
-def resolve_backend(name: str, device, dtype: str, head_size: int, seq_len: int) -> str:
+def resolve_backend(name: str, device, dtype: str, heads: int, head_size: int, seq_len: int) -> str:
     """The fastest back end for a jax.Device if `name` is "auto", else `name`. Raises UserError if `name` cannot run."""
     capability = str(getattr(device, "compute_capability", ""))  # "9.0" on CUDA, "gfx90a" on ROCm, "" on other devices
     ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
-    cudnn_can = device.platform == "gpu" and ampere and dtype == "bfloat16" and head_size % 8 == 0 and head_size <= 128
     whole_blocks = seq_len % SPLASH_BLOCKS[-1] == 0
-    splash_can = device.platform == "tpu" and head_size % 32 == 0 and head_size <= 256 and whole_blocks
+    gpu_can = device.platform == "gpu" and ampere and dtype == "bfloat16"
+    can = {
+        "cudnn": gpu_can and head_size % 8 == 0 and head_size <= 128,
+        "fused": device.platform == "tpu" and fused.fits(heads, head_size, seq_len, device.device_kind),
+        "splash": device.platform == "tpu" and head_size % 32 == 0 and head_size <= 256 and whole_blocks,
+    }
     if name == "auto":
-        return "cudnn" if cudnn_can else "splash" if splash_can else "chunked"
+        return next((fastest for fastest, runs in can.items() if runs), "chunked")
     if name not in BACKENDS:
         raise UserError(f"model.attention is {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
-    given = f"this is {device.device_kind}, {dtype}, head size {head_size} and {seq_len} positions. Use 'auto'"
-    if name == "cudnn" and not cudnn_can:
-        needed = "an NVIDIA GPU (Ampere or newer), bfloat16 and a head size that is a multiple of 8 up to 128"
-        raise UserError(f"model.attention='cudnn' needs {needed}; {given}")
-    if name == "splash" and not splash_can:
-        needed = f"a TPU, a head size in multiples of 32 up to 256 and positions in multiples of {SPLASH_BLOCKS[-1]}"
-        raise UserError(f"model.attention='splash' needs {needed}; {given}")
+    if not can.get(name, True):
+        needed = {
+            "cudnn": "an NVIDIA GPU (Ampere or newer), bfloat16 and a head size that is a multiple of 8 up to 128",
+            "fused": f"a TPU, {fused.NEEDED}",
+            "splash": f"a TPU, a head size in multiples of 32 up to 256, positions in multiples of {SPLASH_BLOCKS[-1]}",
+        }[name]
+        given = f"this is {device.device_kind}, {dtype}, {heads} heads of size {head_size} and {seq_len} positions"
+        raise UserError(f"model.attention={name!r} needs {needed}; {given}. Use 'auto'")
     return name
 
 

@@ -169,7 +169,7 @@ class Config:
         model, dtype = self.model, self.model.dtype
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"
-        attention = resolve_backend(model.attention, device, dtype, model.head_size, model.seq_len)
+        attention = resolve_backend(model.attention, device, dtype, model.num_heads, model.head_size, model.seq_len)
         return dataclasses.replace(model, dtype=dtype, attention=attention)
 
     def to_dict(self) -> dict:

@@ -18,7 +18,8 @@ from igpt.model import Block, ImageGPT, Linear
 from igpt.sharding import shard_cache
 
 # The products of a block. Its hidden layer is [F, B, T], other than in igpt/model.py: XLA would transpose a copy of it.
-EQUATIONS = {"qkv": "btd,dcnk->btcnk", "out": "btnk,nkd->btd", "up": "btd,df->fbt", "down": "fbt,fd->btd"}
+EQUATIONS = {"qkv": "btd,dch->btch", "out": "bth,hd->btd", "up": "btd,df->fbt", "down": "fbt,fd->btd"}
+HEAD = "btd,dv->btv"
 
 
 class KVCache(NamedTuple):
@@ -45,7 +46,7 @@ def decoder_of(model: ImageGPT) -> Decoder:
         for name, equation in EQUATIONS.items():
             setattr(block, name, by_rows(getattr(block, name), model.config.dtype, equation))
         blocks.append(block)
-    return Decoder(model, blocks, model.head and by_rows(model.head, model.config.dtype, model.head.equation))
+    return Decoder(model, blocks, model.head and by_rows(model.head, model.config.dtype, HEAD))
 
 
 def by_rows(linear: Linear, dtype: str, equation: str) -> Callable[..., Array]:
@@ -58,12 +59,12 @@ def by_rows(linear: Linear, dtype: str, equation: str) -> Callable[..., Array]:
     read, given = operands.split(",")
     inputs = "".join(dim for dim in given if dim in read)
     outputs = "".join(dim for dim in given if dim not in read)
-    kernel = jnp.einsum(f"{given}->{outputs}{inputs}", linear.kernel[...].astype(dtype))
+    kernel = jnp.einsum(f"{given}->{outputs}{inputs}", linear.kernel[...].astype(dtype).reshape(linear.flat))
 
     def product(x: Array, out_dtype=None) -> Array:
         y = jnp.einsum(f"{outputs}{inputs},{read}->{outputs}bt", kernel, x, preferred_element_type=out_dtype)
         if linear.bias is not None:
-            y = y + jnp.broadcast_to(linear.bias[..., None, None], y.shape).astype(y.dtype)
+            y = y + jnp.broadcast_to(linear.bias[...].reshape(*y.shape[:-2], 1, 1), y.shape).astype(y.dtype)
         return jnp.einsum(f"{outputs}bt->{result}", y)
 
     return product

@@ -32,18 +32,23 @@ PRESETS = {
 }
 
 _PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
+_NAMED = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
+
+
+def _attention(primitive, *inputs, **params):
+    is_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's kernel gives its outputs no name
+    return is_cudnn or _NAMED(primitive, *inputs, **params)
 
 
 def _products_and_attention(primitive, *inputs, **params):
-    is_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's kernel gives its outputs no name
-    return is_cudnn or _PRODUCTS(primitive, *inputs, **params) or _ATTENTION(primitive, *inputs, **params)
+    return _PRODUCTS(primitive, *inputs, **params) or _attention(primitive, *inputs, **params)
 
 
 REMAT = {  # the results that each block stores for the backward pass, which computes all other results again
     "none": None,  # all results
     "minimal": _products_and_attention,  # outputs of products with parameters and of attention; no elementwise results
     "dots": _PRODUCTS,  # outputs of products with parameters; nothing of attention
+    "attention": _attention,  # the block's input and the outputs of attention
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input
 }
 
@@ -127,22 +132,23 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given.
 
-    The dimension x of the equation stands for all leading dimensions of the input.
+    `flat` is the kernel's shape in the product, if it differs. Arrays whose last axis is a head are slow on TPUs. In the
+    equation, x stands for all dimensions of the input but the last.
     """
 
-    def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs):
-        self.equation = equation
+    def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs, flat=None):
+        self.equation, self.flat = equation, flat or shape
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape))
 
     def __call__(self, x: Array, out_dtype=None) -> Array:
-        summed = self.equation.index(",") - 1
-        leading = x.shape[: x.ndim - summed]
-        # As one dimension: otherwise the gradient of the kernel sums over two, for which XLA transposes copies on CPUs.
-        rows = x.reshape(-1, *x.shape[len(leading) :])
-        y = jnp.einsum(self.equation, rows, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
-        y = y.reshape(*leading, *y.shape[1:])
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
+        kernel = self.kernel[...].astype(x.dtype).reshape(self.flat)
+        # With a batch of two dimensions, XLA would transpose a copy of it on CPUs, for the gradient of the kernel.
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.einsum(self.equation, rows, kernel, preferred_element_type=out_dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(1, *y.shape[1:]).astype(y.dtype)
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 
 class Block(nnx.Module):
@@ -156,8 +162,8 @@ class Block(nnx.Module):
             return shape if config.use_bias else None
 
         self.attention_norm = Norm(D, config.norm_epsilon)
-        self.qkv = Linear("xd,dcnk->xcnk", (D, 3, N, K), D**-0.5, bias(3, N, K), rngs)
-        self.out = Linear("xnk,nkd->xd", (N, K, D), (D * config.depth) ** -0.5, bias(D), rngs)
+        self.qkv = Linear("xd,dch->xch", (D, 3, N, K), D**-0.5, bias(3, N, K), rngs, flat=(D, 3, N * K))
+        self.out = Linear("xh,hd->xd", (N, K, D), (D * config.depth) ** -0.5, bias(D), rngs, flat=(N * K, D))
         self.mlp_norm = Norm(D, config.norm_epsilon)
         self.up = Linear("xd,df->xf", (D, F), 0.02, bias(F), rngs)
         self.down = Linear("xf,fd->xd", (F, D), 0.02, bias(D), rngs)
@@ -170,12 +176,13 @@ class Block(nnx.Module):
         """
         config = self.config
         normed = self.attention_norm(x)
-        q, k, v = jnp.moveaxis(self.qkv(normed), 2, 0)
+        heads = (*x.shape[:2], config.num_heads, config.head_size)
+        q, k, v = (x.reshape(heads) for x in jnp.moveaxis(self.qkv(normed), 2, 0))
         if not config.scale_scores or config.scale_scores_by_layer:
             q = (q * config.query_scale(layer)).astype(k.dtype)
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         mixed, extra = attend(q, k, v, keys[0])
-        y = x + dropout(self.out(mixed), config.residual_dropout, keys[1])
+        y = x + dropout(self.out(mixed.reshape(x.shape)), config.residual_dropout, keys[1])
         activation = jax.checkpoint(ACTIVATIONS[config.activation])  # its backward pass keeps the input alone
         hidden = activation(self.up(self.mlp_norm(y)))
         y = y + dropout(self.down(hidden), config.residual_dropout, keys[2])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from igpt import chunked
-from igpt.attention import _splash, attend_to_cache, attention, resolve_backend
+from igpt.attention import _tpu_kernel, attend_to_cache, attention, resolve_backend
 from igpt.errors import UserError
+from igpt.model import PRESETS
 from igpt.sharding import make_mesh
 
 
@@ -79,7 +80,7 @@ def test_splash_equals_the_reference_in_value_and_gradient(causal, mesh):
     with contextlib.ExitStack() as stack:
         if mesh:
             stack.enter_context(jax.set_mesh(make_mesh(*mesh, devices=jax.devices()[:4])))
-        ours = value_and_grads(lambda q, k, v: _splash(q, k, v, causal, interpret=True))
+        ours = value_and_grads(lambda q, k, v: _tpu_kernel(q, k, v, "splash", causal, interpret=True))
     reference = value_and_grads(lambda q, k, v: attention(q, k, v, backend="reference", causal=causal))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -99,15 +100,29 @@ def test_the_back_end_is_never_chosen_silently():
     cpu, tpu = device("cpu"), device("tpu")
     hopper, turing = (device("gpu", compute_capability=version) for version in ("9.0", "7.5"))
     rocm = device("gpu", compute_capability="gfx90a")
-    assert resolve_backend("auto", hopper, "bfloat16", 64, 1024) == "cudnn"
-    assert resolve_backend("auto", tpu, "bfloat16", 96, 1024) == "splash"
-    assert resolve_backend("splash", tpu, "float32", 64, 1024) == "splash"
+    assert resolve_backend("auto", hopper, "bfloat16", 8, 64, 1024) == "cudnn"
+    for size in PRESETS.values():
+        heads, head_size = size["num_heads"], size["width"] // size["num_heads"]
+        assert resolve_backend("auto", tpu, "bfloat16", heads, head_size, size["seq_len"]) == "fused"
+    v4 = SimpleNamespace(platform="tpu", device_kind="TPU v4")  # it has little VMEM
+    assert [resolve_backend("auto", v4, "bfloat16", 8, size, 1024) for size in (64, 96, 128)] == [
+        "fused",
+        "splash",
+        "fused",
+    ]
+    assert resolve_backend("auto", v4, "bfloat16", 8, 128, 2048) == "splash"
+    assert resolve_backend("auto", tpu, "bfloat16", 7, 128, 1024) == "fused"  # heads of 128 need no other heads
+    for heads, head_size, length in ((7, 64, 1024), (6, 96, 1024), (8, 64, 128), (8, 64, 8192), (8, 256, 1024)):
+        assert resolve_backend("auto", tpu, "bfloat16", heads, head_size, length) == "splash"
+        with pytest.raises(UserError, match=f"'fused' needs a TPU, .*this is tpu, .*{heads} heads of size {head_size}"):
+            resolve_backend("fused", tpu, "bfloat16", heads, head_size, length)
+    assert resolve_backend("splash", tpu, "float32", 8, 64, 1024) == "splash"
     for other, head_size in ((cpu, 64), (tpu, 10), (hopper, 64)):
         with pytest.raises(UserError, match="'splash' needs a TPU, a head size"):
-            resolve_backend("splash", other, "bfloat16", head_size, 1024)
-    assert resolve_backend("auto", tpu, "bfloat16", 64, 28 * 28) == "chunked"  # 784 is 6 blocks of 128 and a rest
+            resolve_backend("splash", other, "bfloat16", 8, head_size, 1024)
+    assert resolve_backend("auto", tpu, "bfloat16", 8, 64, 28 * 28) == "chunked"  # 784 is 6 blocks of 128 and a rest
     with pytest.raises(UserError, match="multiples of 128; this is tpu.* 64 and 784 positions"):
-        resolve_backend("splash", tpu, "bfloat16", 64, 28 * 28)
+        resolve_backend("splash", tpu, "bfloat16", 8, 64, 28 * 28)
     for other, dtype, head_size in (
         (cpu, "float32", 64),
         (tpu, "bfloat16", 10),
@@ -116,12 +131,12 @@ def test_the_back_end_is_never_chosen_silently():
         (turing, "bfloat16", 64),
         (rocm, "bfloat16", 64),
     ):
-        assert resolve_backend("auto", other, dtype, head_size, 1024) == "chunked"
+        assert resolve_backend("auto", other, dtype, 8, head_size, 1024) == "chunked"
         with pytest.raises(UserError, match="'cudnn' needs an NVIDIA GPU"):
-            resolve_backend("cudnn", other, dtype, head_size, 1024)
-    assert resolve_backend("reference", tpu, "bfloat16", 64, 1024) == "reference"
+            resolve_backend("cudnn", other, dtype, 8, head_size, 1024)
+    assert resolve_backend("reference", tpu, "bfloat16", 8, 64, 1024) == "reference"
     with pytest.raises(UserError, match="'flash'; choose"):
-        resolve_backend("flash", hopper, "bfloat16", 64, 1024)
+        resolve_backend("flash", hopper, "bfloat16", 8, 64, 1024)
     with pytest.raises(UserError, match="unknown attention back end 'flash'"):
         attention(*random_qkv(3), backend="flash")
 

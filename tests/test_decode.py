@@ -32,13 +32,13 @@ def test_cached_decoding_equals_the_full_forward(given, changes):
     full = jax.jit(lambda tokens: model(tokens))(tokens)
     inputs = model.inputs(tokens)
     logits, cache = jax.jit(lambda inputs: prefill(model, inputs, given + 1))(inputs[:, : given + 1])
-    np.testing.assert_allclose(logits, full[:, given], atol=2e-5)
+    np.testing.assert_allclose(logits, full[:, given], atol=4e-5)
     step = jax.jit(lambda token, position, cache: decode(decoder_of(model), token, position, cache))
     for position in range(given + 1, length):
         if position == cache.keys[0].shape[2]:  # the cache is full
             cache = grow(cache, min(position + 3, length))
         logits, cache = step(inputs[:, position], position, cache)
-        np.testing.assert_allclose(logits, full[:, position], atol=2e-5)
+        np.testing.assert_allclose(logits, full[:, position], atol=4e-5)
 
 
 def test_products_by_rows_are_the_layers_products():
@@ -46,7 +46,7 @@ def test_products_by_rows_are_the_layers_products():
     graph, stacked = nnx.split(model.blocks)
     block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[1], stacked))
     N, K, D, F = block.config.num_heads, block.config.head_size, block.config.width, block.config.mlp_width
-    shapes = {"qkv": (D,), "out": (N, K), "up": (D,), "down": (F,)}
+    shapes = {"qkv": (D,), "out": (N * K,), "up": (D,), "down": (F,)}
     for name, equation in EQUATIONS.items():
         linear, x = getattr(block, name), jax.random.normal(jax.random.key(3), (5, 1, *shapes[name]))
         given = jnp.moveaxis(x, -1, 0) if name == "down" else x

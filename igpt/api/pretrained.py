@@ -120,7 +120,8 @@ class ImageGPTPreTrainedModel:
         return self.head == "pixels" and self.config.tie_word_embeddings
 
     def _build(self, network) -> None:
-        backend = resolve_backend("auto", jax.devices()[0], network.dtype, network.head_size, network.seq_len)
+        sizes = (network.num_heads, network.head_size, network.seq_len)
+        backend = resolve_backend("auto", jax.devices()[0], network.dtype, *sizes)
         self._network = dataclasses.replace(network, attention=backend)
         self._graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(self._network, nnx.Rngs(0))))
 

@@ -1,10 +1,15 @@
 """Compiles the training step of a config for chips that are not attached, and reads the plan from the program."""
 
+import atexit
+import functools
 import math
 import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,9 +24,12 @@ from igpt.attention import block_size
 from igpt.config import Config
 from igpt.errors import UserError, first_line
 from igpt.flops import train_flops_per_image
+from igpt.fused import group_size
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
+from igpt.plan.bundles import dump_flags, take_bundles
 from igpt.plan.hlo import HloProgram
+from igpt.plan.roofline import Roofline
 from igpt.sharding import AXES, BATCH, check_batch_size, mesh_sizes, path_of
 from igpt.state import abstract_state, build_program
 
@@ -30,8 +38,9 @@ USABLE_SHARE = 0.9  # share of a chip's memory that a plan may use; the compiler
 # Without this flag, the TPU compiler splits a product with an FSDP kernel into small products that all read and write
 # the whole sum. By the compiler's own estimate, these took three times as long for size m on v5e:2x4 with fsdp 8.
 COMPILER_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-KERNEL_SHARE = 0.4  # share of the peak: the assumed speed of attention kernels in the blocks that they compute
-KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products per block; dq and dkv both recompute the scores
+KERNEL_SHARE = 0.4  # share of the peak: the assumed speed of kernels without bundles, in the blocks that they compute
+# Matrix products per block; splash's dq and dkv both recompute the scores, our backward kernel does so once.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward": 5}
 
 
 class Chip(NamedTuple):
@@ -42,12 +51,13 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes/s of the memory
     links: float  # bytes/s that collectives reach over the links of one torus dimension, in both directions
     clock: float  # Hz: the peak divided by the FLOPs that the compiler assumes per cycle
+    cores: int = 1  # tensor cores, which share the loops of each operation
 
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.23e12, 0.9e11, 1.05e9),
+    "v4": Chip(32 * GIB, 275e12, 1.23e12, 0.9e11, 1.05e9, 2),
     "v5e": Chip(16 * GIB, 197e12, 0.82e12, 0.9e11, 1.5e9),
-    "v5p": Chip(95 * GIB, 459e12, 2.77e12, 1.8e11, 1.75e9),
+    "v5p": Chip(95 * GIB, 459e12, 2.77e12, 1.8e11, 1.75e9, 2),
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, 1.8e11, 1.75e9),
 }
 # How often the bytes of a collective pass the links of a closed ring. Open rings take up to twice as long.
@@ -60,13 +70,25 @@ def topology_devices(name: str, slices: int = 1) -> list:
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"--topology={name}; give {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, or gpu:NUMBER")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU host can answer the query
-    os.environ.setdefault("LIBTPU_INIT_ARGS", COMPILER_FLAGS)
+    flags = os.environ.setdefault("LIBTPU_INIT_ARGS", COMPILER_FLAGS)
     megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}  # one device per chip, as on the other kinds
     try:
+        # The compiler reads its flags once, when it is loaded. A run does not need those of the dump.
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dump_flags(_dump_folder())}"
         return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **megacore).devices
     except Exception as error:  # the library raises exceptions of any type
         remedy = "pip install libtpu if that is missing, and choose a shape that is sold, such as v5e:8x8"
         raise UserError(f"--topology={name}: the TPU compiler cannot use it ({first_line(error)}); {remedy}") from None
+    finally:
+        os.environ["LIBTPU_INIT_ARGS"] = flags
+
+
+@functools.cache
+def _dump_folder() -> Path:
+    """A folder for the compiler's bundles, which the end of the process removes."""
+    folder = tempfile.mkdtemp(prefix="igpt-plan-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "bundles"
 
 
 def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
@@ -99,7 +121,7 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     if not plan["fits"]:
         plan["largest_buffer"] = largest_buffer(abstract.params, traced.jaxpr.jaxpr, model, mesh)
     if executable is not None:
-        plan |= _read_program(executable.as_text(), plan, model, chip)
+        plan |= _read_program(executable.as_text(), take_bundles(_dump_folder()), plan, model, chip)
     return plan
 
 
@@ -164,26 +186,37 @@ def _required_bytes(message: str) -> int:
     return round(float(found[1]) * {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}[found[2]])
 
 
-def _read_program(text: str, plan: dict, model: ModelConfig, chip: Chip) -> dict:
-    """Reads collectives and kernels from a program's HLO text, and estimates the run."""
+def _read_program(text: str, bundles: dict, plan: dict, model: ModelConfig, chip: Chip) -> dict:
+    """Reads collectives and kernels from a program's HLO text, and estimates the run twice."""
     program = HloProgram(text)
     facts = {"collectives": program.collectives(), "kernels": dict(program.kernels())}
     facts["uncounted_loops"] = len(program.uncounted)
-    facts["estimate"] = estimate_run(plan | facts, program.cycles() / chip.clock, model, chip)
+    facts["cycles_seconds"] = program.cycles() / chip.clock
+    if bundles:
+        heads = plan["batch_size"] // plan["accumulate"] * model.num_heads // plan["chips"]
+        # Our kernels' grid runs over groups of heads; a loop over the heads of a group, if there is one, is inside.
+        steps = (heads // group_size(model.head_size), heads)
+        facts["roofline_seconds"] = Roofline(program, bundles, chip, steps).seconds()
+    facts |= estimates(plan | facts, model, chip)
     if plan["slices"] > 1:
         facts["between_slices"] = program.between_slices()
         facts["estimate"]["leaves_out"] = "between_slices"
     return facts
 
 
+def estimates(plan: dict, model: ModelConfig, chip: Chip) -> dict:
+    """The first estimate, by the compiler's own cycles, and the second, by rooflines, if the bundles are known."""
+    found = {"estimate": estimate_run(plan, plan["cycles_seconds"], model, chip)}
+    if "roofline_seconds" in plan:
+        found["second_estimate"] = estimate_run(plan, plan["roofline_seconds"]["operations"], model, chip)
+    return found
+
+
 def estimate_run(plan: dict, compute_seconds: float, model: ModelConfig, chip: Chip) -> dict:
     """Estimates step time, MFU, images/s and run time. Collectives are assumed not to overlap with computation."""
     seconds = {"compute": compute_seconds}
     if plan["kernels"]:
-        # An example of a kernel's name is splash_mha_dkv_no_residuals.
-        products = sum(KERNEL_PRODUCTS[name.split("_")[2]] * count for name, count in plan["kernels"].items())
-        images = plan["batch_size"] / plan["accumulate"] / plan["chips"]
-        seconds["attention_kernels"] = images * kernel_flops(model, products / model.depth) / (KERNEL_SHARE * chip.peak)
+        seconds["attention_kernels"] = _kernel_seconds(plan, model, chip)
     moved = sum(LINK_PASSES[kind] * entry["bytes"] for kind, entry in plan["collectives"].items())
     seconds["collectives"] = moved / chip.links
     step = sum(seconds.values())
@@ -196,6 +229,20 @@ def estimate_run(plan: dict, compute_seconds: float, model: ModelConfig, chip: C
         "days": days,
         "chip_hours": 24 * days * plan["chips"],
     }
+
+
+def _kernel_seconds(plan: dict, model: ModelConfig, chip: Chip) -> float:
+    """Seconds of a step in attention kernels: of ours by their bundles, of splash by an assumed share of the peak.
+
+    Splash decides while it runs which blocks it computes, so its bundles do not tell its time.
+    """
+    counted = plan.get("roofline_seconds", {}).get("kernels")
+    if counted is not None and not any(name.startswith("splash") for name in plan["kernels"]):
+        return counted
+    # Examples of kernels' names are splash_mha_dkv_no_residuals and fused_attention_forward.
+    products = sum(KERNEL_PRODUCTS[name.split("_")[2]] * count for name, count in plan["kernels"].items())
+    images = plan["batch_size"] / plan["accumulate"] / plan["chips"]
+    return images * kernel_flops(model, products / model.depth) / (KERNEL_SHARE * chip.peak)
 
 
 def kernel_flops(model: ModelConfig, products: float) -> float:

@@ -5,11 +5,12 @@
     igpt plan --config=configs/imagenet.py:l --topology=v5e:8x8 --search
     igpt plan --config=configs/imagenet.py:s --topology=gpu:8 --json=plan.json
 
-Memory, collectives and kernels are read from the compiled program. Step time and MFU are estimates. The step time is
-the sum, without overlap, of the compiler's cycles, the attention kernels' FLOPs at an assumed share of the peak, and
-the collectives' bytes over the links of one dimension of a closed torus. Small slices are no closed torus: there,
-collectives may take twice as long. Transfers between slices are counted, but not estimated. Plans for GPUs contain only
-parameters, FLOPs and bytes of the state, because there is no compiler for GPUs here.
+Memory, collectives and kernels are read from the compiled program. Step time and MFU are estimated twice: from the
+compiler's own cycles, and for each operation from its slowest limit, which is its instructions, its matrix products or
+its memory traffic. Attention kernels and collectives are added to both, without overlap. Collectives pass the links of
+one dimension of a closed torus. Small slices are no closed torus: there, collectives may take twice as long. Transfers
+between slices are counted, but not estimated. Plans for GPUs contain only parameters, FLOPs and bytes of the state,
+because there is no compiler for GPUs here.
 """
 
 import jax
@@ -45,7 +46,7 @@ def format_table(plan: dict) -> str:
         text = f"{moved['count']} a step, {moved['bytes'] / 1e6:,.1f} MB a chip, NOT IN THE ESTIMATE"
         rows.append((f"between slices: {kind}", text))
     if "kernels" in plan:
-        rows.append(("flash kernel", "yes" if plan["kernels"] else "NO: attention uses plain products instead"))
+        rows.append(("attention kernel", "yes" if plan["kernels"] else "NO: attention uses plain products instead"))
         rows += [("kernel", f"{name}, {count} a step") for name, count in plan["kernels"].items()]
     if plan.get("uncounted_loops"):
         rows.append(("loops of unknown length", f"{plan['uncounted_loops']}, counted as if each ran once"))
@@ -53,14 +54,20 @@ def format_table(plan: dict) -> str:
         wide = plan["float32_products_in_blocks"]
         rows.append(("compiled with LIBTPU_INIT_ARGS", plan["libtpu_init_args"]))
         rows.append(("float32 products inside the blocks", "not counted: no loop" if wide is None else f"{wide}"))
-    if estimate := plan.get("estimate"):
-        rows += [
-            ("step, estimated", f"{estimate['step_seconds']:.3f} s, {estimate['images_per_second']:,.0f} images/s"),
-            *((f"step: {name.replace('_', ' ')}", f"{part:.3f} s") for name, part in estimate["of_which"].items()),
-            ("MFU, estimated", f"{estimate['mfu_causal']:.1%} of the bfloat16 peak (causal convention)"),
-            ("run, estimated", f"{estimate['days']:.1f} days, {estimate['chip_hours']:,.0f} chip-hours"),
-        ]
+    for name, basis in (("estimate", "by the compiler's cycles"), ("second_estimate", "by each operation's limit")):
+        if estimate := plan.get(name):
+            rows += _estimate_rows(estimate, basis)
     return "\n".join(f"{name:<40}{text}" for name, text in rows)
+
+
+def _estimate_rows(estimate: dict, basis: str) -> list[tuple[str, str]]:
+    speed = f"{estimate['step_seconds']:.3f} s, {estimate['images_per_second']:,.0f} images/s"
+    return [
+        (f"step, {basis}", speed),
+        *((f"    {name.replace('_', ' ')}", f"{part:.3f} s") for name, part in estimate["of_which"].items()),
+        ("    MFU", f"{estimate['mfu_causal']:.1%} of the bfloat16 peak (causal convention)"),
+        ("    run", f"{estimate['days']:.1f} days, {estimate['chip_hours']:,.0f} chip-hours"),
+    ]
 
 
 def add_arguments(parser: Parser) -> None:
