@@ -1,5 +1,6 @@
 """How XLA compiles: options for each platform, and compiled programs that are kept between starts."""
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -18,13 +19,17 @@ FOR_ONE_RUN = {"cpu": {"xla_backend_optimization_level": 0}}
 
 def step_options(platform: str) -> dict | None:
     """The compiler's options for a function that runs thousands of times, without those that this XLA lacks."""
-    if (options := FOR_STEPS.get(platform)) is None:
-        return None
+    options = FOR_STEPS.get(platform)
+    return options if options and _are_known(tuple(options.items())) else None
+
+
+@functools.cache
+def _are_known(options: tuple[tuple[str, str | bool], ...]) -> bool:
     try:
-        jax.jit(lambda: None, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # the options are experimental
-        return None
-    return options
+        jax.jit(lambda: None, compiler_options=dict(options)).lower().compile()
+    except jax.errors.JaxRuntimeError:  # they are experimental, and another XLA may lack them
+        return False
+    return True
 
 
 def one_run_options(platform: str) -> dict | None:

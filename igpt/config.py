@@ -86,6 +86,7 @@ SECTIONS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
 }
+DERIVED = ("vocab_size", "seq_len", "joined_batch")  # fields of the model that no user sets
 OF_TRAINING = ("optim", "train", "mesh")  # the sections that only training reads; an imported model has none of them
 
 
@@ -170,12 +171,12 @@ class Config:
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"
         attention = resolve_backend(model.attention, device, dtype, model.num_heads, model.head_size, model.seq_len)
-        return dataclasses.replace(model, dtype=dtype, attention=attention)
+        return dataclasses.replace(model, dtype=dtype, attention=attention, joined_batch=device.platform == "cpu")
 
     def to_dict(self) -> dict:
-        """Nested dicts, as in config.json. They lack vocab_size and seq_len, which palette and image size determine."""
+        """Nested dicts, as in config.json, without the fields of the model that `of` and `network` determine."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        fields["model"] = {k: v for k, v in fields["model"].items() if k not in ("vocab_size", "seq_len")}
+        fields["model"] = {k: v for k, v in fields["model"].items() if k not in DERIVED}
         return fields
 
     def flat(self) -> dict:

@@ -78,6 +78,7 @@ class ModelConfig:
     dtype: str = "float32"  # dtype of the computation; parameters are always float32
     attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces "auto" in this field and in dtype
     remat: str = "none"  # a key of REMAT
+    joined_batch: bool = False  # products join B and T: faster on CPUs, slower on TPUs; `Config.network` chooses
     scan_layers: bool = True  # True: one compiled block serves all layers; False: the layers are unrolled
 
     def __post_init__(self):
@@ -132,23 +133,32 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given.
 
-    `flat` is the kernel's shape in the product, if it differs. Arrays whose last axis is a head are slow on TPUs. In the
-    equation, x stands for all dimensions of the input but the last.
+    `flat` is the kernel's shape in the product, if it differs: a last axis for a head is slow on TPUs. In the equation,
+    `...` stands for B and T, which `joined` makes one dimension.
     """
 
-    def __init__(self, equation: str, shape: tuple, std: float, bias_shape: tuple | None, rngs: nnx.Rngs, flat=None):
-        self.equation, self.flat = equation, flat or shape
+    def __init__(
+        self,
+        equation: str,
+        shape: tuple,
+        std: float,
+        bias_shape: tuple | None,
+        rngs: nnx.Rngs,
+        flat: tuple | None = None,
+        joined: bool = False,
+    ):
+        self.equation, self.flat, self.joined = equation, flat or shape, joined
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape))
 
     def __call__(self, x: Array, out_dtype=None) -> Array:
         kernel = self.kernel[...].astype(x.dtype).reshape(self.flat)
-        # With a batch of two dimensions, XLA would transpose a copy of it on CPUs, for the gradient of the kernel.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]) if self.joined else x
         y = jnp.einsum(self.equation, rows, kernel, preferred_element_type=out_dtype)
+        y = y.reshape(*x.shape[:-1], *self.flat[1:])
         if self.bias is not None:
-            y = y + self.bias[...].reshape(1, *y.shape[1:]).astype(y.dtype)
-        return y.reshape(*x.shape[:-1], *y.shape[1:])
+            y = y + jnp.broadcast_to(self.bias[...].reshape(self.flat[1:]), y.shape).astype(y.dtype)
+        return y
 
 
 class Block(nnx.Module):
@@ -162,11 +172,12 @@ class Block(nnx.Module):
             return shape if config.use_bias else None
 
         self.attention_norm = Norm(D, config.norm_epsilon)
-        self.qkv = Linear("xd,dch->xch", (D, 3, N, K), D**-0.5, bias(3, N, K), rngs, flat=(D, 3, N * K))
-        self.out = Linear("xh,hd->xd", (N, K, D), (D * config.depth) ** -0.5, bias(D), rngs, flat=(N * K, D))
+        linear = functools.partial(Linear, rngs=rngs, joined=config.joined_batch)
+        self.qkv = linear("...d,dch->...ch", (D, 3, N, K), D**-0.5, bias(3, N, K), flat=(D, 3, N * K))
+        self.out = linear("...h,hd->...d", (N, K, D), (D * config.depth) ** -0.5, bias(D), flat=(N * K, D))
         self.mlp_norm = Norm(D, config.norm_epsilon)
-        self.up = Linear("xd,df->xf", (D, F), 0.02, bias(F), rngs)
-        self.down = Linear("xf,fd->xd", (F, D), 0.02, bias(D), rngs)
+        self.up = linear("...d,df->...f", (D, F), 0.02, bias(F))
+        self.down = linear("...f,fd->...d", (F, D), 0.02, bias(D))
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
         """Returns the block's output and its BlockOutputs.
@@ -183,7 +194,9 @@ class Block(nnx.Module):
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         mixed, extra = attend(q, k, v, keys[0])
         y = x + dropout(self.out(mixed.reshape(x.shape)), config.residual_dropout, keys[1])
-        activation = jax.checkpoint(ACTIVATIONS[config.activation])  # its backward pass keeps the input alone
+        activation = ACTIVATIONS[config.activation]
+        if config.remat == "none":
+            activation = jax.checkpoint(activation)  # keeps the input alone for the backward pass
         hidden = activation(self.up(self.mlp_norm(y)))
         y = y + dropout(self.down(hidden), config.residual_dropout, keys[2])
         return y, BlockOutputs(x, pool(normed), k, v, extra)
@@ -212,8 +225,9 @@ class ImageGPT(nnx.Module):
         self.final_norm = Norm(config.width, config.norm_epsilon)
         # Zero kernels make the first prediction uniform and the first loss ln V (Chen et al. 2020, appendix A.1).
         D, V, C = config.width, config.vocab_size, config.num_classes
-        self.head = Linear("xd,dv->xv", (D, V), 0.0, None, rngs) if config.pixel_head else None
-        self.classifier = Linear("xd,dc->xc", (D, C), 0.0, None, rngs) if C else None
+        linear = functools.partial(Linear, std=0.0, bias_shape=None, rngs=rngs, joined=config.joined_batch)
+        self.head = linear("...d,dv->...v", (D, V)) if config.pixel_head else None
+        self.classifier = linear("...d,dc->...c", (D, C)) if C else None
 
     def __call__(self, tokens: Tokens, key: Array | None = None) -> Float[Array, "B T V"]:
         """Float32 logits. Position i predicts tokens[:, i], from tokens[:, :i] if causal. A key turns dropout on.

@@ -45,7 +45,7 @@ def test_auto_is_settled_for_a_device(platform, dtype, attention):
     device = SimpleNamespace(platform=platform, device_kind="it", compute_capability="8.0")
     config = Config.of(base.get_config())
     model = config.network(device)
-    assert (model.dtype, model.attention) == (dtype, attention)
+    assert (model.dtype, model.attention, model.joined_batch) == (dtype, attention, platform == "cpu")
     assert config.model.dtype == config.model.attention == "auto"
 
 

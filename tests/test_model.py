@@ -321,3 +321,38 @@ def test_the_start_of_sequence_fits_into_tokens_of_any_type(dtype):
     expected = np.concatenate([np.full((3, 1), colors), tokens[:, :-1]], axis=1)
     np.testing.assert_array_equal(model.inputs(tokens.astype(dtype)), expected)
     np.testing.assert_array_equal(model.inputs(jnp.asarray(tokens.astype(dtype))), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True, "num_classes": 3}], ids=str)
+def test_a_joined_batch_gives_the_same_logits_features_and_gradients(changes):
+    """The products of `joined_batch` have one dimension for B and T, and the same values."""
+    plain = random_model(dataclasses.replace(TINY_MODEL, **changes))
+    joined = random_model(dataclasses.replace(TINY_MODEL, **changes, joined_batch=True))
+    tokens = random_tokens()
+    np.testing.assert_allclose(logits_of(joined, tokens), logits_of(plain, tokens), atol=1e-5)
+    np.testing.assert_allclose(features_of(joined, tokens), features_of(plain, tokens), atol=1e-5)
+
+    def gradient(model):
+        graph, params = nnx.split(model)
+        loss = jax.jit(jax.grad(lambda params: jnp.mean(next_pixel(nnx.merge(graph, params)(tokens), tokens))))
+        return nnx.to_pure_dict(loss(params))
+
+    pairs = zip(jax.tree.leaves(gradient(joined)), jax.tree.leaves(gradient(plain)), strict=True)
+    for ours, expected in pairs:
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_a_joined_batch_leaves_no_transposed_copy_for_the_gradient_of_a_kernel():
+    """The compiled gradient of a product has no copy of the batch, and sums over one dimension."""
+    model = random_model(dataclasses.replace(TINY_MODEL, joined_batch=True))
+    graph, stacked = nnx.split(model.blocks.up)
+    x, d_y = jnp.ones((5, 7, TINY_MODEL.width)), jnp.ones((5, 7, model.config.mlp_width))
+
+    def gradient(params, d_y):
+        return jax.vjp(lambda params: nnx.merge(graph, params)(x), params)[1](d_y)
+
+    text = jax.jit(gradient).lower(jax.tree.map(lambda leaf: leaf[0], stacked), d_y).as_text()
+    (contracted,) = {
+        line.split("contracting_dims = ")[1].split(",")[0] for line in text.splitlines() if "dot_general" in line
+    }
+    assert contracted == "[0] x [0]"
