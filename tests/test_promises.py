@@ -135,5 +135,5 @@ def test_the_cache_is_split_by_example_and_by_head():
 
 
 def test_a_sampled_token_costs_two_all_reduces_a_layer():
-    prefill, decoding = (B, GIVEN, D), (B, 1, D)  # the text has no length of the loop over tokens: it counts once
+    prefill, decoding = (B, GIVEN, D), (D, B, 1)  # the text has no length of the loop over tokens: it counts once
     assert moved(sampler(1, 1, 8)) == {"all-reduce": {prefill: 2 * L, decoding: 2 * L}}
