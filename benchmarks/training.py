@@ -111,7 +111,7 @@ def start(case: str, kind: str) -> subprocess.Popen:
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
     if kind in ("ours", "eager, huge pages") and huge_pages.are_useful([]):
         environment["GLIBC_TUNABLES"] = f"{huge_pages.TUNABLE}=1"
-    command = [sys.executable, __file__, "--out=", f"--case={case}", f"--worker={kind}"]
+    command = [sys.executable, __file__, "--out=", "--cases", case, f"--worker={kind}"]
     worker = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while worker.stdout.readline() not in ("ready\n", ""):
         continue
@@ -145,13 +145,13 @@ def measure(case: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
-    parser.add_argument("--case", choices=CASES, help="default: all")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.case, args.worker)
+        return work(args.cases[0], args.worker)
     rows = []
-    for case in [args.case] if args.case else CASES:
+    for case in args.cases:
         rows.append(measure(case))
         row = rows[-1]
         print(f"{case}: {row['seconds']['ours']:.4f} s a step", end="")

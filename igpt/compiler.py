@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from igpt.errors import UserError
+
 OFF = "off"
 MAX_BYTES = 1 << 30  # of all kept programs; the ones that were not used for the longest time are removed
 
@@ -41,7 +43,8 @@ def keep_programs(folder: str | None = None) -> None:
     """Keeps compiled programs on disk, so that the next start need not compile them again.
 
     `folder` is a directory; None: a folder of this kind of processor in the user's cache directory; "off": nowhere. The
-    variables of JAX, such as JAX_COMPILATION_CACHE_DIR, come first. Several processes may share the folder.
+    variables of JAX, such as JAX_COMPILATION_CACHE_DIR, come first. Several processes may share the folder. Raises
+    UserError if `folder` cannot be made.
     """
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -50,7 +53,11 @@ def keep_programs(folder: str | None = None) -> None:
     path = Path(folder) if folder else _cache_directory() / "igpt" / _processor()
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except OSError as error:
+        if folder:
+            raise UserError(
+                f"--compilation_cache={folder} cannot be made: {error.strerror}; name a writable folder, or off"
+            ) from None
         return  # a home that is read-only is no mistake; each start then compiles
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
@@ -58,8 +65,11 @@ def keep_programs(folder: str | None = None) -> None:
 
 
 def share_programs(folder: Path) -> None:
-    """Keeps programs in a folder that all hosts of a run see instead of each user's. Process 0 alone writes there."""
-    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_max_size == MAX_BYTES:
+    """Keeps programs in a folder that all hosts of a run see, unless another than the user's cache was named.
+
+    Process 0 alone writes there.
+    """
+    if kept_programs() == str(_cache_directory() / "igpt" / _processor()):
         jax.config.update("jax_compilation_cache_dir", str(folder / _processor()))
         jax.config.update("jax_compilation_cache_max_size", -1)  # a limit needs file locks, which a network may lack
 

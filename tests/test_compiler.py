@@ -11,6 +11,7 @@ import pytest
 
 from igpt import compiler
 from igpt.config import Config
+from igpt.errors import UserError
 from igpt.sharding import make_mesh, to_devices
 from igpt.state import build_program
 
@@ -48,6 +49,26 @@ def test_programs_can_be_kept_elsewhere_or_nowhere(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+SHARE = """
+from pathlib import Path
+from igpt.compiler import keep_programs, kept_programs, share_programs
+keep_programs({folder!r})
+share_programs(Path({shared!r}))
+print(kept_programs())
+"""
+
+
+def test_hosts_of_a_run_share_a_folder_unless_one_was_named(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_ENABLE")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    kept = []
+    for folder in (None, str(tmp_path / "mine"), "off"):
+        code = SHARE.format(folder=folder, shared=str(tmp_path / "shared"))
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        kept.append(done.stdout.strip())
+    assert kept[0].startswith(f"{tmp_path}/shared/") and kept[1:] == [str(tmp_path / "mine"), "not kept"]
+
+
 def test_the_variable_of_jax_comes_first(tmp_path):
     assert start(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax"))[0] == str(tmp_path / "jax")
 
@@ -55,6 +76,23 @@ def test_the_variable_of_jax_comes_first(tmp_path):
 def test_without_a_place_for_them_programs_are_not_kept(tmp_path):
     (tmp_path / "cache").write_text("a file, where a folder is needed")
     assert start(tmp_path)[0] == "not kept"
+
+
+def test_a_named_place_that_cannot_be_made_is_a_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    jax.config.update("jax_enable_compilation_cache", True)
+    try:
+        with pytest.raises(UserError, match="cannot be made"):
+            compiler.keep_programs(str(tmp_path / "file" / "below"))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def test_a_program_whose_file_was_cut_off_is_compiled_again(tmp_path):
+    start(tmp_path)
+    for file in (tmp_path / "cache").rglob("*-cache"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert start(tmp_path)[1] == 0
 
 
 def test_options_that_this_xla_lacks_are_left_out(monkeypatch):
