@@ -23,8 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from igpt.chunked import ATTENTION_OUTPUT, Heads
@@ -111,7 +109,16 @@ def _forward(q, k, v, layout, interpret):
     return out, (q, k, v, out, log_total)
 
 
+def _pallas():
+    """Pallas and its part for TPUs. The import takes 0.4 s, and only TPUs need it."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    return pallas, tpu
+
+
 def _backward(layout, interpret, residuals, d_out):
+    _, pltpu = _pallas()
     gradients = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals[:3]]
     kernel = _kernel(_backward_body, "rrrrsr", "rrr", gradients, [d_out.dtype] * 6, layout, interpret)
     sums = [pltpu.VMEM(layout.apart, jnp.float32), pltpu.VMEM((8, layout.T), jnp.float32)]
@@ -144,6 +151,7 @@ def _forward_body(q, k, v, out, log_total, *apart, layout):
 
 
 def _backward_body(q, k, v, out, log_total, d_out, d_q, d_k, d_v, d_q_sum, mean, *apart, layout):
+    pl, _ = _pallas()
     q_heads, k_heads, v_heads, d_out_heads, d_k_heads, d_v_heads = apart or (q, k, v, d_out, d_k, d_v)
     _cut(layout, (q, q_heads), (k, k_heads), (v, v_heads), (d_out, d_out_heads))
     # Softmax's gradient subtracts the mean of the weights' gradients under the weights: for each query, out . d_out.
@@ -178,6 +186,7 @@ def _kernel(body, inputs, outputs, out_shape, apart, layout, interpret):
     Letters describe its arrays: `r` rows [B, T, D], of which the body reads [1, T, W], and `s` statistics [B, N, 1, T],
     of which it reads [P, 1, T]. `apart` has the types of arrays for heads that are cut apart, if they are.
     """
+    pl, pltpu = _pallas()
     B, T, D = out_shape[0].shape
     specs = {
         "r": pl.BlockSpec((1, T, layout.W), lambda example, group: (example, 0, group)),
@@ -265,6 +274,7 @@ def _for_each_block(layout):
             if layout.T <= ONE_REGION:
                 function(block)
             else:
+                pl, _ = _pallas()
                 pl.when(pl.program_id(0) >= 0)(functools.partial(function, block))
 
     return run
