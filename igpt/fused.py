@@ -133,8 +133,8 @@ def _forward_body(q, k, v, out, log_total, *apart, layout):
     _cut(layout, (q, q_heads), (k, k_heads), (v, v_heads))
 
     @_for_each_head(layout)
-    def _(head, at):
-        @_for_each_block(layout)
+    def _(head, at, always):
+        @_for_each_block(layout, always)
         def _(queries):
             seen = layout.seen_by(queries)
             scores = _scores(k_heads[at, seen, :], _own(q_heads[at, queries, :], head, layout), layout)
@@ -162,8 +162,8 @@ def _backward_body(q, k, v, out, log_total, d_out, d_q, d_k, d_v, d_q_sum, mean,
     d_q_sum[...] = jnp.zeros_like(d_q_sum)
 
     @_for_each_head(layout)
-    def _(head, at):
-        @_for_each_block(layout)
+    def _(head, at, always):
+        @_for_each_block(layout, always)
         def _(keys):
             seeing = layout.seeing(keys)
             key, value = (_own(x[at, keys, :], head, layout) for x in (k_heads, v_heads))
@@ -247,11 +247,17 @@ def _put(ref, head, rows, value, layout):
 
 
 def _for_each_head(layout):
-    """Runs the function for each head of a group, with the index of its array. Short sequences need no loop."""
+    """Runs the function for each head of a group, with the index of its array, and a condition that always holds.
+
+    Short sequences need no loop.
+    """
 
     def run(function):
+        pl, _ = _pallas()
+        always = pl.program_id(0) >= 0  # read here, because the emulation knows no program_id within a loop
+
         def run_head(head, _=None):
-            function(head, head if layout.is_cut else 0)
+            function(head, head if layout.is_cut else 0, always)
 
         if layout.P == 1 or layout.T <= ONE_REGION:
             for head in range(layout.P):
@@ -262,7 +268,7 @@ def _for_each_head(layout):
     return run
 
 
-def _for_each_block(layout):
+def _for_each_block(layout, always):
     """Runs the function for each block of positions.
 
     The compiler schedules up to ONE_REGION positions together, which is fastest. Its time grows with the square of the
@@ -275,7 +281,7 @@ def _for_each_block(layout):
                 function(block)
             else:
                 pl, _ = _pallas()
-                pl.when(pl.program_id(0) >= 0)(functools.partial(function, block))
+                pl.when(always)(functools.partial(function, block))
 
     return run
 
