@@ -57,9 +57,7 @@ def get_config() -> ConfigDict:
     model.scale_scores_by_layer = False  # in addition by 1 / (l + 1), for layer l = 0, 1, ...
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
     model.attention = "auto"  # reference | chunked | cudnn (GPU) | fused, splash (TPU) | auto: the fastest here
-    # Recomputed to save memory: none | minimal: elementwise results | dots: these and attention | full: all results |
-    # attention: all results but attention's
-    model.remat = "none"
+    model.remat = "none"  # recomputed: none | minimal: elementwise | dots: + attention | attention: all but it | full
     model.scan_layers = True  # one compiled block for all layers; False: slower to compile, sometimes faster to run
 
     config.objective = objective = ConfigDict()
