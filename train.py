@@ -85,10 +85,9 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
     palette = choose_palette(config, run, source)
     batches = training_batches(config, source, palette, mesh)
 
-    compiled = compile_ahead(config, run, program, batches, source, palette)
-
     # Initial values come from 1. this run's newest undamaged checkpoint; 2. config.init_from; 3. random initialisation.
     state, origin = starting_state(config, run, program)
+    wait_for_compiler = compile_ahead(config, run, program, batches, source, palette)
 
     # From here on the run writes files.
     opened = run.opened(palette, finetune.output_names(source, config))
@@ -105,7 +104,7 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
                     checkpoints.save(state, step)  # saves the step again, now with the evaluation's result
                 last_step = step if signal.requested() else run.last_step
 
-            compiled()  # waits
+            wait_for_compiler()
             steps = batches.iterate(run.first_step, last_step, config.data.threads)
             for step, batch in enumerate(steps, run.first_step + 1):
                 profile.before(step)
@@ -185,7 +184,10 @@ def training_batches(config: Config, source: Source, palette: Palette, mesh) -> 
 
 
 def compile_ahead(config: Config, run: RunDirectory, program: TrainProgram, batches: TrainBatches, source, palette):
-    """Starts to compile the steps, unless the run is finished. Returns what waits: see `TrainProgram.compile_ahead`."""
+    """Starts to compile the steps for the run's first batch, unless it is finished: see `TrainProgram.compile_ahead`.
+
+    The returned function waits until they are ready.
+    """
     if run.first_step == run.last_step:
         return lambda: None
     train, mesh = config.train, program.mesh

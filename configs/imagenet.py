@@ -76,7 +76,7 @@ def get_config(argument: str = "s") -> ConfigDict:
     config.train.checkpoint_every = 5000
 
     # The blocks' inputs and the outputs of attention are stored. Attention is the dearest result to recompute for its
-    # size. With "full" only the inputs are stored, which takes half the memory. For TPUs: docs/plans.md.
+    # size. With "full" only the inputs are stored. For TPUs: docs/plans.md.
     config.model.remat = "attention"
     # Weights and Adam's moments take 12 bytes per parameter: 16 GB for l, 82 GB for xl. fsdp splits them over devices.
     # These are the smallest sensible numbers; on more devices, mesh.data uses the rest.

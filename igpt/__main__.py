@@ -12,7 +12,6 @@ import sys
 
 from igpt import __version__
 from igpt.command import Parser
-from igpt.compiler import keep_programs
 from igpt.errors import UserError, reported
 
 COMMANDS = {  # sub-command -> (module, one line of help)
@@ -46,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
                 args = parse_with_config(parser, flags)
             else:
                 args = parser.parse_args(flags)
+            from igpt.compiler import keep_programs  # imports JAX, which a page of help does not need
+
             keep_programs(args.compilation_cache)
             module.run(args)
         else:

@@ -106,6 +106,4 @@ def decode(
             return attend_to_cache(q[:, 0], keys[layer], values[layer], position)[:, None], None
 
         x, _ = block(x, layer, attend)
-    if head is None:
-        model.logits(x)  # raises
     return head(model.final_norm(x), jnp.float32)[:, 0], KVCache(tuple(keys), tuple(values))

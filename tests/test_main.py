@@ -83,3 +83,8 @@ def test_shared_flags_have_one_help_and_one_default(name):
     found = {action.dest: action for action in parser_of(name)._actions if action.dest in SHARED}
     for flag, action in found.items():
         assert (action.help, action.default or None) == (SHARED[flag]["help"], SHARED[flag].get("default") or None)
+
+
+def test_a_page_of_help_does_not_wait_for_jax():
+    code = "import sys; from igpt.__main__ import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

@@ -342,8 +342,8 @@ def test_a_joined_batch_gives_the_same_logits_features_and_gradients(changes):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-def test_a_joined_batch_leaves_no_transposed_copy_for_the_gradient_of_a_kernel():
-    """The compiled gradient of a product has no copy of the batch, and sums over one dimension."""
+def test_the_gradient_of_a_kernel_sums_over_one_dimension_of_a_joined_batch():
+    """XLA's CPU backend multiplies over two dimensions only after transposing a copy."""
     model = random_model(dataclasses.replace(TINY_MODEL, joined_batch=True))
     graph, stacked = nnx.split(model.blocks.up)
     x, d_y = jnp.ones((5, 7, TINY_MODEL.width)), jnp.ones((5, 7, model.config.mlp_width))

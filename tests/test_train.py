@@ -65,10 +65,11 @@ def test_only_a_network_with_sos_draws_samples_while_it_trains(tiny_config, monk
     assert len(drawn) == draws
 
 
-def test_a_finished_run_is_not_trained_further(tiny_config, tmp_path, capsys):
+def test_a_finished_run_is_neither_compiled_nor_trained_further(tiny_config, tmp_path, capsys, monkeypatch):
     train.run(tiny_config, tmp_path / "run")
     before = records(tmp_path / "run")
     capsys.readouterr()
+    monkeypatch.setattr(state.TrainProgram, "compile_ahead", lambda *batches: pytest.fail("compiled"))
     train.run(tiny_config, tmp_path / "run")
     assert records(tmp_path / "run") == before
     output = capsys.readouterr().out
