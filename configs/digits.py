@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Cost: about 4 minutes on 2 CPU cores. Expect 1.273 nats a token on held-out images and 95.3 % for the best layer's
+Cost: under 4 minutes on 2 CPU cores. Expect 1.273 nats a token on held-out images and 95.3 % for the best layer's
 linear probe (measured here, seed 0: docs/results/digits.json).
 """
 
