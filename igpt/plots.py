@@ -1,4 +1,4 @@
-"""Pictures: grids of images, palettes, confusion matrices, and accuracy by layer."""
+"""Pictures: grids of images, palettes, confusion matrices, losses by step, and accuracy by layer."""
 
 import colorsys
 import contextlib
@@ -108,6 +108,18 @@ def probe_curve(results: dict, path) -> None:
             pixels = results["raw_pixels"]["test_accuracy"]
             axes.axhline(100 * pixels, color="tab:orange", linestyle="--", label="raw pixels")
         axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=layers)
+        axes.legend()
+        axes.grid(alpha=0.3)
+
+
+def loss_curve(curves: dict[str, dict[int, float]], path) -> None:
+    """Draws losses in nats per token over the training steps: {label: {step: loss}}."""
+    with _figure(path, width=6.4, height=4.0) as axes:
+        for label, curve in curves.items():
+            if curve:
+                steps = sorted(curve)
+                axes.plot(steps, [curve[step] for step in steps], "." if len(steps) == 1 else "-", label=label)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         axes.grid(alpha=0.3)
 

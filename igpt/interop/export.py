@@ -1,12 +1,16 @@
-"""Writes a model as a Hugging Face directory, which transformers' ImageGPT classes load.
+"""Writes a model as a Hugging Face directory, which transformers' ImageGPT classes load, and pushes it to the hub.
 
     igpt export --model=runs/digits --out=hf_digits
+    igpt export --model=runs/digits --push=user/igpt-digits --private
 
-The run's palette becomes the clusters of the directory's image processor. If a run was imported, its
-export equals the imported directory.
+The run's palette becomes the clusters of the directory's image processor. README.md, the model card, has what the run
+knows: data, configuration, figures and pictures. If a run was imported, its export has the weights and configurations
+of the imported directory. --push needs pip install -e ".[hub]" and a token of the hub: hf auth login, or $HF_TOKEN.
 """
 
 import dataclasses
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +19,36 @@ from flax import nnx
 from igpt.command import Parser, add_shared
 from igpt.data.settings import FILTERS
 from igpt.errors import UserError
-from igpt.files import check_new, read_json, write_new, write_text
-from igpt.interop import hf_weights
-from igpt.interop.card import card, notice
+from igpt.files import check_new, read_json, write_json, write_new, write_text
+from igpt.interop import card, hf_weights, hub, results
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.interop.hf_network import from_model_config, to_model_config
-from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, is_huggingface, load, parameter_fields, processor_of
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.interop.weight_files import FLOATS, write_safetensors
+from igpt.model import ModelConfig
 
 ORIGIN = "huggingface.json"  # the configurations of an imported directory; an export writes them unchanged
+GENERATION = "generation_config.json"
+MAX_CARD_BYTES = 1 << 20
 
 
-def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
+def export(
+    ref: str | Path,
+    out: str | Path,
+    step: int | None = None,
+    name: str = "",
+    license: str = card.UNKNOWN,
+    data_license: str = card.UNKNOWN,
+) -> Path:
     """Writes the model `ref` as the Hugging Face directory `out`, which must be new or empty.
 
     transformers loads it without missing or unexpected weights. If the network has no biases, zeros are written. If a
     model has a classifier and a palette head, only the classifier is exported: transformers has no class with both.
-    README.md says what the model reads, unless that is what the documentation of transformers says.
+    `name`, an id on the hub, and the two licences are for README.md. A Hugging Face directory keeps its own README.md.
     """
     check_new(out)
-    directory = resolve(ref)
+    directory = hub.resolve(ref)
     pretrained = load(directory, step)
     model = pretrained.model.config
     if not model.causal:
@@ -47,15 +59,61 @@ def export(ref: str | Path, out: str | Path, step: int | None = None) -> Path:
     params = nnx.to_pure_dict(nnx.state(pretrained.model))
     exported = dataclasses.replace(model, pixel_head=head == "pixels")
     tensors = hf_weights.named_tensors(params, exported, "" if head == "none" else hf_weights.BASE)
+    network = to_model_config(config, head)
+    kept = kept_files(directory)
+    if "card" in kept and {license, data_license} != {card.UNKNOWN}:
+        raise UserError(f"{ref} has its own {card.FILE}, which is kept; leave the licences out, and edit that file")
+    described = dataclasses.replace(network, use_bias=model.use_bias)  # the biases that we add are zeros
+    facts = dict(model=described, name=name, license=license, data_license=data_license)
 
     def write(folder: Path) -> None:
         write_safetensors(folder, tensors, dtype)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        if text := card(to_model_config(config, head)):
-            write_text(folder / "README.md", text)
+        if network.pixel_head:
+            write_json(folder / GENERATION, generation_settings(network) | kept.get("generation", {}))
+        if "card" in kept:
+            write_text(folder / card.FILE, kept["card"])
+            for picture in (directory / name for name in results.PICTURES if (directory / name).is_file()):
+                shutil.copyfile(picture, folder / picture.name)
+        else:
+            write_text(folder / card.FILE, _new_card(directory, pretrained, folder, facts))
 
     return write_new(out, write)
+
+
+def _new_card(directory: Path, pretrained: Pretrained, folder: Path, facts: dict) -> str:
+    """The model card of a run, whose pictures it writes into `folder`."""
+    of_run = (directory, pretrained.step, facts["model"].num_classes > 0)
+    known = dict(config=pretrained.config, step=pretrained.step, class_names=pretrained.class_names)
+    known |= dict(figures=results.figures(*of_run), pictures=results.pictures(*of_run, folder))
+    return card.Card(**facts, **known).text()
+
+
+def generation_settings(model: ModelConfig) -> dict:
+    """generation_config.json, with which transformers' `generate` draws whole images, from all colours.
+
+    Without a start of sequence nothing can be drawn from scratch: then `generate` completes a prompt of first tokens.
+    """
+    begin = {"bos_token_id": model.vocab_size} if model.sos else {}
+    return begin | {"do_sample": True, "max_length": model.seq_len + model.sos, "temperature": 1.0, "top_k": 0}
+
+
+def kept_files(directory: Path) -> dict:
+    """What an import and a new export keep of a Hugging Face directory: "card" and "generation", if it has them."""
+    if not is_huggingface(directory):
+        origin = read_json(directory / ORIGIN) if (directory / ORIGIN).is_file() else {}
+        kept = {name: origin[name] for name in ("card", "generation") if name in origin}
+        if not isinstance(kept.get("card", ""), str) or not isinstance(kept.get("generation", {}), dict):
+            raise UserError(f"{directory / ORIGIN} is damaged; delete it to export with a new configuration")
+        return kept
+    path, settings, kept = directory / card.FILE, directory / GENERATION, {}
+    if settings.is_file():
+        own = read_json(settings)
+        kept["generation"] = {key: value for key, value in own.items() if value is not None and key[:1] != "_"}
+    if path.is_file() and path.stat().st_size <= MAX_CARD_BYTES:
+        kept["card"] = path.read_text(encoding="utf-8", errors="replace")
+    return kept
 
 
 def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple:
@@ -83,13 +141,28 @@ def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple
 
 def add_arguments(parser: Parser) -> None:
     add_shared(parser, "model", "step")
-    parser.add_argument("--out", required=True, help="the Hugging Face directory to make")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", help="the Hugging Face directory to make")
+    place.add_argument("--push", help="the id on the hub to push to, such as user/name")
+    parser.add_argument("--private", action="store_true", help="a new repository on the hub is private")
+    parser.add_argument("--license", default=card.UNKNOWN, help="of the model, as the hub calls it, such as apache-2.0")
+    parser.add_argument("--data_license", default=card.UNKNOWN, help="of the training images, for the model card")
 
 
 def run(args) -> None:
     """`igpt export`."""
-    made = export(args.model, args.out, args.step)
-    model = hf_weights.open_directory(made).model
-    print(f"wrote {made}: config.json, preprocessor_config.json{', README.md' if card(model) else ''} and the weights")
-    if text := notice(model, made):
+    licences = (args.license, args.data_license)
+    if args.push:
+        hub.check_push(args.push)
+        with tempfile.TemporaryDirectory(prefix="igpt-export-") as folder:
+            made = export(args.model, folder, args.step, args.push, *licences)
+            model = hf_weights.open_directory(made).model
+            print(f"pushed to {hub.push(made, args.push, args.private)}")
+    elif args.private:
+        raise UserError("--private is for --push only; leave it out")
+    else:
+        made = export(args.model, args.out, args.step, "", *licences)
+        model = hf_weights.open_directory(made).model
+        print(f"wrote {made}: {', '.join(sorted(path.name for path in made.iterdir()))}")
+    if text := card.notice(model, args.push or made):
         print(text)

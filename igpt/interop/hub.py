@@ -1,14 +1,18 @@
-"""Finds the local directory of a model, given as a path or as an id of the Hugging Face hub, which is downloaded."""
+"""The Hugging Face hub: finds the local directory of a model, given as a path or as an id, and pushes directories."""
 
 import difflib
+import fnmatch
 import re
 from pathlib import Path
 
 from igpt.errors import UserError, first_line
 from igpt.files import expand_home
+from igpt.interop.results import PICTURES
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-CONFIG_FILES = ["config.json", "generation_config.json", "preprocessor_config.json"]
+CONFIG_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "README.md"]
+EXPORTED = [*CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json"]  # files that a push may delete
+EXPORTED += PICTURES
 WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model*.json"])
 
 
@@ -56,3 +60,62 @@ def _subfolder(directory: Path, name: str) -> Path:
     if not (directory / name).is_dir():
         raise UserError(f"{directory} has no folder {name!r}; give another subfolder")
     return directory / name
+
+
+def check_push(repo: str) -> None:
+    """Raises UserError unless `repo` can be an id on the hub, and the library and a token to push to it are there."""
+    try:
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+    except ImportError:
+        raise UserError('to push to the hub, pip install -e ".[hub]"') from None
+    try:
+        validate_repo_id(repo)
+        if not HUB_ID.fullmatch(repo):
+            raise HFValidationError("it needs a user or an organisation, and a name")
+    except HFValidationError as error:
+        raise UserError(f"--push={repo} is no id on the hub: {first_line(error)}. Give one such as user/name") from None
+    if not get_token():
+        raise UserError(f"there is no token to push to {repo}; run hf auth login, or set $HF_TOKEN")
+
+
+def push(directory: Path, repo: str, private: bool = False) -> str:
+    """Pushes the files of a directory to the repository `repo` on the hub in one commit, and returns its address.
+
+    A missing repository is made. Files of an earlier export that `directory` lacks are deleted there; others stay.
+    Raises UserError if the hub cannot be reached or refuses, or if `private` is asked of a public repository.
+    """
+    check_push(repo)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api, files = HfApi(), sorted(path.name for path in directory.iterdir() if path.is_file())
+    try:
+        address = api.create_repo(repo, private=private or None, exist_ok=True)
+        known = api.repo_info(repo)
+        if private and not known.private:
+            raise UserError(f"{repo} is there already, and public; leave --private out, or push to another name")
+        there = {file.rfilename for file in known.siblings or ()}
+        old = [file for file in there - {*files} if any(fnmatch.fnmatch(file, pattern) for pattern in EXPORTED)]
+        operations = [CommitOperationDelete(file) for file in old]
+        operations += [CommitOperationAdd(file, directory / file) for file in files]
+        api.create_commit(repo, operations, commit_message="Export of igpt")
+    except UserError:
+        raise
+    except Exception as error:  # the library and the network raise exceptions of many types
+        raise UserError(f"{repo} was not pushed: {_refusal(error)}") from None
+    return str(address)
+
+
+def _refusal(error: Exception) -> str:
+    """Why the hub did not take a push, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = getattr(error, "server_message", None) or first_line(error)
+    match status:
+        case 401:
+            return "the hub does not know the token; run hf auth login again, or set another $HF_TOKEN"
+        case 403:
+            return f"the token may not write there ({reason}); use a token with write access, or another name"
+        case None:
+            return f"the hub cannot be reached ({reason}); try again later"
+    return f"the hub refused with status {status}: {reason}"

@@ -16,7 +16,7 @@ from igpt.data.classes import save_names
 from igpt.errors import UserError
 from igpt.files import check_new, read_json, write_json, write_new
 from igpt.interop import hf_weights, openai
-from igpt.interop.export import ORIGIN
+from igpt.interop.export import ORIGIN, kept_files
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, class_names_of, config_of_weights, is_huggingface, outline, processor_of
 from igpt.interop.mapping import abstract_params, read_params
@@ -50,7 +50,7 @@ def import_directory(
         raise UserError(f'{problem}: write a preprocessor_config.json with "size" and "clusters"')
     config, palette = config_of_weights(directory, weights, processor), processor.palette()
     origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
-    origin |= {"weights": weights.dtype}
+    origin |= {"weights": weights.dtype} | kept_files(directory)
     return _write_run(out, config, palette, weights.read(), origin, class_names_of(directory))
 
 

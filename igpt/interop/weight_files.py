@@ -166,7 +166,11 @@ def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], dtype: st
     files = numbered if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
         contiguous = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in shard.items()}
-        save_file(contiguous, directory / file, {"format": "pt"})  # older transformers versions require "format"
+        path = directory / file
+        path.touch()
+        mode = path.stat().st_mode  # the mode of every new file: safetensors makes files that only their owner can read
+        save_file(contiguous, path, {"format": "pt"})  # older transformers versions require "format"
+        path.chmod(mode)
     if len(files) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         size = sum(tensor.size for tensor in tensors.values()) * dtype.itemsize

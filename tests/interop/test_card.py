@@ -1,19 +1,24 @@
 """Exported classifiers in transformers' own pipeline, and the recipe of the model card, beside our predictions."""
 
 import json
+import math
 import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from scipy.special import softmax
 
 import igpt
 from igpt.__main__ import main as run_igpt
+from igpt.data.classes import save_names
 from igpt.data.images import Preprocess
+from igpt.errors import UserError
 from igpt.interop.export import export
+from igpt.interop.import_run import import_directory
 from tests.helpers import HF_IMAGE_SIZE, write_imported_run
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (6, *HF_IMAGE_SIZE, 3), np.uint8)
@@ -47,7 +52,7 @@ def test_a_pipeline_serves_a_classifier_without_sos_as_it_is(tmp_path):
 def test_the_recipe_of_the_card_serves_a_classifier_with_sos(tmp_path, monkeypatch, capsys):
     logits, directory = classifier(tmp_path, sos=True)
     assert abs(in_pipeline(directory) - softmax(logits, axis=-1)).max() > 0.01  # what the card warns of
-    (recipe,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
+    _, recipe = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(directory)
     capsys.readouterr()
     for image, expected in zip(IMAGES, logits.argmax(axis=-1), strict=True):
@@ -72,9 +77,9 @@ def test_the_pipeline_shrinks_a_picture_with_the_filter_of_the_run(tmp_path):
     ("fields", "said", "card"),
     [
         (dict(num_classes=5), "WARNING: this classifier reads a start of sequence (SOS)", "**Do not use `pipeline"),
-        (dict(num_classes=5, sos=False), "serves it as it is: it reads no start of sequence", "serves it as it is"),
-        (dict(sos=False), "README.md and the weights", "nothing predicts the first token"),
-        (dict(), "config.json, preprocessor_config.json and the weights", None),
+        (dict(num_classes=5, sos=False), "serves it as it is: it reads no start", "transformers' pipeline serves it"),
+        (dict(sos=False), "README.md, config.json", "nothing predicts the first token"),
+        (dict(), "README.md, config.json, generation_config.json, model.safetensors", "`generate` begins with it"),
     ],
     ids=str,
 )
@@ -83,5 +88,93 @@ def test_the_command_and_the_card_say_what_the_network_reads(tmp_path, capsys, f
     run_igpt(["export", f"--model={run}", f"--out={tmp_path}/hf"])
     printed = capsys.readouterr().out
     assert said in printed and ("WARNING" in printed) == (fields == dict(num_classes=5))
-    readme = tmp_path / "hf" / "README.md"
-    assert card in readme.read_text() if card else not readme.exists()
+    assert card in (tmp_path / "hf" / "README.md").read_text()
+
+
+def add_results(run, step, classes=0):
+    """What a run leaves behind that trained, was tested and probed."""
+    losses = [{"step": i, "train/loss": 3.0 - i / 10} for i in range(1, step + 3)]
+    losses += [{"step": step, "eval/loss": 2.5, "eval/bits_per_dim": 3.75, "eval/accuracy": 0.5, "eval/x": math.nan}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses) + '{"step": 1, "tr')
+    (run / "probe").mkdir()
+    fits = [{"layer": i, "test_accuracy": i / 10, "interval": [0.1, 0.9]} for i in range(4)]
+    probe = {"step": step, "pretrained": {"best_layer": 2, "layers": fits}}
+    (run / "probe" / "probe.json").write_text(json.dumps(probe))
+    (run / "finetune.json").write_text(json.dumps({"step": step, "test_accuracy": 0.75, "interval": [0.5, 0.9]}))
+    (run / "samples").mkdir()
+    for drawn in (2, 3, 9):
+        Image.new("RGB", (8, 8), (drawn, 0, 0)).save(run / "samples" / f"{drawn:07d}.png")
+    for name in ("confusion.png", "probe/probe.png"):
+        Image.new("RGB", (8, 8)).save(run / name)
+
+
+def test_the_card_has_the_figures_and_pictures_of_the_exported_step(tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    add_results(run, step=3)
+    out = export(run, tmp_path / "hf", name="someone/draws", data_license="CC0")
+    data = ModelCard.load(out / "README.md").data
+    found = {(r.task_type, r.dataset_split, r.metric_name): r.metric_value for r in data.eval_results}
+    drawing = ("unconditional-image-generation", "validation")
+    assert found == {
+        (*drawing, "validation nats per token"): 2.5,
+        (*drawing, "validation bits per dimension"): 3.75,
+        ("image-classification", "test", "test accuracy of a linear probe on layer 2 of 3"): 0.2,
+    }
+    text = (out / "README.md").read_text()
+    assert "licence of the training images | CC0" in text
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert shown == ["samples.png", "curves.png", "confusion.png", "probe.png"]
+    assert all(Image.open(out / name).size for name in shown)
+    assert Image.open(out / "samples.png").getpixel((0, 0)) == (3, 0, 0)  # not those of a later step
+    again = export(out, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in again.iterdir()
+    }
+
+
+def test_the_card_of_a_classifier_has_its_test_accuracy_and_its_classes(tmp_path):
+    run = write_imported_run(tmp_path / "run", num_classes=3)
+    save_names(["ant", "bee | wasp", "cat"], run)
+    add_results(run, step=3)
+    out = export(run, tmp_path / "hf")
+    found = {r.metric_name: r.metric_value for r in ModelCard.load(out / "README.md").data.eval_results}
+    assert found["test accuracy"] == 0.75 and found["validation accuracy"] == 0.5
+    text = (out / "README.md").read_text()
+    assert "0.7500 [0.5000, 0.9000]" in text and "| 3: ant, bee \\| wasp, cat |" in text
+    assert not (out / "samples.png").exists()
+
+
+def test_figures_of_another_step_are_not_published(tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    add_results(run, step=2)
+    out = export(run, tmp_path / "hf")
+    assert ModelCard.load(out / "README.md").data.eval_results is None
+    assert sorted(path.name for path in out.glob("*.png")) == ["curves.png", "samples.png"]
+
+
+def test_the_card_names_no_folder_of_the_machine(tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"].update(source="folder:/home/anna/photos", data_dir="/home/anna/data", split_file="/home/anna/s.csv")
+    config["palette"]["path"], config["init_from"] = "/home/anna/palette.npy", "/home/anna/runs/first"
+    (run / "config.json").write_text(json.dumps(config))
+    text = (export(run, tmp_path / "hf") / "README.md").read_text()
+    assert "anna" not in text and "folder:photos" in text and str(tmp_path) not in text
+
+
+def test_a_card_that_was_imported_is_kept_and_its_licence_with_it(tmp_path):
+    out = export(write_imported_run(tmp_path / "run"), tmp_path / "hf")
+    (out / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nNot ours.\n")
+    (out / "generation_config.json").write_text('{"top_k": 40, "_from_model_config": true, "bos_token_id": null}')
+    back = export(import_directory(out, tmp_path / "imported"), tmp_path / "back")
+    assert (back / "README.md").read_text() == (out / "README.md").read_text()
+    settings = json.loads((back / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 17, "do_sample": True, "max_length": 36, "temperature": 1.0, "top_k": 40}
+    with pytest.raises(UserError, match=r"its own README\.md, which is kept"):
+        export(out, tmp_path / "other", license="mit")
+
+
+def test_all_exported_files_are_readable_as_other_new_files_are(tmp_path):
+    out = export(write_imported_run(tmp_path / "run"), tmp_path / "hf")
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "new").stat().st_mode}

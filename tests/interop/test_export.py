@@ -219,7 +219,7 @@ def test_existing_files_and_impossible_paths_are_not_written(hf, imported, tmp_p
 def test_an_empty_directory_is_filled(imported, tmp_path):
     (tmp_path / "empty").mkdir()
     export(imported, tmp_path / "empty")
-    assert {path.name for path in (tmp_path / "empty").iterdir()} == set(FILES)
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {*FILES, "README.md", "generation_config.json"}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("a defect")])

@@ -1,0 +1,106 @@
+"""What a run measured and drew, as its directory tells: the figures and the pictures of a model card."""
+
+import contextlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from igpt.errors import UserError
+from igpt.files import read_json
+from igpt.plots import check_drawing, loss_curve
+
+CLASSES, DRAWING = "image-classification", "unconditional-image-generation"  # tasks, as the hub calls them
+PICTURES = ("samples.png", "curves.png", "confusion.png", "probe.png")
+PIXEL_METRICS = {"eval/bits_per_dim": ("bits_per_dim", "bits per dimension"), "eval/loss": ("loss", "nats per token")}
+
+
+class Figure(NamedTuple):
+    """One figure: its task, the images it was measured on, its kind and name, its value, and its 95 % interval."""
+
+    task: str
+    images: str
+    kind: str
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def figures(directory: Path, step: int, classifies: bool) -> tuple[Figure, ...]:
+    """The figures that a run measured at this step: test accuracy, linear probe, validation loss."""
+    found = []
+    tuned, probe = _results(directory / "finetune.json", step), _results(directory / "probe" / "probe.json", step)
+    if classifies and _is_number(tuned.get("test_accuracy")):
+        found.append(Figure(CLASSES, "test", "accuracy", "accuracy", tuned["test_accuracy"], _interval(tuned)))
+    with contextlib.suppress(KeyError, TypeError, StopIteration):  # another program may have written the file
+        fits = probe["pretrained"]["layers"]
+        best = next(fit for fit in fits if fit["layer"] == probe["pretrained"]["best_layer"])
+        if _is_number(best["test_accuracy"]):
+            name = f"accuracy of a linear probe on layer {best['layer']} of {len(fits) - 1}"
+            found.append(Figure(CLASSES, "test", "accuracy", name, best["test_accuracy"], _interval(best)))
+    evaluated = _records(directory, step).get(step, {})
+    if classifies and "eval/accuracy" in evaluated:
+        found.append(Figure(CLASSES, "validation", "accuracy", "accuracy", evaluated["eval/accuracy"]))
+    for metric, (kind, name) in ({} if classifies else PIXEL_METRICS).items():
+        if metric in evaluated:
+            found.append(Figure(DRAWING, "validation", kind, name, evaluated[metric]))
+    return tuple(found)
+
+
+def pictures(directory: Path, step: int, classifies: bool, folder: Path) -> dict[str, str]:
+    """Writes the pictures of a run up to this step into `folder`. Returns {file name: what it shows}."""
+    shown = {}
+    drawn = [path for path in (directory / "samples").glob("*.png") if path.stem.isdigit() and int(path.stem) <= step]
+    if drawn and not classifies:
+        shutil.copyfile(max(drawn), folder / "samples.png")
+        shown["samples.png"] = f"Images that the model drew after step {int(max(drawn).stem):,}"
+    records = _records(directory, step)
+    curves = {
+        label: {number: record[metric] for number, record in records.items() if metric in record}
+        for label, metric in (("training images", "train/loss"), ("validation images", "eval/loss"))
+    }
+    if any(len(curve) > 1 for curve in curves.values()):
+        check_drawing()
+        loss_curve(curves, folder / "curves.png")
+        shown["curves.png"] = "The loss by step"
+    for path, of, text in (
+        ("confusion.png", "finetune.json", "The confusion matrix on the test images"),
+        ("probe/probe.png", "probe/probe.json", "The accuracy of linear probes, layer by layer"),
+    ):
+        if (directory / path).is_file() and _results(directory / of, step):
+            shutil.copyfile(directory / path, folder / Path(path).name)
+            shown[Path(path).name] = text
+    return shown
+
+
+def _results(path: Path, step: int) -> dict:
+    """The content of a JSON file if it was measured at this step; otherwise {}."""
+    with contextlib.suppress(UserError):
+        content = read_json(path)
+        return content if content.get("step") == step else {}
+    return {}
+
+
+def _records(directory: Path, step: int) -> dict[int, dict[str, float]]:
+    """The finite metrics of metrics.jsonl by step, up to `step`. If a run repeated a step, its last values count."""
+    found, path = {}, directory / "metrics.jsonl"
+    with contextlib.suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave an incomplete line
+                record = json.loads(line)
+                if record["step"] <= step:
+                    numbers = {name: value for name, value in record.items() if _is_number(value)}
+                    found.setdefault(record["step"], {}).update(numbers)
+    return found
+
+
+def _interval(result: dict) -> tuple[float, float] | None:
+    match result.get("interval"):
+        case [low, high] if _is_number(low) and _is_number(high):
+            return low, high
+    return None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
