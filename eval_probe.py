@@ -1,14 +1,15 @@
 """Linear probe: how well the frozen features of each layer of a model separate classes.
 
-    python eval_probe.py --config=configs/probe_digits.py --model=runs/digits --workdir=runs/digits/probe
+    python eval_probe.py --config=configs/probe.py --model=runs/photos --workdir=runs/photos/probe
     python eval_probe.py --config=configs/probe_digits.py --model=runs/digits --workdir=runs/digits/few \\
         --config.labels_per_class="(4,25)"
     python eval_probe.py --config=configs/probe_digits.py --model=runs/digits --workdir=runs/digits/probes \\
         --config.steps=all
 
 Prints accuracy by layer, and two baselines that are fitted in the same way: the raw pixels, and an untrained
-network of the same shape. Writes probe.json and probe.png to --workdir. With several processes, start this command in
-each of them. While it runs, every process keeps the features of all images in a folder of its own in --workdir.
+network of the same shape. Writes probe.json, probe.png and metrics.jsonl to --workdir. configs/probe.py explains every
+field. With several processes, start this command in each of them. While it runs, every process keeps the features of
+all images in a folder of its own in --workdir.
 """
 
 from pathlib import Path
@@ -26,12 +27,20 @@ from igpt.plots import check_drawing
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import scratch_folder, untrained, write_features
 from igpt.probe.fit import SPLITS, Probe, neighbours, solver_settings
-from igpt.probe.report import check_features_out, table, validation_loss, write_results
+from igpt.probe.report import (
+    check_features_out,
+    metrics_of_layers,
+    record_results,
+    table,
+    validation_loss,
+    write_results,
+)
 from igpt.probe.selection import chosen_layers, chosen_steps, probed_images
 from igpt.run import cluster
 from igpt.run.directory import locked
 from igpt.run.flags import parse_with_config
 from igpt.sharding import check_batch_size, shardings
+from igpt.track.trackers import Trackers
 
 
 def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) -> dict:
@@ -55,7 +64,8 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     steps, layers = chosen_steps(config.steps, directory), chosen_layers(config.layers, shapes.model.config.depth)
     source = probed_images(config, shapes, ref)
 
-    with locked(workdir), scratch_folder(workdir) as folder:
+    trackers = Trackers(workdir, config.track, "probe", cluster.is_first_process())
+    with locked(workdir), scratch_folder(workdir) as folder, trackers:
         # Compute features and fit them: first the baselines, then every checkpoint. The last gives the main results.
         probe, checkpoints = Probe(config, source, layers, mesh, Path(folder)), []
         results = {"model": str(ref), "step": None, "source": source.name, "class_names": source.class_names}
@@ -82,13 +92,14 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
             if config.baselines:
                 results["few_labels"]["raw_pixels"] = probe.fit_few(pixels, 0)
         results["solver"] = solver_settings(config)
-        results["metrics"] = {f"probe/accuracy_layer_{x['layer']:02d}": x["test_accuracy"] for x in fitted["layers"]}
+        results["metrics"] = metrics_of_layers(fitted)
 
         # Write the files. Features are written last: if they fill the disk, the results are already there.
         if cluster.is_first_process():
             if source.unreadable:  # only images that this process read are listed
                 print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
             write_results(results, workdir)
+            record_results(results, workdir, trackers, {"model": str(ref)} | config.flat())
             if config.features_out:
                 write_features(dict(zip(SPLITS, features, strict=True)), Path(config.features_out))
     return results

@@ -23,6 +23,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -36,15 +37,15 @@ from igpt.data.examples import SPLITS, Source
 from igpt.data.palette_fit import fit
 from igpt.data.sources import open_source
 from igpt.errors import reported
-from igpt.files import storage_errors
+from igpt.files import check_workdir, storage_errors
 from igpt.interop import load
 from igpt.interop.hub import resolve
 from igpt.loss import bits_per_dim
 from igpt.palette import Palette
-from igpt.plots import check_drawing, image_grid
+from igpt.plots import check_drawing, image_grid, palette_picture
 from igpt.run import checkpoint
 from igpt.run.changes import parse_changes
-from igpt.run.cluster import add_process_arguments, exists, join_from
+from igpt.run.cluster import add_process_arguments, exists, is_first_process, join_from
 from igpt.run.directory import RunDirectory, locked
 from igpt.run.flags import parse_with_config
 from igpt.run.journal import Journal
@@ -54,6 +55,7 @@ from igpt.run.summary import describe, farewell
 from igpt.sample import sample_images
 from igpt.sharding import check_batch_size, process_rows, to_devices
 from igpt.state import TrainProgram, TrainState, build_program, run_batches
+from igpt.track.trackers import Trackers
 
 
 def run(
@@ -67,11 +69,12 @@ def run(
     cannot be saved. After SIGTERM it saves the run and raises PreemptedError.
     """
     config = Config.of(config, trains=True)
-    with locked(workdir) as lock:
-        return pretrain(config, RunDirectory(workdir, config, start_over, allowed, lock))
+    kind = "finetune" if config.objective.classification else "train"
+    with locked(workdir) as lock, Trackers(check_workdir(workdir), config.track, kind, is_first_process()) as trackers:
+        return pretrain(config, RunDirectory(workdir, config, start_over, allowed, lock), trackers)
 
 
-def pretrain(config: Config, run: RunDirectory) -> dict:
+def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> dict:
     """Trains in a fresh or a resumed run directory, which no other program uses. Returns and raises like `run`."""
     train, mesh = config.train, config.mesh.make()
     if config.objective.classification:
@@ -94,8 +97,12 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
     with StopSignal() as signal, opened as checkpoints, storage_errors(run.path), jax.set_mesh(mesh):
         describe(run.path, origin, config, program.model, state, mesh, source, palette)
         started = time.perf_counter()
+        trackers.open(config.flat(), run.first_step, run.evaluation_is_missing)
+        if trackers.others and not run.is_resumed:
+            trackers.picture(0, "palette", drawn_palette(palette, source))
         profile = Profile(run.path, train.profile_at, train.steps)
-        with Journal(run, checkpoints, program.model, source, int(state.opt_state.skipped)) as journal, profile:
+        skipped = int(state.opt_state.skipped)
+        with Journal(run, checkpoints, trackers, program.model, source, skipped) as journal, profile:
             evaluator = Evaluator(config, run, program, source, palette, journal, signal)
             step, last_step = run.first_step, run.last_step
             if run.evaluation_is_missing:  # an earlier start was stopped before or during the evaluation
@@ -104,7 +111,8 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
                     checkpoints.save(state, step)  # saves the step again, now with the evaluation's result
                 last_step = step if signal.requested() else run.last_step
 
-            wait_for_compiler()
+            with journal.doing("compiling"):
+                wait_for_compiler()
             steps = batches.iterate(run.first_step, last_step, config.data.threads)
             for step, batch in enumerate(steps, run.first_step + 1):
                 profile.before(step)
@@ -122,7 +130,8 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
                 is_new = not stopping and evaluator(state.params, step)
                 stopping = signal.requested()
                 if stopping or is_new or train.is_due(step, train.checkpoint_every):
-                    checkpoints.save(state, step)
+                    with journal.doing("saving"):
+                        checkpoints.save(state, step)
                 if stopping or run.has_ended_early:
                     break
                 journal.restart_clock(step)
@@ -136,7 +145,7 @@ def pretrain(config: Config, run: RunDirectory) -> dict:
     evaluation = evaluator.latest
     is_tested = step == run.first_step and not evaluation and exists(run.path / "finetune.json")
     if config.objective.classification and source.test.labels is not None and not is_tested:
-        evaluation |= test_classifier(config, run, program, source, palette)
+        evaluation |= test_classifier(config, run, program, source, palette, trackers, step)
     farewell(run, step, evaluation, time.perf_counter() - started, source)
     return evaluation
 
@@ -171,6 +180,13 @@ def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette
         return run.same_palette(palette)
     load.check_palette_size(palette, config, origin)
     return palette
+
+
+def drawn_palette(palette: Palette, source: Source, count: int = 8) -> np.ndarray:
+    """Draws the palette's colours, and images of the validation split before and after quantisation."""
+    before = source.validation.images[:count]
+    after = palette.decode(palette.encode(before))
+    return palette_picture(palette.decode(np.arange(palette.vocab_size)), before, after)
 
 
 def training_batches(config: Config, source: Source, palette: Palette, mesh) -> TrainBatches:
@@ -240,7 +256,8 @@ class Evaluator:
         """
         train, progress, improved = self.config.train, self.run.progress, False
         if progress.evaluated_step < step and train.is_due(step, train.eval_every):
-            metrics = evaluate(self.config, self.program, params, self.source, self.palette, self.signal)
+            with self.journal.doing("evaluating"):
+                metrics = evaluate(self.config, self.program, params, self.source, self.palette, self.signal)
             if metrics is None:
                 return False
             self.latest, progress.evaluated_step = metrics, step
@@ -251,8 +268,9 @@ class Evaluator:
                 self.journal.print(f"step {step}: no better accuracy in {train.patience} evaluations: training ends")
         draws = train.num_samples and self.config.model.sos and self.config.objective.generative
         if draws and train.is_due(step, train.sample_every) and not self.signal.requested():
-            model = load.Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
-            self.journal.sampled(step, image_grid(sample_images(model, train.num_samples, self.config.seed)))
+            with self.journal.doing("drawing"):
+                model = load.Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
+                self.journal.sampled(step, image_grid(sample_images(model, train.num_samples, self.config.seed)))
         return improved or self.run.has_ended_early
 
 
@@ -274,17 +292,25 @@ def evaluate(config: Config, program: TrainProgram, params: dict, source: Source
     return metrics
 
 
-def test_classifier(config: Config, run: RunDirectory, program: TrainProgram, source: Source, palette) -> dict:
-    """Returns the metric test/accuracy of the best checkpoint. Writes finetune.json and confusion.png."""
+def test_classifier(
+    config: Config, run: RunDirectory, program: TrainProgram, source: Source, palette, trackers: Trackers, step: int
+) -> dict:
+    """Returns the metric test/accuracy of the best checkpoint. Writes finetune.json and confusion.png.
+
+    `step` is the run's last step, where the trackers record the result.
+    """
     with storage_errors(run.path):
-        params, step = checkpoint.restore_params(run.path, program.abstract.params)
+        params, best = checkpoint.restore_params(run.path, program.abstract.params)
         drops, batch_size = evaluation_drops(config), config.train.eval_batch_size
         counts = finetune.confusion(program.graph, params, source, palette, drops, batch_size, program.mesh)
         images = {name: len(getattr(source, name)) for name in SPLITS}
         accuracy = run.progress.best_accuracy
-        details = {"source": source.name, "images": images, "step": step, "validation_accuracy": accuracy}
+        details = {"source": source.name, "images": images, "step": best, "validation_accuracy": accuracy}
         results = finetune.report(run.path, counts, details, finetune.output_names(source, config))
-        return {"test/accuracy": results["test_accuracy"]}
+        metrics = {"test/accuracy": results["test_accuracy"]}
+        trackers.picture(step, "confusion", run.path / "confusion.png")
+        trackers.summary(step, metrics | {"test/step": best})
+        return metrics
 
 
 def parser() -> Parser:

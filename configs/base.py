@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # for initialisation, data order, augmentation and dropout
     config.init_from = ""  # start from its weights and palette: a run directory, a Hugging Face directory or a hub id
+    config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
 
     config.data = data = ConfigDict()
     data.source = "digits"  # digits | npz:PATH | folder:PATH | tfds:NAME | tokens:PATH | openai:PREFIX

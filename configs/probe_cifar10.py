@@ -10,14 +10,14 @@ STL-10 is shrunk from 96 x 96 to the model's size. CIFAR is used unchanged, so t
 
 from ml_collections import ConfigDict
 
-from configs import probe_digits
+from configs import probe
 from igpt.errors import UserError
 
 
 def get_config(dataset: str = "cifar10") -> ConfigDict:
     if dataset not in ("cifar10", "cifar100", "stl10"):
         raise UserError(f"configs/probe_cifar10.py:{dataset}: choose cifar10, cifar100 or stl10")
-    config = probe_digits.get_config()
+    config = probe.get_config()
     config.source = f"tfds:{dataset}"
     config.preprocess = "shrink" if dataset == "stl10" else "none"
     config.validation_fraction = 0.1

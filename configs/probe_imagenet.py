@@ -12,11 +12,11 @@ Disk: D features of 1.28 million images take 5.1 x D MB per layer: 7.9 GB for L,
 
 from ml_collections import ConfigDict
 
-from configs import probe_digits
+from configs import probe
 
 
 def get_config() -> ConfigDict:
-    config = probe_digits.get_config()
+    config = probe.get_config()
     config.source = "tfds:imagenet2012"
     config.preprocess = "crop"
     config.validation_fraction = 0.04

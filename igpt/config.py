@@ -14,6 +14,7 @@ from igpt.fields import check_at_least, check_choice, make_section
 from igpt.model import ModelConfig
 from igpt.optim import OptimConfig
 from igpt.sharding import MeshConfig, all_devices
+from igpt.track.names import check_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,11 @@ class Config:
     mesh: MeshConfig | None = None
     seed: int = 0
     init_from: str = ""
+    track: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self):
         check_at_least(self, "", seed=0)
+        check_names(self.track)
         objective, model = self.objective, self.model
         if not model.causal and not 0.0 < objective.drop_rate < 1.0:
             raise UserError(f"objective.drop_rate is {objective.drop_rate}; BERT drops a share between 0 and 1")

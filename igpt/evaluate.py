@@ -3,6 +3,7 @@
     igpt evaluate --model=runs/digits
     igpt evaluate --model=runs/igpt-s --source=tfds:imagenet2012 --preprocess=crop
     igpt evaluate --model=runs/flowers --source=folder:new-photos --split=all
+    igpt evaluate --model=runs/digits --workdir=runs/digits/test --track=tensorboard,wandb
 
 Compare the second command's loss with OpenAI's README: 2.0895 for iGPT-S on ImageNet at 32 x 32. Classes of the model
 and of the source meet by name. The command uses all devices. With several processes, start it in each process.
@@ -22,13 +23,14 @@ from igpt.data.classes import class_counts, full_names, listed, with_classes
 from igpt.data.examples import SPLITS, Split, check_classes
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.files import write_json
+from igpt.files import check_workdir, write_json
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, check_same_palette, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
 from igpt.run import cluster
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate
 from igpt.state import run_batches
+from igpt.track.trackers import Trackers
 
 
 def evaluate(
@@ -87,6 +89,26 @@ def accuracy_by_class(labels: Int[np.ndarray, "N"], correct: Float[np.ndarray, "
     return {known.get(label, str(label)): mean for label, mean in zip(classes.tolist(), means.tolist(), strict=True)}
 
 
+def record(results: dict, trackers: Trackers) -> None:
+    """Records the numbers of an evaluation, named by their split, such as test/loss. Raises UserError on failure."""
+    numbers = {name: value for name, value in results.items() if isinstance(value, int | float) and name != "step"}
+    with trackers:
+        try:
+            trackers.folder.mkdir(parents=True, exist_ok=True)
+            trackers.open({name: results[name] for name in ("model", "step", "source", "split")})
+            trackers.summary(results["step"], {f"{results['split']}/{name}": x for name, x in numbers.items()})
+        except OSError as error:
+            raise UserError(f"--workdir={trackers.folder} cannot be written: {error.strerror}") from None
+
+
+def _trackers(args) -> Trackers | None:
+    """The trackers that the command line names. Raises UserError for a wrong name before the evaluation."""
+    if not args.workdir:
+        return None
+    names = tuple(name.strip() for name in args.track.split(",") if name.strip())
+    return Trackers(check_workdir(args.workdir), names, "evaluate", cluster.is_first_process())
+
+
 def add_arguments(parser: Parser) -> None:
     add_shared(parser, "model", "step")
     parser.add_argument("--source", help="images, written as data.source (default: the model's training data)")
@@ -95,12 +117,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--split", default="test", choices=(*SPLITS, "all"), help=which)
     parser.add_argument("--masks", type=at_least(1), default=5, help="masks per image, for BERT (default 5)")
     add_shared(parser, "data_dir", "batch_size", "json", "fsdp", "tensor")
+    parser.add_argument("--workdir", default="", help="a folder for metrics.jsonl, and for the trackers")
+    trackers = "with --workdir: where metrics.jsonl is copied to, some of tensorboard,wandb,trackio"
+    parser.add_argument("--track", default="tensorboard", help=f"{trackers} (default tensorboard)")
     cluster.add_process_arguments(parser)
 
 
 def run(args) -> None:
     """Evaluates a model as the command line says. Prints the results and writes them to the file that --json names."""
     cluster.join_from(args)
+    tracked = _trackers(args)
     directory = resolve(args.model)
     shapes = outline(directory)
     settings = data_settings(shapes.config, source=args.source, preprocess=args.preprocess, data_dir=args.data_dir)
@@ -119,6 +145,8 @@ def run(args) -> None:
     results |= evaluate(pretrained, splits, args.batch_size, args.masks, mesh)
     if not cluster.is_first_process():
         return
+    if tracked:
+        record(results, tracked)
     if args.json:
         try:
             write_json(args.json, results)

@@ -137,7 +137,7 @@ def _report(pretrained: Pretrained, made: Path) -> str:
     if model.pixel_head and model.causal:
         what = "--num=16" if model.sos else "--complete=image.png"
         lines.append(f"  igpt sample --model={made} {what} --out=samples.png")
-    probe = "python eval_probe.py --config=configs/probe_digits.py --config.source=npz:images.npz"
+    probe = "python eval_probe.py --config=configs/probe.py --config.source=npz:images.npz"
     lines.append(f"  {probe} --model={made} --workdir={made}/probe")
     if not model.causal:
         lines.append("trained with the BERT objective: it can be probed, but not sampled")

@@ -1,4 +1,4 @@
-"""The settings of a probe, checked once. configs/probe_digits.py has the defaults and explains every field."""
+"""The settings of a probe, checked once. configs/probe.py has the defaults and explains every field."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice, make_section
 from igpt.sharding import MeshConfig
+from igpt.track.names import check_names
 
-EXAMPLE = "configs/probe_digits.py"
+EXAMPLE = "configs/probe.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,12 @@ class ProbeConfig:
     max_iter: int
     sgd: SGD
     mesh: MeshConfig
+    track: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self):
         zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0)
         check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
+        check_names(self.track)
         check_choice(self, "", solver=("auto", "newton", "lbfgs", "sgd"))
         check_positive("inverse_penalties", self.inverse_penalties)
         if self.labels_per_class and min(self.labels_per_class) < 1:
@@ -67,6 +70,14 @@ class ProbeConfig:
         sgd = make_section(SGD, "sgd.", config["sgd"], EXAMPLE)
         mesh = make_section(MeshConfig, "mesh.", config["mesh"], EXAMPLE)
         return make_section(cls, "", dict(config.items()) | {"sgd": sgd, "mesh": mesh}, EXAMPLE)
+
+    def flat(self) -> dict:
+        """All fields in one dict: {"mesh.data": -1, "seed": 1}."""
+        flat = {}
+        for name, value in dataclasses.asdict(self).items():
+            parts = value if isinstance(value, dict) else {}
+            flat |= {f"{name}.{field}": item for field, item in parts.items()} or {name: value}
+        return flat
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:

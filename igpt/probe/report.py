@@ -1,4 +1,4 @@
-"""What a probe prints and writes: a table for the terminal, probe.json and probe.png."""
+"""What a probe prints and writes: a table for the terminal, probe.json, probe.png, and metrics for trackers."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from igpt.errors import UserError
 from igpt.files import write_json
 from igpt.plots import probe_curve
+from igpt.track.trackers import Trackers
 
 
 def check_features_out(name: str, workdir: Path) -> None:
@@ -30,11 +31,39 @@ def validation_loss(directory: Path, step: int) -> dict:
     return found
 
 
+def metrics_of_layers(fitted: dict, name: str = "accuracy_layer") -> dict:
+    """The test accuracy of each layer, {"probe/accuracy_layer_07": 0.9}, from the fits of one checkpoint."""
+    return {f"probe/{name}_{fit['layer']:02d}": fit["test_accuracy"] for fit in fitted["layers"]}
+
+
 def write_results(results: dict, workdir: Path) -> None:
     """Writes probe.json and probe.png. Raises UserError, with the table of results, if that fails."""
-    try:
+    with _errors_with_table(results, workdir):
         write_json(workdir / "probe.json", results, indent=2)
         probe_curve(results, workdir / "probe.png")
+
+
+def record_results(results: dict, workdir: Path, trackers: Trackers, config: dict) -> None:
+    """Records accuracies by layer for each checkpoint, the curve, and the best layer beside the baselines."""
+    with _errors_with_table(results, workdir):
+        trackers.open(config)
+        step = results["step"]
+        for fitted in results.get("checkpoints", [{"step": step} | results["pretrained"]]):
+            trackers.scalars(fitted["step"], metrics_of_layers(fitted))
+        trackers.picture(step, "probe", workdir / "probe.png")
+        best = results["pretrained"]["best_layer"]
+        summary = {"probe/best_layer": best, "probe/accuracy": results["pretrained"]["test_accuracy"]}
+        if "raw_pixels" in results:
+            summary["probe/accuracy_raw_pixels"] = results["raw_pixels"]["test_accuracy"]
+            summary |= metrics_of_layers(results["random_init"], "accuracy_random_layer")
+        trackers.summary(step, summary)
+
+
+@contextlib.contextmanager
+def _errors_with_table(results: dict, workdir: Path):
+    """Raises UserError, with the table of results, if the block raises OSError."""
+    try:
+        yield
     except OSError as error:
         reason = f"{error.strerror}. The results:\n{table(results)}"
         raise UserError(f"--workdir={workdir} cannot be written any more: {reason}") from None

@@ -19,6 +19,7 @@ DATA = "data"  # the word for other images
 
 # Fields that may change when a run is resumed: they affect how it is carried out, not what a training step computes.
 FREE = (
+    "track",
     *("data.data_dir", "data.on_unreadable", "data.threads"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.dcn_data", "mesh.cpu_devices"),
     *("model.attention", "model.remat", "model.scan_layers"),

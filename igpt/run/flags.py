@@ -66,8 +66,7 @@ def _read(given: str | ConfigDict, overrides: list[str]) -> ConfigDict:
         if field and isinstance(error, AttributeError | KeyError):
             message = f"there is no field {field[1]!r}" + (f"; did you mean {field[3]!r}?" if field[3] else "")
         raise UserError(
-            f"{message} (every field and its default: configs/base.py, a probe's: configs/probe_digits.py; the flags: "
-            "--help)"
+            f"{message} (every field and its default: configs/base.py, a probe's: configs/probe.py; the flags: --help)"
         ) from None
     if stray:
         raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")

@@ -86,7 +86,7 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
     print("next:")
     model, probe = shlex.quote(str(workdir)), shlex.quote(f"{workdir}/probe")
     if source.train.labels is not None:
-        print(f"  python eval_probe.py --config=configs/probe_digits.py --model={model} --workdir={probe}")
+        print(f"  python eval_probe.py --config=configs/probe.py --model={model} --workdir={probe}")
     if config.objective.classification:
         print(f"  igpt predict --model={model} photo.png")
     if config.model.causal and config.objective.classification:

@@ -13,9 +13,10 @@ import pytest
 
 import train
 from igpt.errors import StorageError, UserError
-from igpt.run import checkpoint, journal
+from igpt.run import checkpoint
 from igpt.run.digests import damage
 from igpt.state import TrainState
+from igpt.track.lines import JsonLines
 from tests.helpers import ROOT, assert_bitwise_equal, read_arrays
 
 
@@ -88,16 +89,16 @@ def test_a_checkpoint_of_another_network_is_no_damage_and_is_not_moved(tiny_conf
 
 
 def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_path, monkeypatch):
-    real, before = journal.Writer.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, before = JsonLines.scalars, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(writer, step, values):
+    def full(lines, step, values):
         if step == 5:
             while not (tmp_path / "run" / "checkpoints" / "3").is_dir():
                 time.sleep(0.01)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (writer.lines.tell() + 1, before[1]))
-        real(writer, step, values)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (lines.file.tell() + 1, before[1]))
+        real(lines, step, values)
 
-    monkeypatch.setattr(journal.Writer, "write", full)
+    monkeypatch.setattr(JsonLines, "scalars", full)
     tiny_config.train.num_samples = 0
     try:
         with pytest.raises(StorageError, match=r"run: File too large. Finished checkpoints are unchanged"):

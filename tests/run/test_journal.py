@@ -1,110 +1,73 @@
-import json
-import resource
-import struct
+"""The journal shows what a run does, and hands numbers and pictures on."""
 
-import jax
+import io
+import sys
+
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from igpt.flops import PEAK_FLOPS, train_flops_per_image
-from igpt.model import ModelConfig
-from igpt.run.journal import Speed, Writer
-
-
-def lines(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+from igpt.data.examples import ArrayImages, Source, Split
+from igpt.run.checkpoint import Checkpoints
+from igpt.run.directory import RunDirectory
+from igpt.run.journal import Journal
+from igpt.track.trackers import Trackers
+from tests.helpers import RUN_MODEL, configured, records
 
 
-def test_records_are_json_lines_that_survive_a_restart_without_repeats(tmp_path):
-    writer = Writer(tmp_path, first_step=0)
-    for step in range(1, 6):
-        writer.write(step, {"train/loss": np.float32(step)})
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "train/lo')  # killed in the middle of a line
-    writer = Writer(tmp_path, first_step=3)
-    writer.write(4, {"train/loss": 40.0})
-    writer.close()
-    assert [(record["step"], record["train/loss"]) for record in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+@pytest.fixture
+def terminal(monkeypatch):
+    """stderr as a terminal; returns what was written to it."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
 
 
-def test_a_record_whose_line_has_no_end_yet_gets_one(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}')
-    writer = Writer(tmp_path, first_step=1)
-    writer.write(2, {"train/loss": 2.0})
-    writer.close()
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+@pytest.fixture
+def journal(tmp_path, terminal):
+    run = RunDirectory(tmp_path, configured(**{"train.steps": 50, "train.log_every": 1}))
+    source = Source("none", *[Split(ArrayImages(np.zeros((1, 8, 8, 3), np.uint8)), None)] * 3, channels=1)
+    with Trackers(tmp_path, (), "train") as trackers, Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
+        trackers.open({})
+        with Journal(run, checkpoints, trackers, RUN_MODEL, source, skipped=0) as journal:
+            yield journal
 
 
-def events(path):
-    """The events as TensorBoard reads them. A record is a length, its checksum, an event and its checksum."""
-    content, found = path.read_bytes(), []
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        found.append(Event.FromString(content[12 : 12 + length]))
-        content = content[16 + length :]
-    return found
+def step(journal, number, loss):
+    journal.add(number, {"train/loss": loss, "train/grad_norm": 1.0, "train/skipped": 0})
+    journal.settle()
 
 
-def test_tensorboard_gets_every_number_and_picture_and_each_restart(tmp_path):
-    writer = Writer(tmp_path, first_step=3)
-    writer.write(4, {"train/loss": 2.5, "perf/images_per_sec": 7.0})
-    writer.write_samples(4, np.zeros((4, 6, 3), np.uint8))
-    writer.close()
-    version, start, *rest = events(next(tmp_path.glob("events.*")))
-    assert version.file_version == "brain.Event:2"
-    assert start.step == 4 and start.session_log.status == SessionLog.START
-    values = {value.tag: value for event in rest for value in event.summary.value if event.step == 4}
-    assert values["train/loss"].simple_value == 2.5 and values["perf/images_per_sec"].simple_value == 7.0
-    assert (values["samples"].image.height, values["samples"].image.width) == (4, 6) and len(values) == 3
+def test_the_bar_shows_the_eval_loss_beside_the_train_loss_and_the_time_left(journal, terminal):
+    step(journal, 1, 2.5)
+    journal.bar.refresh()
+    assert " left" not in terminal.getvalue()
+    step(journal, 2, 2.25)
+    journal.evaluated(2, {"eval/loss": 2.125})
+    step(journal, 3, 2.0)
+    journal.bar.refresh()
+    shown = terminal.getvalue().split("\r")[-1]
+    assert " left, loss 2.0000, eval 2.1250, " in shown and "3/50 [" in shown
 
 
-def test_a_full_disk_under_tensorboard_raises_at_once_but_not_on_closing(tmp_path, monkeypatch):
-    monkeypatch.setattr("igpt.run.journal.FLUSH_SECONDS", 0)
-    writer = Writer(tmp_path, first_step=0)
-    writer.write(1, {"train/loss": 1.0})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (next(tmp_path.glob("events.*")).stat().st_size, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            writer.write(2, {"train/loss": 1.0})
-        writer.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+def test_the_bar_shows_what_compiles_evaluates_draws_or_saves_as_long_as_it_does(journal, terminal):
+    for what in ("compiling", "evaluating", "drawing", "saving"):
+        with journal.doing(what):
+            assert f"\r{what}:   0%|" in terminal.getvalue()
+        journal.bar.refresh()
+        assert what not in terminal.getvalue().split("\r")[-1]
 
 
-def test_grids_are_written_as_pictures(tmp_path):
-    writer = Writer(tmp_path, first_step=0)
-    writer.write_samples(7, np.zeros((4, 6, 3), np.uint8))
-    writer.close()
+def test_grids_are_written_as_pictures(journal, tmp_path):
+    journal.sampled(7, np.zeros((4, 6, 3), np.uint8))
     assert (tmp_path / "samples" / "0000007.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_only_process_0_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    writer = Writer(tmp_path, first_step=0)
-    writer.write(1, {"train/loss": 1.0})
-    writer.write_samples(1, np.zeros((4, 6, 3), np.uint8))
-    writer.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_speed_is_images_over_time_and_an_unknown_device_has_no_mfu(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("igpt.run.journal.time.perf_counter", lambda: now[0])
-    config = ModelConfig(width=16, depth=2, num_heads=4, dtype="bfloat16")
-    speed = Speed(config, batch_size=8)
-    now[0] += 4.0
-    assert speed.read(10) == {"perf/images_per_sec": 20.0}
-    assert speed.read(10) == {}
-    now[0] += 100.0
-    speed.restart(10)
-    now[0] += 1.0
-    assert speed.read(11) == {"perf/images_per_sec": 8.0}
-    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
-    speed = Speed(config, batch_size=8)
-    now[0] += 2.0
-    read = speed.read(1)
-    assert np.isclose(read["perf/mfu"], 4 * train_flops_per_image(config) / 1e12 / jax.device_count())
+def test_numbers_are_recorded(journal, tmp_path):
+    step(journal, 1, 2.5)
+    journal.evaluated(1, {"eval/loss": 2.125})
+    assert [record.get("train/loss", record.get("eval/loss")) for record in records(tmp_path)] == [2.5, 2.125]

@@ -1,0 +1,1 @@
+"""Where metrics, pictures and settings go: JSON lines always, and the trackers that `config.track` names."""

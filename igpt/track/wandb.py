@@ -1,0 +1,44 @@
+"""Weights & Biases. Its settings come from its own environment variables, such as WANDB_PROJECT and WANDB_MODE=offline.
+
+WORKDIR/wandb/ has its files. If the network fails, `wandb sync` uploads them later.
+"""
+
+import os
+from pathlib import Path
+
+import wandb
+
+PROJECT = "igpt"  # unless WANDB_PROJECT names another
+SECONDS = 120.0  # that a start or an end waits for the network
+
+
+class WeightsAndBiases:
+    """One run of W&B. A resumed run has the id of its first start, and therefore continues the same record."""
+
+    def __init__(self, folder: Path, config: dict, kind: str, identity: str):
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=identity,
+            name=str(folder),
+            job_type=kind,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+            allow_val_change=True,  # a resumed run may train for more steps, for example
+            settings=wandb.Settings(console="off", init_timeout=SECONDS, login_timeout=SECONDS, finish_timeout=SECONDS),
+        )
+        self.known = self.run.step  # steps before this one are there already: W&B's steps never go back
+
+    def scalars(self, step: int, values: dict) -> None:
+        if step >= self.known:
+            self.run.log(values, step=step)
+
+    def picture(self, step: int, name: str, picture) -> None:
+        self.scalars(step, {name: wandb.Image(picture)})
+
+    def summary(self, step: int, values: dict[str, float]) -> None:
+        self.scalars(step, values)
+        self.run.summary.update(values)
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
