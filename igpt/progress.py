@@ -24,31 +24,29 @@ def progress_bar(*iterable, **options) -> tqdm:
 
     Work of less than a minute leaves no line there. Set the postfix with refresh=False, or each change becomes a line.
     """
-    if _is_live():
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
         return tqdm(*iterable, dynamic_ncols=True, **options)
     calm = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES) | dict(miniters=1)
     if "bar_format" in options:
         options["bar_format"] = options["bar_format"].replace("|{bar}|", "")
     else:
         calm["ncols"] = 0  # tqdm's own format, without the bar
-    return tqdm(*iterable, file=LogLines(), **calm, **options)
+    bar = tqdm(*iterable, file=LogLines(), **calm, **options)
+    bar.said_at = -SECONDS_BETWEEN_LINES  # when `doing` wrote a line
+    return bar
 
 
 @contextlib.contextmanager
 def doing(bar: tqdm, what: str):
     """Shows before the bar what the block does, such as "saving". A log file says so once a minute at most."""
     bar.set_description_str(f"{what}: ", refresh=False)
-    if _is_live():
+    now, said_at = time.monotonic(), getattr(bar, "said_at", None)  # None: not in a log file
+    if said_at is None:
         bar.refresh()
-    elif (now := time.monotonic()) - getattr(bar, "said_at", -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
+    elif now - said_at >= SECONDS_BETWEEN_LINES:
         bar.said_at = now
         bar.refresh()
     try:
         yield
     finally:
         bar.set_description_str("", refresh=False)
-
-
-def _is_live() -> bool:
-    """Whether a bar can be drawn anew in its place."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -18,9 +18,9 @@ from igpt.probe.config import ProbeConfig
 from igpt.state import build_program
 from tests.helpers import ROOT
 
-TRAINABLE = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("probe_")]
+TRAINABLE = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("probe")]
 BERT = ["s:bert", "m:bert", "l:bert"]
-PROBES = [("probe_digits", ()), ("probe_imagenet", ())]
+PROBES = [("probe", ()), ("probe_digits", ()), ("probe_imagenet", ())]
 PROBES += [("probe_cifar10", (name,)) for name in ("cifar10", "cifar100", "stl10")]
 
 

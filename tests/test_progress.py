@@ -42,3 +42,15 @@ def test_a_terminal_gets_a_bar(seconds, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(seconds, steps=10, of_each=1.0)
     assert "\r" in capsys.readouterr().err
+
+
+def test_a_log_file_is_told_once_a_minute_at_most_what_goes_on(seconds, capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar(total=9, bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}") as bar:
+        for what in ("compiling", "evaluating", "saving"):
+            now[0] += 40.0
+            with progress.doing(bar, what):
+                pass
+    lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["compiling:   0% 0/9", "saving:   0% 0/9"]

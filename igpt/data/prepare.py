@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"passed over {counts['unreadable']} that cannot be read, named in {named}")
     height, width = settings["image_size"]
     flags = {
-        "config": "configs/digits.py",
+        "config": f"configs/{'photos' if settings['channels'] == 3 else 'digits'}.py",
         "workdir": f"runs/{Path(args.out).absolute().name}",
         "config.data.source": f"tokens:{args.out}",
         "config.data.image_size": f"({height},{width})",
