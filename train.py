@@ -108,7 +108,7 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> dict:
             if run.evaluation_is_missing:  # an earlier start was stopped before or during the evaluation
                 evaluator(state.params, step)
                 if not run.evaluation_is_missing:
-                    checkpoints.save(state, step)  # saves the step again, now with the evaluation's result
+                    journal.save(state, step)  # saves the step again, now with the evaluation's result
                 last_step = step if signal.requested() else run.last_step
 
             with journal.doing("compiling"):
@@ -130,8 +130,7 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> dict:
                 is_new = not stopping and evaluator(state.params, step)
                 stopping = signal.requested()
                 if stopping or is_new or train.is_due(step, train.checkpoint_every):
-                    with journal.doing("saving"):
-                        checkpoints.save(state, step)
+                    journal.save(state, step)
                 if stopping or run.has_ended_early:
                     break
                 journal.restart_clock(step)

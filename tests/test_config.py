@@ -17,7 +17,7 @@ def test_every_field_of_base_is_a_field_of_its_section():
     for name in SECTIONS:
         known = set(config.to_dict()[name])
         assert known == set(given[name]), name
-    assert set(config.to_dict()) == {*SECTIONS, "seed", "init_from"}
+    assert set(config.to_dict()) == {*SECTIONS, "seed", "init_from", "track"}
 
 
 def test_fields_that_may_change_on_resume_exist():

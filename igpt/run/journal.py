@@ -16,6 +16,7 @@ from igpt.run.checkpoint import Checkpoints
 from igpt.run.cluster import is_first_process
 from igpt.run.directory import RunDirectory
 from igpt.run.speed import Speed, TimeLeft, duration
+from igpt.state import TrainState
 from igpt.track.trackers import Trackers
 
 # The time left is an entry of the postfix: tqdm's own estimate would include the compilation.
@@ -131,6 +132,12 @@ class Journal:
             self.samples.mkdir(exist_ok=True)
             save_png(picture, self.samples / f"{step:07d}.png")
         self.trackers.picture(step, "samples", picture)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Saves a checkpoint, after all records up to it are stored: a resumed run does not write them again."""
+        with self.doing("saving"):
+            self.trackers.flush()
+            self.checkpoints.save(state, step)
 
     def doing(self, what: str) -> contextlib.AbstractContextManager:
         """Shows before the bar what the block does: compiling, evaluating, drawing or saving."""

@@ -43,11 +43,11 @@ class TensorBoard:
         for name, value in values.items():
             self._write(step, summary=scalar(name, value))
         if time.monotonic() > self.flush_at:
-            self._flush()
+            self.flush()
 
     def picture(self, step: int, name: str, picture) -> None:
         self._write(step, summary=image(name, picture, dataformats="HWC"))
-        self._flush()
+        self.flush()
 
     def summary(self, step: int, values: dict[str, float]) -> None:
         self.scalars(step, values)
@@ -63,6 +63,6 @@ class TensorBoard:
     def _write(self, step: int, **content) -> None:
         self.events.write_event(Event(step=step, wall_time=time.time(), **content))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self.events.flush()
         self.flush_at = time.monotonic() + FLUSH_SECONDS

@@ -42,6 +42,9 @@ class Tracker(Protocol):
     def summary(self, step: int, values: dict[str, float]) -> None:
         """Records final results, after the last step."""
 
+    def flush(self) -> None:
+        """Stores what was recorded so far, so that a kill does not lose it."""
+
     def close(self, failed: bool) -> None:
         """Writes what is not written yet. `failed` says whether the run ended in an exception."""
 
@@ -122,6 +125,12 @@ class Trackers:
                 with Image.open(picture) as image:
                     picture = np.asarray(image.convert("RGB"))
             self._each(lambda tracker: tracker.picture(step, name, picture))
+
+    def flush(self) -> None:
+        """Stores what was recorded so far. Call this method before a checkpoint: a resumed run goes on after it."""
+        if self.lines is not None:
+            self.lines.sync()
+            self._each(lambda tracker: tracker.flush())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name in list(self.others):

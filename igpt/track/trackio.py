@@ -31,6 +31,9 @@ class Trackio:
     def summary(self, step: int, values: dict[str, float]) -> None:
         self.scalars(step, values)
 
+    def flush(self) -> None:
+        """Does nothing: trackio's own thread writes every half second."""
+
     def close(self, failed: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             trackio.finish()

@@ -49,7 +49,7 @@ def test_values_that_no_probe_could_use_are_refused(changes, message):
 def test_a_missing_field_is_named():
     config = probe_digits.get_config()
     del config.layers
-    with pytest.raises(UserError, match="has no layers; start from configs/probe_digits.py"):
+    with pytest.raises(UserError, match="has no layers; start from configs/probe.py"):
         ProbeConfig.of(config)
     config = probe_digits.get_config()
     del config.sgd.steps

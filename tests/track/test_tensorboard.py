@@ -43,6 +43,16 @@ def test_a_session_is_marked_as_ended_unless_it_failed(tmp_path, failed):
     assert {"eval/loss", "test/accuracy", "probe/accuracy"} <= set(columns)
 
 
+def test_a_kill_loses_nothing_from_before_a_flush(tmp_path):
+    writer = TensorBoard(tmp_path, CONFIG, after=0)
+    writer.picture(0, "palette", np.zeros((4, 6, 3), np.uint8))  # the next flush is 30 seconds away
+    writer.scalars(1, {"train/loss": 2.5})
+    assert not of_tensorboard(tmp_path)[0]
+    writer.flush()
+    assert of_tensorboard(tmp_path)[0] == {(1, "train/loss"): 2.5}
+    writer.close(failed=False)
+
+
 def test_a_full_disk_raises_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard, "FLUSH_SECONDS", 0)
     writer = TensorBoard(tmp_path, CONFIG, after=0)
