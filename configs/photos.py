@@ -6,7 +6,7 @@
 
 Sub-folders are classes, if there are any. More pictures deserve more steps: --config.train.steps.
 
-Cost: COST
+Cost: not run to its end here yet, so we promise no figure; the run tells its time after the first steps.
 """
 
 from ml_collections import ConfigDict
