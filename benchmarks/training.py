@@ -1,10 +1,16 @@
-"""Measures training steps on the CPU: ours beside transformers' ImageGPT in PyTorch, eager and under torch.compile.
+"""Measures training steps: ours beside PyTorch, alternating, each in a process of its own.
 
 pip install -e ".[bench]"
 python benchmarks/training.py --out=benchmarks/results/training_cpu.json
+python benchmarks/training.py --device=gpu --out=benchmarks/results/training_gpu.json
 
-Each contestant lives in a process of its own, which waits while another one computes: they alternate, and each has its
-own peak of memory. Ours starts as train.py does, with huge pages where they help. So does one of the eager peers.
+On CPUs, in float32, the peer is transformers' ImageGPT, eager and under torch.compile. Ours starts as train.py does,
+with huge pages where they help. So does one of the eager peers. On one GPU, in bfloat16, the peer is our network in
+PyTorch with scaled_dot_product_attention under torch.compile (twin.py), and the model FLOPs utilisation is printed
+beside its goal. --tiny tries a small network on whatever device there is.
+
+On CPUs all processes live at once and take turns, each waiting while another one computes. A GPU has no room for two of
+these networks: there, one process after the other makes its turns and ends, twice over.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from report import write
@@ -23,17 +30,53 @@ from report import write
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for configs/
 
-CASES = {  # case -> (fields of the model, colours, side of the image, images in a batch, steps in a turn, turns)
-    "digits, batch 16": (dict(width=128, depth=4, num_heads=4), 17, 8, 16, 20, 7),
-    "digits, batch 64": (dict(width=128, depth=4, num_heads=4), 17, 8, 64, 5, 7),
-    "width 512, depth 4, 1,024 tokens, batch 4": (dict(width=512, depth=4, num_heads=8), 512, 32, 4, 1, 5),
-    "iGPT-S, 1,024 tokens, batch 1": (dict(width=512, depth=24, num_heads=8), 512, 32, 1, 1, 3),
+SIZES = {  # as in igpt.model.PRESETS, which imports JAX
+    "S": dict(width=512, depth=24, num_heads=8),
+    "M": dict(width=1024, depth=36, num_heads=8),
+    "L": dict(width=1536, depth=48, num_heads=16),
 }
-KINDS = ("ours", "eager", "eager, huge pages", "torch.compile")
 
 
-def ours(case: str):
-    """Returns a function that makes one update."""
+class Case(NamedTuple):
+    """A network and its batch; each process makes `steps` updates a turn, for `turns` turns. `goal` is an MFU."""
+
+    model: dict
+    colors: int
+    side: int
+    batch_size: int
+    steps: int
+    turns: int
+    goal: float | None = None
+
+
+CASES = {
+    "digits, batch 16": Case(dict(width=128, depth=4, num_heads=4), 17, 8, 16, 20, 7),
+    "digits, batch 64": Case(dict(width=128, depth=4, num_heads=4), 17, 8, 64, 5, 7),
+    "width 512, depth 4, 1,024 tokens, batch 4": Case(dict(width=512, depth=4, num_heads=8), 512, 32, 4, 1, 5),
+    "iGPT-S, 1,024 tokens, batch 1": Case(SIZES["S"], 512, 32, 1, 1, 3),
+}
+GPU_CASES = {
+    "iGPT-S": Case(SIZES["S"], 512, 32, 32, 10, 5, goal=0.35),
+    "iGPT-M": Case(SIZES["M"], 512, 32, 16, 5, 5, goal=0.47),
+    "iGPT-L": Case(SIZES["L"], 512, 32, 8, 5, 5, goal=0.50),
+}
+TINY = Case(dict(width=32, depth=2, num_heads=2), 17, 8, 2, 1, 2, goal=0.35)
+KINDS = {
+    "cpu": ("ours", "eager", "eager, huge pages", "torch.compile"),
+    "gpu": ("ours", "ours, remat minimal", "torch.compile, SDPA"),
+}
+GPU_ROUNDS = 2
+
+
+def case_of(args) -> tuple[str, Case]:
+    """The first case that the command line names, with the changes that it asks for."""
+    name = args.cases[0]
+    case = TINY if args.tiny else (GPU_CASES if args.device == "gpu" else CASES)[name]
+    return name, case._replace(batch_size=args.batch_size) if args.batch_size else case
+
+
+def ours(case: Case, device: str, kind: str):
+    """Returns (a function that makes one update, a function that tells the peak of memory on the device)."""
     import jax
 
     from configs import digits
@@ -41,14 +84,16 @@ def ours(case: str):
     from igpt.sharding import make_mesh, to_devices
     from igpt.state import build_program
 
-    model, colors, side, batch_size, *_ = CASES[case]
     config = digits.get_config()
-    config.model.update(model)
-    config.palette.colors, config.data.image_size, config.train.batch_size = colors, (side, side), batch_size
-    mesh = make_mesh()
+    config.model.update(case.model)
+    config.palette.colors, config.data.image_size = case.colors, (case.side, case.side)
+    config.train.batch_size = case.batch_size
+    if device == "gpu":
+        config.model.update(remat="minimal" if "minimal" in kind else "none", scan_layers=True)
+    mesh = make_mesh(devices=jax.devices()[:1])
     program = build_program(Config.of(config, trains=True), mesh)
     state = program.create_state(seed=0)
-    batch = to_devices({"tokens": tokens(case)}, batch_size, mesh)
+    batch = to_devices({"tokens": tokens(case)}, case.batch_size, mesh)
 
     def update():
         nonlocal state
@@ -56,107 +101,179 @@ def ours(case: str):
             state, metrics = program.train_step(state, batch)
             jax.block_until_ready((state, metrics))
 
-    return update
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return update, lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    return update, of_process
 
 
-def theirs(case: str, compiled: bool):
-    """Returns a function that makes one update of the peer."""
+def theirs(case: Case, kind: str):
+    """As `ours`, for a peer."""
     import torch
-    from peer import transformers_model
 
-    from igpt.model import ModelConfig
+    from igpt.model import ModelConfig, count_params
 
-    fields, colors, side, *_ = CASES[case]
-    model = transformers_model(ModelConfig(**fields, vocab_size=colors, seq_len=side * side)).train()
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    targets = torch.from_numpy(tokens(case)).long()
-    inputs = torch.cat([torch.full_like(targets[:, :1], colors), targets[:, :-1]], dim=1)
+    network = ModelConfig(**case.model, vocab_size=case.colors, seq_len=case.side**2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "torch.compile, SDPA":
+        from twin import Twin
+
+        model = Twin(network).to(device)
+        assert sum(p.numel() for p in model.parameters()) == count_params(network), "the twin is another network"
+        torch.set_float32_matmul_precision("high")
+        call = torch.compile(model)
+    else:
+        from peer import transformers_model
+
+        model = transformers_model(network).train()
+        compiled = torch.compile(model) if kind == "torch.compile" else model
+
+        def call(inputs):
+            return compiled(inputs, use_cache=False).logits
+
+    fused = dict(fused=True) if device == "cuda" else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, **fused)
+    targets = torch.from_numpy(tokens(case)).long().to(device)
+    inputs = torch.cat([torch.full_like(targets[:, :1], case.colors), targets[:, :-1]], dim=1)
 
     def update():
-        logits = forward(inputs, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        with torch.autocast(device, torch.bfloat16, enabled="SDPA" in kind):
+            logits = call(inputs)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        loss.item()
+        loss.item()  # waits for the device
 
-    return update
-
-
-def tokens(case: str) -> np.ndarray:
-    _, colors, side, batch_size, *_ = CASES[case]
-    return np.random.default_rng(0).integers(0, colors, (batch_size, side * side)).astype(np.int32)
+    return update, torch.cuda.max_memory_allocated if device == "cuda" else of_process
 
 
-def work(case: str, kind: str) -> None:
+def of_process() -> int:
+    """The peak of this process's memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tokens(case: Case) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, case.colors, (case.batch_size, case.side**2)).astype(np.int32)
+
+
+def work(args) -> None:
     """For each line on stdin, makes a turn's updates and prints the seconds of each and the peak of memory so far."""
-    update = ours(case) if kind == "ours" else theirs(case, kind == "torch.compile")
-    for _ in range(2):
+    _, case = case_of(args)
+    mine = args.worker.startswith("ours")
+    update, peak = ours(case, args.device, args.worker) if mine else theirs(case, args.worker)
+    for _ in range(3):
         update()
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        for _ in range(CASES[case][4]):
+        for _ in range(case.steps):
             update()
-        seconds = (time.perf_counter() - start) / CASES[case][4]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        seconds = (time.perf_counter() - start) / case.steps
+        print(json.dumps({"seconds": seconds, "peak": peak()}), flush=True)
 
 
-def start(case: str, kind: str) -> subprocess.Popen:
+def start(name: str, kind: str, args) -> subprocess.Popen:
     from igpt import huge_pages
 
-    environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
-    if kind in ("ours", "eager, huge pages") and huge_pages.are_useful([]):
-        environment["GLIBC_TUNABLES"] = f"{huge_pages.TUNABLE}=1"
-    command = [sys.executable, __file__, "--out=", "--cases", case, f"--worker={kind}"]
+    environment = dict(os.environ)
+    if args.device == "cpu":
+        environment["JAX_PLATFORMS"] = "cpu"
+        if kind in ("ours", "eager, huge pages") and huge_pages.are_useful([]):
+            environment["GLIBC_TUNABLES"] = f"{huge_pages.TUNABLE}=1"
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU's memory, all for this process
+    flags = [f"--device={args.device}", f"--batch_size={args.batch_size}"]
+    flags += ["--tiny"] if args.tiny else []
+    command = [sys.executable, __file__, "--out=", "--cases", name, f"--worker={kind}", *flags]
     worker = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while worker.stdout.readline() not in ("ready\n", ""):
-        continue
+    while (line := worker.stdout.readline()) != "ready\n":
+        if not line:
+            sys.exit(f"{name}: the process of {kind!r} ended before its first step")
     return worker
 
 
-def measure(case: str) -> dict:
-    workers = {kind: start(case, kind) for kind in KINDS}
-    found = {kind: [] for kind in KINDS}
-    for _ in range(CASES[case][5]):
-        for kind, worker in workers.items():
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            found[kind].append(json.loads(worker.stdout.readline()))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+def take_turn(worker: subprocess.Popen) -> dict:
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    return json.loads(worker.stdout.readline())
+
+
+def end(worker: subprocess.Popen) -> None:
+    worker.stdin.close()
+    worker.wait()
+
+
+def measure(name: str, case: Case, args) -> dict:
+    kinds = KINDS[args.device]
+    found = {kind: [] for kind in kinds}
+    if args.device == "gpu":
+        for kind in kinds * GPU_ROUNDS:
+            worker = start(name, kind, args)
+            found[kind] += [take_turn(worker) for _ in range(case.turns)]
+            end(worker)
+    else:
+        workers = {kind: start(name, kind, args) for kind in kinds}
+        for _ in range(case.turns):
+            for kind, worker in workers.items():
+                found[kind].append(take_turn(worker))
+        for worker in workers.values():
+            end(worker)
     seconds = {kind: [turn["seconds"] for turn in turns] for kind, turns in found.items()}
     ratio = {  # the median of the ratios of neighbouring turns
         kind: statistics.median(peer / mine for peer, mine in zip(seconds[kind], seconds["ours"], strict=True))
-        for kind in KINDS[1:]
+        for kind in kinds[1:]
     }
     return {
-        "case": case,
+        "case": name,
+        "batch_size": case.batch_size,
         "seconds": {kind: statistics.median(each) for kind, each in seconds.items()},
         "times_as_fast_as": ratio,
         "peak_bytes": {kind: turns[-1]["peak"] for kind, turns in found.items()},
     }
 
 
+def utilisation(case: Case, row: dict) -> dict:
+    """The causal MFU of each contestant on this GPU, beside the goal; none where the peak of the device is unknown."""
+    import jax
+
+    from igpt.flops import PEAK_FLOPS, train_flops_per_image
+    from igpt.model import ModelConfig
+
+    flops = train_flops_per_image(ModelConfig(**case.model, vocab_size=case.colors, seq_len=case.side**2))
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    shares = {kind: peak and flops * case.batch_size / seconds / peak for kind, seconds in row["seconds"].items()}
+    return {"mfu_causal": shares, "goal_mfu_causal": case.goal}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
-    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=KINDS, default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *GPU_CASES], help="default: all of the device")
+    parser.add_argument("--batch_size", type=int, default=0, help="instead of each case's own")
+    parser.add_argument("--tiny", action="store_true", help="a small network, to try the command")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.cases[0], args.worker)
-    rows = []
-    for case in args.cases:
-        rows.append(measure(case))
-        row = rows[-1]
-        print(f"{case}: {row['seconds']['ours']:.4f} s a step", end="")
-        print("".join(f"; {ratio:.2f} x {kind}" for kind, ratio in row["times_as_fast_as"].items()), flush=True)
-    write(args.out, {"what": "one update, float32, medians; peers: transformers' ImageGPT", "rows": rows})
+        return work(args)
+    names, rows = args.cases or list(GPU_CASES if args.device == "gpu" else CASES), []
+    for name in names:
+        args.cases = [name]
+        _, case = case_of(args)
+        rows.append(measure(name, case, args))
+    for name, row in zip(names, rows, strict=True):  # JAX starts here, when the GPU's memory is free again
+        args.cases = [name]
+        if args.device == "gpu":
+            row |= utilisation(case_of(args)[1], row)
+        print(f"{name}: {row['seconds']['ours']:.4f} s a step", end="")
+        print("".join(f"; {ratio:.2f} x {kind}" for kind, ratio in row["times_as_fast_as"].items()), end="")
+        shares = row.get("mfu_causal", {}).items()
+        print("".join(f"; MFU {kind} {share:.1%}" for kind, share in shares if share), end="")
+        print(f" (goal {row['goal_mfu_causal']:.0%})" if "goal_mfu_causal" in row else "", flush=True)
+    kind = "bfloat16" if args.device == "gpu" else "float32"
+    peer = "our network in PyTorch" if args.device == "gpu" else "transformers' ImageGPT"
+    write(args.out, {"what": f"one update, {kind}, medians; peers: {peer}", "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn", "fused", "splash")
 SPLASH_BLOCKS = (512, 256, 128)  # block sizes for `splash`, in positions; it uses the largest that divides T
+CUDNN_SHORTEST = 64  # positions, a tile of cuDNN's kernels; sampling starts with a sequence of one position
 
 
 def attention(
@@ -29,6 +30,7 @@ def attention(
     """Softmax attention with the given back end. Dropout of attention weights needs the back end `reference` and a key.
 
     `fused` and `splash` need a T that whole blocks fill; for others, which sampling uses, `chunked` runs instead.
+    A sequence that is shorter than a tile of `cudnn` gets the reference.
     Where the mesh leaves a device a number of heads that `fused` cannot group, `splash` runs instead.
     """
     if key is not None and dropout > 0.0:
@@ -39,10 +41,10 @@ def attention(
             return _tpu_kernel(q, k, v, backend, causal)
         case "chunked" | "fused" | "splash" if q.shape[1] > chunked.BLOCK:
             return chunked.chunked_attention(q, k, v, causal)
-        case "reference" | "chunked" | "fused" | "splash":  # a single block: `chunked` saves neither time nor memory
-            return _reference(q, k, v, causal)
-        case "cudnn":
+        case "cudnn" if q.shape[1] >= CUDNN_SHORTEST:
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        case "reference" | "chunked" | "cudnn" | "fused" | "splash":  # one block: `chunked` saves no time or memory
+            return _reference(q, k, v, causal)
     raise UserError(f"unknown attention back end {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 

@@ -141,13 +141,21 @@ def test_the_back_end_is_never_chosen_silently():
         attention(*random_qkv(3), backend="flash")
 
 
+def test_a_sequence_shorter_than_cudnns_tile_takes_another_way():
+    q, k, v = random_qkv(63)
+    np.testing.assert_array_equal(*(attention(q, k, v, backend=backend) for backend in ("cudnn", "reference")))
+
+
 @pytest.mark.gpu
-def test_cudnn_equals_the_reference_in_value_and_gradient():
-    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(256, heads=4, size=64))
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "size"), [(64, 32), (784, 64), (1024, 64), (1024, 96), (2304, 96), (4096, 128)])
+def test_cudnn_equals_the_reference_in_value_and_gradient(length, size, causal):
+    assert jax.devices()[0].platform == "gpu"
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(length, heads=2, size=size))
 
     def value_and_grads(backend):
         def total(q, k, v):
-            return jnp.sum(attention(q, k, v, backend=backend).astype(jnp.float32) ** 2)
+            return jnp.sum(attention(q, k, v, backend=backend, causal=causal).astype(jnp.float32) ** 2)
 
         return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
 

@@ -259,6 +259,33 @@ def test_the_changelog_names_the_new_place_of_every_module():
         assert importlib.util.find_spec(module), module
 
 
+def test_the_speed_page_is_made_from_the_recorded_figures():
+    made = runpy.run_path(str(ROOT / "benchmarks" / "speed_page.py"))["page"]()
+    assert DOCUMENTS["speed.md"] == made, "run python benchmarks/speed_page.py"
+
+
+def test_the_speed_page_shows_a_gpu_once_it_has_been_measured(tmp_path):
+    names = runpy.run_path(str(ROOT / "benchmarks" / "speed_page.py"))
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    seconds = {"ours": 0.123, "torch.compile, SDPA": 0.2}
+    row = {
+        "case": "iGPT-S",
+        "batch_size": 32,
+        "seconds": seconds,
+        "mfu_causal": {"ours": 0.414, "torch.compile, SDPA": None},
+    }
+    training = {"device": "NVIDIA H200", "rows": [row | {"goal_mfu_causal": 0.35}]}
+    speeds = {"images_per_s": {"ours": 123.4, "transformers": 5.67}, "share_of_bound": 0.61, "goal_images_per_s": 90}
+    sampling = {"device": "NVIDIA H200", "rows": [{"size": "s", "batch_size": 128} | speeds]}
+    (tmp_path / "training_gpu.json").write_text(json.dumps(training))
+    (tmp_path / "sampling_gpu.json").write_text(json.dumps(sampling))
+    with mock.patch.dict(names["page"].__globals__, RESULTS=tmp_path):
+        made = names["page"]()
+    assert "| iGPT-S | 32 | 0.123 | 0.200 | 41 % | - | 35 % |" in made and "measured on a TPU yet" in made
+    assert "| S | 128 | 123 | 5.7 | 61 % | 90 |" in made and "on NVIDIA H200" in made
+
+
 # The examples of the Hugging Face guide
 
 

@@ -1,0 +1,33 @@
+#!/bin/bash
+# All that waits for an NVIDIA GPU: the tests, and the figures of docs/speed.md. About an hour on an H100 or H200.
+#
+#     pip install -e ".[gpu,bench,test]"
+#     bash benchmarks/gpu.sh
+#     TINY=1 bash benchmarks/gpu.sh    tries every command with small networks, on any machine; keeps no figures
+#
+# Goals, printed beside the figures: MFU (causal) of 35 % for S, 47 % for M and 50 % for L, and no slower than the twin
+# in PyTorch; 90, 30 and 15 images/s in sampling.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD
+out=benchmarks/results tiny=() quick=() collect=() failed=()
+if [ -n "${TINY:-}" ]; then
+    out=$(mktemp -d) tiny=(--tiny) quick=(--repeats=1 --rounds=1) collect=(--collect-only)
+fi
+
+try() { # goes on after a command that fails, and names it at the end
+    echo "== $*"
+    "$@" || failed+=("$*")
+}
+
+try python -m pytest -q -n 0 -m gpu "${collect[@]}"
+try python benchmarks/training.py --device=gpu "${tiny[@]}" --out="$out/training_gpu.json"
+try python benchmarks/sampling_gpu.py "${tiny[@]}" --out="$out/sampling_gpu.json"
+try python benchmarks/data.py "${quick[@]}" --out="$out/data_gpu.json"
+if [ -z "${TINY:-}" ]; then
+    try python benchmarks/speed_page.py
+fi
+for command in "${failed[@]}"; do
+    echo "failed: $command"
+done
+[ ${#failed[@]} -eq 0 ]

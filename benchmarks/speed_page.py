@@ -1,0 +1,302 @@
+"""Makes docs/speed.md from the figures in benchmarks/results/. A test compares the committed page with what this makes.
+
+python benchmarks/speed_page.py
+"""
+
+import argparse
+import json
+import re
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GIB = 2**30
+UNBROKEN = dict(break_long_words=False, break_on_hyphens=False)
+
+PAGE = """\
+# Speed
+
+Everything here was measured on 2 CPU cores in float32, ours and the peer in one run, unless it says
+otherwise. {unmeasured} Each file in `benchmarks/results/` holds its figures, its command, the machine and
+the versions. The older files name modules that are now sub-commands of `igpt`. `benchmarks/speed_page.py`
+makes this page from those files.
+
+## Sampling
+
+{sampling}
+
+## Start
+
+From Enter to the first step of the quickstart {cold_step:.1f} s, and {warm_step:.1f} s when its programs
+were compiled before; to one sample {cold_sample:.1f} and {warm_sample:.1f} s. The whole command takes
+{now_seconds:.0f} s, from cold, where the version before kept programs, huge pages and joined batches took
+{before_seconds:.0f} s, with validation losses of {now_loss:.3f} and {before_loss:.3f}
+(`benchmarks/start.py`, `benchmarks/results/start_cpu.json`; one run each).
+
+## Training
+
+Beside transformers' ImageGPT in PyTorch (`benchmarks/training.py`, `benchmarks/results/training_cpu.json`).
+Above 1, ours is faster. All contestants of a case are in memory at once and take turns:
+
+{training}
+
+So ours is not faster on this CPU yet. Single trials gave up to 1.5 times eager's speed; the machine's noise
+is large.
+
+Causal attention, forward and backward, with the `chunked` back end takes {attention_time} of the
+reference's time. It takes {attention_memory} of its memory. The shapes are those of iGPT-S, M, L and L at
+48 x 48 (`benchmarks/attention.py`, `benchmarks/results/attention_cpu.json`).
+
+{cost}
+
+## GPUs
+
+{gpu}
+
+## Data
+
+Measured by `benchmarks/data.py` (`benchmarks/results/data_cpu.json`):
+
+{data}
+
+A training step of the digits network is as fast with the loader as with one batch that stays on the device.
+The difference, {loader:.1f} % {loader_sign}, is within the machine's noise.
+
+## The image processor
+
+1,024 images of 32 x 32 become tokens of 512 colours (`benchmarks/processor.py`,
+`benchmarks/results/processor_cpu.json`), in images/s. The peer is transformers' PIL processor.
+
+{processor}
+
+The first call fills the table of colours. Of {tokens:,} tokens {differing} differs from transformers',
+where two clusters are almost equally near.
+
+## Probes
+
+Fitting five layers of the digits network (1,258 x 128 features) with ten penalties each, choosing and
+testing (`benchmarks/probe.py`, `benchmarks/results/probe_cpu.json`), in processor seconds:
+
+{probe}
+
+The README's probe fits eleven such sets; the whole command takes 19 processor seconds (254 before), most of
+them for compiling the network and computing features. scikit-learn has one thread. With two, which wait for
+each other, it took many times as long.
+
+## Import
+
+An L-sized Hugging Face directory ({weights:.2f} GB) is imported in {import_seconds:.0f} s with at most
+{import_peak:.1f} GB of memory (`benchmarks/import_memory.py`, `benchmarks/results/import_memory.json`).
+"""
+
+OLD_SAMPLING = """\
+8 images at a time, with the KV cache (`benchmarks/results/sampling_cpu.json`, in images/s). These figures
+are of the sampler before its cache grew in segments, by an earlier `benchmarks/sampling.py`; the present
+one was not measured yet:
+"""
+SAMPLING = """\
+With the KV cache, top-k {top_k} (`benchmarks/sampling.py`, `benchmarks/results/sampling_cpu.json`). The
+bound is the time to read all parameters and the filled part of the cache at the bandwidth that the same run
+measured:
+"""
+COST = """\
+How a step's time and memory grow: exponents fitted to half and double of each size of a middle network,
+depth 4, width 256, 256 tokens and 8 images (`benchmarks/cost.py`, `benchmarks/results/cost_cpu.json`). The
+expected ones are fitted to the FLOPs of `igpt/flops.py`, and to the bytes that XLA plans for the step.
+
+{table}
+"""
+COMPILED = """\
+`bash benchmarks/gpu.sh` runs everything that waits for an NVIDIA GPU: the tests (`-m gpu`), training of S,
+M and L beside the same network in PyTorch (`benchmarks/twin.py`: SDPA, torch.compile, bfloat16), sampling,
+and the loader. Without a GPU, tests prove this much (`tests/test_cuda.py`):
+
+- The training step of every size lowers for CUDA with cuDNN's attention, forward and backward, and without
+  T x T scores, on one device and on `data`, `fsdp` and `tensor` meshes. When XLA splits the step, each
+  device gets its own examples and heads.
+- XLA compiles the steps for H100s that are not there (`-m gpu_compile`).
+
+Whether cuDNN has a kernel for each shape, what it computes, and how fast it is, only a GPU can tell.
+"""
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(head: list, rows: list) -> str:
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *others]).replace("|  |", "| |")
+
+
+def wrapped(text: str) -> str:
+    """Breaks the lines of paragraphs and of lists anew, since figures differ in length."""
+    blocks = []
+    for block in re.split(r"\n\n+", text.strip()):
+        items = re.split(r"\n(?=- )", block) if block.startswith("- ") else [block]
+        if not block.startswith(("|", "#")):
+            items = [" ".join(item.split()) for item in items]
+            indent = "  " if block.startswith("- ") else ""
+            items = [textwrap.fill(item, 120, subsequent_indent=indent, **UNBROKEN) for item in items]
+        blocks.append("\n".join(items))
+    return "\n\n".join(blocks) + "\n"
+
+
+def speed(value: float) -> str:
+    """Whole numbers from 100 on, else two digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.2g}".rstrip(".")
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def sampling() -> str:
+    results = read("sampling_cpu.json")
+    rows, source = results["rows"], ("ours", "transformers", "without_cache")
+    if "tokens_per_s" not in rows[0]:
+        head = ["images", "ours", "transformers' ImageGPT", "ours without a cache"]
+        cells = [[row["model"].split(", ")[1], *(speed(row["images_per_s"][name]) for name in source)] for row in rows]
+        return f"{OLD_SAMPLING}\n{table(head, cells)}"
+    names = list(dict.fromkeys(name for row in rows for name in row["tokens_per_s"]))
+    head = ["model", "images", *(f"{name}, tokens/s" for name in names), "share of the bound"]
+    cells = [
+        [row["model"], str(row["batch_size"])]
+        + [speed(row["tokens_per_s"][name]) if name in row["tokens_per_s"] else "-" for name in names]
+        + [share(row["share_of_bound"])]
+        for row in rows
+    ]
+    return f"{SAMPLING.format(**results)}\n{table(head, cells)}"
+
+
+def training(name: str) -> str:
+    peers = ("eager", "torch.compile")
+    head = ["case", "seconds a step", "times as fast as eager", "as torch.compile"]
+    head += ["peak GiB, ours", "eager", "torch.compile"]
+    rows = []
+    for row in read(name)["rows"]:
+        memory = [f"{row['peak_bytes'][kind] / GIB:.1f}" for kind in ("ours", *peers)]
+        ratios = [f"{row['times_as_fast_as'][kind]:.2f}" for kind in peers]
+        rows.append([row["case"], f"{row['seconds']['ours']:.2f}", *ratios, *memory])
+    return table(head, rows)
+
+
+def gpu() -> str:
+    """What a GPU measured, if one has, and what was proven without one."""
+    parts = []
+    if (RESULTS / "training_gpu.json").exists():
+        results, rows = read("training_gpu.json"), []
+        for row in results["rows"]:
+            kinds = list(row["seconds"])
+            rows.append([row["case"], str(row["batch_size"]), *(f"{row['seconds'][kind]:.3f}" for kind in kinds)])
+            rows[-1] += [share(mfu) if mfu else "-" for mfu in row["mfu_causal"].values()]
+            rows[-1].append(share(row["goal_mfu_causal"]))
+        head = ["network", "batch", *(f"{kind}, s" for kind in kinds), *(f"MFU, {kind}" for kind in kinds), "goal"]
+        parts.append(f"Training steps in bfloat16 on {results['device']}:\n\n{table(head, rows)}\n")
+    if (RESULTS / "sampling_gpu.json").exists():
+        results = read("sampling_gpu.json")
+        head = ["size", "images at a time", "ours, images/s", "transformers", "share of the bound", "goal, images/s"]
+        rows = [
+            [row["size"].upper(), str(row["batch_size"]), *map(speed, row["images_per_s"].values())]
+            for row in results["rows"]
+        ]
+        for cells, row in zip(rows, results["rows"], strict=True):
+            cells += [share(row["share_of_bound"]), str(row["goal_images_per_s"])]
+        parts.append(f"Sampling in bfloat16 on {results['device']}:\n\n{table(head, rows)}\n")
+    return "\n".join([*parts, COMPILED]).strip()
+
+
+def cost() -> str:
+    if not (RESULTS / "cost_cpu.json").exists():
+        return ""
+    pairs = (("seconds", "flops"), ("bytes", "planned_bytes"))
+    head = ["with", "time", "expected", "memory", "expected"]
+    rows = [
+        [name, *(f"{found[key]:.2f}" for pair in pairs for key in pair)]
+        for name, found in read("cost_cpu.json")["exponents"].items()
+    ]
+    return COST.format(table=table(head, rows))
+
+
+def data(results: dict) -> str:
+    jpegs = results["jpegs_500_x_375_per_s_on_one_thread"]
+    rates = {
+        "prepared tokens into batches of 32 x 32": round(results["prepared_images_per_s_into_batches"], -3),
+        "uint8 images into tokens of 512 colours": round(results["images_per_s_quantised"], -3),
+        "JPEG files of 500 x 375 on one thread, shrunk": jpegs["shrink"],
+        "the same files, cropped as the paper crops ImageNet": jpegs["crop"],
+        "the same files, Pillow's decoding alone": jpegs["pillow_decoding_alone"],
+    }
+    return table(["step", "images/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()])
+
+
+def processor(rows: list) -> str:
+    photo, noise = (next(row for row in rows if row["images"] == kind) for kind in ("photo", "noise"))  # one array each
+    head = ["images", "ours", "transformers, all in one call", "transformers, 64 at a time"]
+    cells = [
+        [name, f"{round(row['ours'], -3):,.0f}", f"{row['transformers']:.0f}", f"{row['transformers_in_batches']:.0f}"]
+        for name, row in (
+            ("pieces of photographs", photo["images_per_s"]),
+            ("noise, the worst case", noise["images_per_s"]),
+        )
+    ]
+    first = photo["first_call_images_per_s"]
+    cells.append(["pieces of photographs, the first call", f"{first['ours']:,.0f}", f"{first['transformers']:.0f}", ""])
+    return table(head, cells)
+
+
+def page() -> str:
+    starts, quickstart = (read("start_cpu.json")[name] for name in ("starts", "quickstart"))
+    chunked = [row for row in read("attention_cpu.json")["rows"] if row["backend"] == "chunked" and row["chunk"] == 256]
+    rows, imported = read("processor_cpu.json")["rows"], read("import_memory.json")
+    results, solvers = read("data_cpu.json"), read("probe_cpu.json")["quickstart"]["processor_seconds"]
+    compared = [row for row in rows if "tokens" in row]
+    slower = results["training_step"]["slower_by"]
+    unmeasured = "a GPU or a TPU" if not (RESULTS / "training_gpu.json").exists() else "a TPU"
+
+    def span(name: str) -> str:
+        values = [row[name] for row in chunked]
+        return f"{min(values):.2f} to {max(values):.2f}"
+
+    filled = PAGE.format(
+        unmeasured=f"**Nothing has been measured on {unmeasured} yet.**",
+        sampling=sampling(),
+        cold_step=starts["cold"]["first_step"],
+        warm_step=starts["warm"]["first_step"],
+        cold_sample=starts["cold"]["sample"],
+        warm_sample=starts["warm"]["sample"],
+        now_seconds=quickstart["now"][0]["seconds"],
+        now_loss=quickstart["now"][0]["validation_loss"],
+        before_seconds=quickstart["before"][0]["seconds"],
+        before_loss=quickstart["before"][0]["validation_loss"],
+        training=training("training_cpu.json"),
+        attention_time=span("time_ratio"),
+        attention_memory=span("memory_ratio"),
+        cost=cost(),
+        gpu=gpu(),
+        data=data(results),
+        loader=100 * abs(slower),
+        loader_sign="slower" if slower > 0 else "faster",
+        processor=processor(rows),
+        tokens=sum(row["tokens"] for row in compared),
+        differing={1: "one"}.get(count := sum(row["tokens_that_differ"] for row in compared), str(count)),
+        probe=table(
+            ['ours (`solver="auto"`)', "scikit-learn", "scikit-learn, newton-cg with warm starts"],
+            [[f"{solvers[name]:.2f}" for name in ("ours", "scikit_learn", "scikit_learn_newton_cg")]],
+        ),
+        weights=imported["weights_bytes"] / 1e9,
+        import_seconds=imported["seconds"],
+        import_peak=imported["peak_bytes"] / 1e9,
+    )
+    return wrapped(filled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=ROOT / "docs" / "speed.md", type=Path, help="default: docs/speed.md")
+    parser.parse_args().out.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
