@@ -10,9 +10,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
-out=benchmarks/results tiny=() quick=() collect=() failed=()
+out=benchmarks/results training=() sampling=() data=() tests=() failed=()
 if [ -n "${TINY:-}" ]; then
-    out=$(mktemp -d) tiny=(--tiny) quick=(--repeats=1 --rounds=1) collect=(--collect-only)
+    out=$(mktemp -d) training=(--tiny --cases iGPT-S) sampling=(--tiny --sizes s)
+    data=(--repeats=1 --rounds=1) tests=(tests/test_attention.py --collect-only)
 fi
 
 try() { # goes on after a command that fails, and names it at the end
@@ -20,10 +21,10 @@ try() { # goes on after a command that fails, and names it at the end
     "$@" || failed+=("$*")
 }
 
-try python -m pytest -q -n 0 -m gpu "${collect[@]}"
-try python benchmarks/training.py --device=gpu "${tiny[@]}" --out="$out/training_gpu.json"
-try python benchmarks/sampling_gpu.py "${tiny[@]}" --out="$out/sampling_gpu.json"
-try python benchmarks/data.py "${quick[@]}" --out="$out/data_gpu.json"
+try python -m pytest -q -n 0 -m gpu "${tests[@]}"
+try python benchmarks/training.py --device=gpu "${training[@]}" --out="$out/training_gpu.json"
+try python benchmarks/sampling_gpu.py "${sampling[@]}" --out="$out/sampling_gpu.json"
+try python benchmarks/data.py "${data[@]}" --out="$out/data_gpu.json"
 if [ -z "${TINY:-}" ]; then
     try python benchmarks/speed_page.py
 fi
