@@ -4,13 +4,13 @@ python benchmarks/cost.py --out=benchmarks/results/cost_cpu.json
 
 From a middle network, one size at a time is halved and doubled. A line through the logarithms gives its exponent, for
 the measured step and for what is expected: the FLOPs of igpt/flops.py, and the bytes that XLA plans for the step. Each
-case runs in a process of its own. Its memory is the process's peak, minus what it holds before the network exists.
+case runs in a process of its own. Time is processor time, which other programs on the machine hardly change. Memory is
+the process's peak in training, minus what it holds before the network exists.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,8 +23,8 @@ from report import write
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for configs/
 
-MIDDLE = {"depth": 4, "width": 256, "tokens": 256, "batch": 8}
-SIZES = {"depth": (2, 4, 8), "width": (128, 256, 512), "tokens": (64, 256, 1024), "batch": (4, 8, 16)}
+MIDDLE = {"depth": 4, "width": 256, "tokens": 256, "batch": 4}
+SIZES = {"depth": (2, 4, 8), "width": (128, 256, 512), "tokens": (64, 256, 1024), "batch": (2, 4, 8)}
 TINY = {"depth": 2, "width": 32, "tokens": 16, "batch": 2}
 HEAD_SIZE, COLORS = 32, 512
 
@@ -48,25 +48,30 @@ def run_case(case: dict, repeats: int) -> dict:
     with jax.set_mesh(mesh):
         batch = abstract_batch(config, program.model, mesh)
         compiled = program.train_step.lower(program.abstract, batch).compile()
-        plan, before = compiled.memory_analysis(), resident()
+        plan, before = compiled.memory_analysis(), memory("VmRSS")
         state = program.create_state(seed=0)
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, which the compiler may have reached
         tokens = np.random.default_rng(0).integers(0, COLORS, (case["batch"], case["tokens"])).astype(np.int32)
-        batch, seconds = to_devices({"tokens": tokens}, case["batch"], mesh), []
+        batch = to_devices({"tokens": tokens}, case["batch"], mesh)
+        seconds, processor_seconds = [], []
         for _ in range(repeats + 1):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             state, _ = jax.block_until_ready(compiled(state, batch))
             seconds.append(time.perf_counter() - start)
+            processor_seconds.append(time.process_time() - used)
     return {
         "seconds": statistics.median(seconds[1:]),
-        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "processor_seconds": statistics.median(processor_seconds[1:]),
+        "bytes": memory("VmHWM") - before,
         "flops": train_flops_per_image(program.model) * case["batch"],
         "planned_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
     }
 
 
-def resident() -> int:
-    """The bytes of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory(field: str) -> int:
+    """A field of this process's status in bytes: VmRSS is what it holds now, VmHWM the peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def exponent(sizes: list, values: list) -> float:
@@ -93,16 +98,15 @@ def main() -> None:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         cases[case] = json.loads(printed.splitlines()[-1])
-        print(f"{case}: {cases[case]['seconds']:.3f} s, {cases[case]['bytes'] / 2**20:.0f} MiB", flush=True)
+        result = cases[case]
+        used = f"{result['processor_seconds']:.3f} s of processor time, {result['bytes'] / 2**20:.0f} MiB"
+        print(f"{case}: {used}", flush=True)
     found = {}
     for name in sizes:
         measured = [cases[json.dumps(middle | {name: size})] for size in sizes[name]]
         found[name] = {key: exponent(sizes[name], [each[key] for each in measured]) for key in measured[0]}
-        print(
-            "{}: time {seconds:.2f} (FLOPs {flops:.2f}), memory {bytes:.2f} (planned {planned_bytes:.2f})".format(
-                name, **found[name]
-            )
-        )
+        line = "time {processor_seconds:.2f} (FLOPs {flops:.2f}), memory {bytes:.2f} (planned {planned_bytes:.2f})"
+        print(f"{name}: {line.format(**found[name])}")
     rows = [json.loads(case) | result for case, result in cases.items()]
     write(args.out, {"what": "a training step, float32, medians", "exponents": found, "rows": rows})
 

@@ -101,9 +101,10 @@ bound is the time to read all parameters and the filled part of the cache at the
 measured:
 """
 COST = """\
-How a step's time and memory grow: exponents fitted to half and double of each size of a middle network,
-depth 4, width 256, 256 tokens and 8 images (`benchmarks/cost.py`, `benchmarks/results/cost_cpu.json`). The
-expected ones are fitted to the FLOPs of `igpt/flops.py`, and to the bytes that XLA plans for the step.
+How a step's processor time and peak memory grow: exponents, fitted to three sizes each around a middle
+network of depth 4 and width 256 with 256 tokens and 4 images (`benchmarks/cost.py`,
+`benchmarks/results/cost_cpu.json`). The expected ones are fitted to the FLOPs of `igpt/flops.py`, and to the
+bytes that XLA plans for the step.
 
 {table}
 """
@@ -210,7 +211,7 @@ def gpu() -> str:
 def cost() -> str:
     if not (RESULTS / "cost_cpu.json").exists():
         return ""
-    pairs = (("seconds", "flops"), ("bytes", "planned_bytes"))
+    pairs = (("processor_seconds", "flops"), ("bytes", "planned_bytes"))
     head = ["with", "time", "expected", "memory", "expected"]
     rows = [
         [name, *(f"{found[key]:.2f}" for pair in pairs for key in pair)]
