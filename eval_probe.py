@@ -26,7 +26,7 @@ from igpt.interop.load import load, outline
 from igpt.plots import check_drawing
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import scratch_folder, untrained, write_features
-from igpt.probe.fit import SPLITS, Probe, neighbours, solver_settings
+from igpt.probe.fit import SPLITS, Probe, layers_around, solver_settings
 from igpt.probe.report import (
     check_features_out,
     metrics_of_layers,
@@ -71,7 +71,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
         results = {"model": str(ref), "step": None, "source": source.name, "class_names": source.class_names}
         if config.baselines:
             pixels = probe.pixels()
-            results["raw_pixels"] = probe.fit(pixels, [0])
+            results["raw_pixels"] = probe.fit(pixels, [0]) | probe.vote(pixels, 0)
             results["random_init"] = probe.fit_layers(probe.features(untrained(shapes, config.seed, mesh)), "untrained")
         for step in steps:
             pretrained = load(directory, step, mesh)
@@ -85,7 +85,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
         # Fit the concatenated features of several layers, and subsets with few labels.
         best = fitted["best_layer"]
         if config.concatenate:
-            around = neighbours(best, config.concatenate, layers)
+            around = layers_around(best, config.concatenate, layers)
             results["concatenated"] = {"layers": around} | probe.fit(features, around)
         if config.labels_per_class:
             results["few_labels"] = {"layer": best, "features": probe.fit_few(features, best)}

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | npz:PATH | folder:PATH | tfds:NAME | tokens:PATH | openai:PREFIX
+    data.source = "digits"  # digits | npz:PATH | folder:PATH | tfds:NAME | tokens:PATH | openai:PREFIX | scattered:..
     data.image_size = (8, 8)  # height, width of the images
     data.channels = 1  # 1: grey | 3: colour. Bits per dimension count height x width x channels
     data.validation_fraction = 0.1  # of the images, held out for evaluation, if the source has no validation split
@@ -29,6 +29,11 @@ def get_config() -> ConfigDict:
     data.filter = "bicubic"  # for every resize: nearest | box | bilinear | hamming | bicubic | lanczos
     data.split_file = ""  # for a folder: a file with lines "path,train|validation|test"; replaces the fractions
     data.data_dir = ""  # where tensorflow_datasets keeps its data; empty: its own folder
+    # scattered:SOURCE puts each image of digits or npz:PATH at a random place of a canvas of image_size.
+    data.scatter_scale = (1.0, 1.0)  # smallest, largest scale of the images
+    data.scatter_color = False  # each image has a random colour
+    data.scatter_background = ""  # a source of pictures, such as folder:PATH, that are cut to the canvas; empty: black
+    data.scatter_copies = 1  # places of each training image in a probe; training draws a new place in each step
     data.labels_per_class = 0  # training images used from each class; 0: all
     data.subset_seed = 0  # chooses these images
     data.on_unreadable = "stop"  # if an image cannot be read: stop | skip: use the next one, and count it

@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     config.labels_per_class = ()  # also probe the best layer with so few labels per class. The paper uses 4, 25 and 400
     config.subsets = 5  # random subsets for each of these numbers, with seeds 0, 1, ...
     config.eval_masks = 5  # BERT: masks per image, which vote on its class; 0: nothing is masked
+    config.pool = "mean"  # how positions become one feature: mean, as in the paper | grid:G: means of G x G parts
+    config.neighbours = 20  # also let so many most similar training images vote, layer by layer; 0: no
     config.features_out = ""  # a .npz to write the features to
     config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
 

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.validation_fraction = 0.04
     config.batch_size = 256
     config.baselines = False
+    config.neighbours = 0  # a million images are too many to compare with one by one
     config.solver = "sgd"
     config.sgd.learning_rates = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
     config.sgd.steps = 1_000_000

@@ -179,8 +179,8 @@ class Block(nnx.Module):
         self.up = linear("...d,df->...f", (D, F), 0.02, bias(F))
         self.down = linear("...f,fd->...d", (F, D), 0.02, bias(D))
 
-    def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None):
-        """Returns the block's output and its BlockOutputs.
+    def __call__(self, x: Float[Array, "B T D"], layer: Array | int, attend, key: Array | None = None, pooling=None):
+        """Returns the block's output and its BlockOutputs. `pooling` makes their features; None: the mean.
 
         `attend(q, k, v, key)` computes attention: it returns the mixed values and an extra result, or None. q, k, v and
         the mixed values are [B, T, N, K]. The caller gets the extra result of every layer as `BlockOutputs.extra`.
@@ -199,14 +199,14 @@ class Block(nnx.Module):
             activation = jax.checkpoint(activation)  # keeps the input alone for the backward pass
         hidden = activation(self.up(self.mlp_norm(y)))
         y = y + dropout(self.down(hidden), config.residual_dropout, keys[2])
-        return y, BlockOutputs(x, pool(normed), k, v, extra)
+        return y, BlockOutputs(x, (pooling or pool)(normed), k, v, extra)
 
 
 class BlockOutputs(NamedTuple):
     """Intermediate results of a block. Under jit, XLA removes those that the caller does not use."""
 
     inputs: Float[Array, "B T D"]
-    features: Float[Array, "B D"]
+    features: Float[Array, "B d"]
     keys: Float[Array, "B T N K"]
     values: Float[Array, "B T N K"]
     extra: Any
@@ -250,23 +250,24 @@ class ImageGPT(nnx.Module):
         return self.final_norm(x)
 
     def features(
-        self, tokens: Tokens, layers: Collection | None = None, keep: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "l B D"]:
+        self, tokens: Tokens, layers: Collection | None = None, keep: Bool[Array, "B T"] | None = None, pooling=None
+    ) -> Float[Array, "l B d"]:
         """f^l, the mean over positions of block l's normed input, and f^L, the mean of the final norm (section 2.4).
 
         `layers` selects l layers and their order (default: all L + 1). Blocks above the highest selected are skipped.
+        `pooling` replaces the mean by another function of [B, T, D], such as `grid_pool`.
         """
         depth = self.config.depth
         layers = range(depth + 1) if layers is None else layers
         if not len(layers) or not all(0 <= layer <= depth for layer in layers):
             raise UserError(f"layers {list(layers)} were asked for; this model has 0 (the embedding's norm) to {depth}")
         last = int(max(layers))
-        x, outputs = self.run_blocks(self.embed(self.inputs(tokens), keep=keep), depth=last)
+        x, outputs = self.run_blocks(self.embed(self.inputs(tokens), keep=keep), depth=last, pooling=pooling)
         norm = self.final_norm
         if last < depth:
             graph, stacked = nnx.split(self.blocks.attention_norm)
             norm = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[last], stacked))
-        return jnp.concatenate([outputs.features, pool(norm(x))[None]])[jnp.asarray(layers)]
+        return jnp.concatenate([outputs.features, (pooling or pool)(norm(x))[None]])[jnp.asarray(layers)]
 
     def inputs(self, tokens: Tokens) -> Int[Array, "B T"]:
         """The model's inputs: SOS, x_0, ..., x_{T-2}, or x_0, ..., x_{T-1} for a model without SOS.
@@ -304,7 +305,13 @@ class ImageGPT(nnx.Module):
         return self.classifier(pooled, jnp.float32)
 
     def run_blocks(
-        self, x: Float[Array, "B P D"], key: Array | None = None, attend=None, by_layer=None, depth: int | None = None
+        self,
+        x: Float[Array, "B P D"],
+        key: Array | None = None,
+        attend=None,
+        by_layer=None,
+        depth: int | None = None,
+        pooling=None,
     ) -> tuple[Array, BlockOutputs]:
         """Runs all blocks, or the first `depth`. Returns the output and BlockOutputs stacked over layers, [L, B, ...].
 
@@ -319,7 +326,7 @@ class ImageGPT(nnx.Module):
 
         def run_block(x, layer):
             params, index, key, of_layer = layer
-            x, outputs = nnx.merge(graph, params)(x, index, functools.partial(attend, of_layer=of_layer), key)
+            x, outputs = nnx.merge(graph, params)(x, index, functools.partial(attend, of_layer=of_layer), key, pooling)
             return shard_batch(x), outputs
 
         if config.remat != "none":
@@ -337,6 +344,20 @@ class ImageGPT(nnx.Module):
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:
     """The mean over positions, in float32, because a bfloat16 sum of a thousand numbers loses the small ones."""
     return jnp.mean(normed.astype(jnp.float32), axis=1)
+
+
+def grid_pool(normed: Float[Array, "B T D"], shape: tuple[int, int], cells: int) -> Float[Array, "B d"]:
+    """The means over cells x cells parts of an image of `shape` (height, width), one after the other: d = cells^2 D.
+
+    Sides that `cells` does not divide have parts that differ by a pixel. Raises UserError if a part would be empty.
+    """
+    if cells > min(shape):
+        raise UserError(f"an image of {shape[0]} x {shape[1]} cannot be cut into {cells} x {cells} parts; use fewer")
+    rows, columns = ([jnp.arange(side) * cells // side == cell for cell in range(cells)] for side in shape)
+    inside = jnp.stack([jnp.outer(row, column).reshape(-1) for row in rows for column in columns])  # [cells^2, T]
+    shares = inside / jnp.sum(inside, axis=1, keepdims=True)
+    means = jnp.einsum("ct,btd->bcd", shares, normed.astype(jnp.float32))
+    return means.reshape(len(normed), -1)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

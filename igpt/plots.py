@@ -104,6 +104,9 @@ def probe_curve(results: dict, path) -> None:
             accuracy, low, high = 100 * np.array([(fit["test_accuracy"], *fit["interval"]) for fit in fits]).T
             axes.plot(layers, accuracy, "o-", color=color, label=label)
             axes.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
+            if "neighbours" in fits[0]:
+                votes = [100 * fit["neighbours"] for fit in fits]
+                axes.plot(layers, votes, ":", color=color, label=f"{label}, nearest neighbours")
         if "raw_pixels" in results:
             pixels = results["raw_pixels"]["test_accuracy"]
             axes.axhline(100 * pixels, color="tab:orange", linestyle="--", label="raw pixels")

@@ -117,13 +117,15 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> dict:
         indices = self.order[np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]]
-        # The second number of a seed makes order (0), augmentation (1), crops (2) and masks (3, 4) independent.
+        # The second number of a seed makes order (0), augmentation (1), crops (2) and masks (3, 4) independent;
+        # scattered images that are read for evaluation have 5.
         rng = np.random.default_rng((self.seed, 1, step))
         if self.split.holds_tokens_of(self.tokenizer):
             grids = self.split.images.grids(indices)
             tokens = self.augmentation(grids, rng, self.rows, self.batch_size, self.black)
         else:
-            draws = np.random.default_rng((self.seed, 2, step)).random((self.batch_size, 3))[self.rows]
+            shape = self.batch_size, self.split.images.draws
+            draws = np.random.default_rng((self.seed, 2, step)).random(shape)[self.rows]
             images, indices = self.split.read(indices, draws)
             tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
         batch = _batch(tokens, self.split.labels, indices)

@@ -22,6 +22,7 @@ class Images(abc.ABC):
 
     dtype = np.dtype(np.uint8)
     shape: tuple[int, int, int, int]
+    draws = 3  # random numbers for each image that `read` takes in training
     palette: Palette | None = None  # set if the images are stored as tokens, which `grids` returns
     unreadable: Mapping[int, str] = MappingProxyType({})  # index -> the reason why the image cannot be read
 
@@ -29,7 +30,7 @@ class Images(abc.ABC):
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns images [n, H, W, 3] and their indices, which differ from `indices` where an image was replaced.
 
-        `draws` [n, 3] are random numbers in [0, 1), which choose the training crops. Without them, images are
+        `draws` [n, self.draws] are random numbers in [0, 1), which choose the training crops. Without them, images are
         preprocessed as for evaluation.
         """
 

@@ -1,8 +1,8 @@
 """What tells the images of a source from others, without reading pictures: a run compares it when it resumes.
 
 A folder is known by the paths and splits of its files and by the sizes of up to SIZED of them, arrays by their bytes,
-tokens by their labels and SAMPLED rows of each split, a data set of tensorflow_datasets by its name, version and split.
-Where the source lies does not matter.
+tokens by their labels and SAMPLED rows of each split, a data set of tensorflow_datasets by its name, version and split,
+scattered images by the small images, the options and the backgrounds. Where the source lies does not matter.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from igpt.data.examples import SPLITS, ArrayImages, DecodedTokens, EncodedImages, Images, Source
+from igpt.data.scattered import ScatteredImages
 
 SIZED = 10_000  # files of a folder whose sizes are looked up, which takes a second on a slow network file system
 SAMPLED = 64  # rows of tokens that are read from each split
@@ -65,6 +66,11 @@ def differences(there: dict, here: dict, files_there: dict[str, str], files_here
 
 def _content(images: Images) -> Iterable:
     match images:
+        case ScatteredImages():
+            options = {name: value for name, value in vars(images.settings).items() if name.startswith("scatter_")}
+            own = [repr((sorted(options.items()), images.shape, images.key)), images.rows]
+            pictures = [] if images.backgrounds is None else [images.backgrounds]
+            return [*_content(images.small), *own, *pictures]
         case ArrayImages():
             return [np.array(images.shape), images.array]
         case DecodedTokens():

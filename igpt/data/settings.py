@@ -40,6 +40,10 @@ class DataConfig:
     filter: str = "bicubic"
     split_file: str = ""
     data_dir: str = ""
+    scatter_scale: tuple[float, ...] = (1.0, 1.0)  # smallest, largest
+    scatter_color: bool = False
+    scatter_background: str = ""
+    scatter_copies: int = 1
     labels_per_class: int = 0
     subset_seed: int = 0
     on_unreadable: str = "stop"
@@ -47,7 +51,9 @@ class DataConfig:
 
     def __post_init__(self):
         check_choice(self, "data.", channels=(1, 3), **CHOICES)
-        check_at_least(self, "data.", split_seed=0, pad=0, labels_per_class=0, subset_seed=0, threads=1)
+        check_at_least(
+            self, "data.", split_seed=0, pad=0, labels_per_class=0, subset_seed=0, threads=1, scatter_copies=1
+        )
         check_at_least(self, "data.", validation_fraction=0, test_fraction=0, augment_probability=0)
         size, sides, held_out = self.image_size, self.short_side, self.validation_fraction + self.test_fraction
         if len(size) != 2 or min(size) < 1:
@@ -66,6 +72,17 @@ class DataConfig:
             )
         if self.split_file and not self.source.startswith("folder:"):
             raise UserError(f"data.split_file is {self.split_file}, but only folder:PATH is split by a file; empty it")
+
+        if len(self.scatter_scale) != 2 or not 0 < self.scatter_scale[0] <= self.scatter_scale[1]:
+            raise UserError(
+                f"data.scatter_scale is {self.scatter_scale}; give (smallest, largest), such as '(0.8,1.2)'"
+            )
+        plain = (self.scatter_scale, self.scatter_color, self.scatter_background, self.scatter_copies)
+        if plain != ((1.0, 1.0), False, "", 1) and not self.source.startswith("scattered:"):
+            raise UserError(f"data.scatter_* is set, but data.source is {self.source}; use scattered:{self.source}")
+        if self.source.startswith("scattered:") and self.preprocess != "none":
+            problem = f"data.preprocess is {self.preprocess}, but scattered images are placed, not resized"
+            raise UserError(f"{problem}; set preprocess=none, and data.scatter_scale if sizes are to differ")
 
     @classmethod
     def of(cls, settings) -> "DataConfig":

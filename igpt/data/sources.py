@@ -8,10 +8,11 @@ from igpt.data.examples import Source
 from igpt.data.folder import open_folder
 from igpt.data.openai_arrays import open_openai
 from igpt.data.prepared import open_prepared
+from igpt.data.scattered import background_settings, scatter, small_settings
 from igpt.data.settings import CHOICES, DataConfig
 from igpt.errors import UserError
 
-KINDS = "digits, npz:PATH, folder:PATH, tfds:NAME, tokens:PATH or openai:PREFIX"
+KINDS = "digits, npz:PATH, folder:PATH, tfds:NAME, tokens:PATH, openai:PREFIX, scattered:digits or scattered:npz:PATH"
 FLAGS = {
     "crop": "side of the square that --preprocess=crop cuts out",
     "filter": "for resizing",
@@ -67,6 +68,10 @@ def load_source(settings, whole: bool = False) -> Source:
             from igpt.data.tfds import open_tfds  # tensorflow_datasets is slow to import
 
             return open_tfds(argument, settings)
+        case "scattered" if argument == "digits" or argument.startswith("npz:"):
+            small = load_source(small_settings(settings, argument), whole)
+            backgrounds = settings.scatter_background and load_source(background_settings(settings))
+            return scatter(small, settings, backgrounds or None)
     raise UserError(f"data.source is {settings.source!r}; choose {KINDS}")
 
 

@@ -43,6 +43,8 @@ class ProbeConfig:
     labels_per_class: tuple[int, ...]
     subsets: int
     eval_masks: int
+    pool: str
+    neighbours: int
     features_out: str
     solver: str
     inverse_penalties: tuple[float, ...]
@@ -52,7 +54,8 @@ class ProbeConfig:
     track: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self):
-        zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0)
+        zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0, neighbours=0)
+        cells_of(self.pool)
         check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
         check_names(self.track)
         check_choice(self, "", solver=("auto", "newton", "lbfgs", "sgd"))
@@ -78,6 +81,14 @@ class ProbeConfig:
             parts = value if isinstance(value, dict) else {}
             flat |= {f"{name}.{field}": item for field, item in parts.items()} or {name: value}
         return flat
+
+
+def cells_of(pool: str) -> int:
+    """The G of pool="grid:G", or 0 for "mean". Raises UserError for another text."""
+    kind, _, cells = pool.partition(":")
+    if pool != "mean" and not (kind == "grid" and cells.isdecimal() and int(cells) > 0):
+        raise UserError(f"pool is {pool!r}; choose mean, or grid:G for the means of G x G parts, such as grid:2")
+    return int(cells or 0)
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:

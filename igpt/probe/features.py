@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from igpt.compiler import one_run_options
 from igpt.data.batches import Drops, eval_batches
@@ -21,7 +21,8 @@ from igpt.errors import UserError
 from igpt.files import whole
 from igpt.interop.load import Pretrained
 from igpt.loss import masks_of
-from igpt.model import ImageGPT
+from igpt.model import ImageGPT, grid_pool
+from igpt.probe.config import cells_of
 from igpt.sharding import process_rows, replicate, shardings
 from igpt.state import run_batches
 
@@ -29,27 +30,38 @@ FeatureBatches = Iterable[tuple[Float[np.ndarray, "b l M D"], Int[np.ndarray, "b
 
 
 def stream_features(
-    model: ImageGPT, split: Split, tokenizer, batch_size: int, mesh: Mesh, layers=None, drops: Drops | None = None
+    model: ImageGPT,
+    split: Split,
+    tokenizer,
+    batch_size: int,
+    mesh: Mesh,
+    layers=None,
+    drops: Drops | None = None,
+    pool: str = "mean",
 ) -> FeatureBatches:
     """Yields the features f^l of `layers` (default: all) and the labels of each batch, with one forward pass per batch.
 
-    With `drops` (for BERT), each image is masked in M ways, otherwise M is 1. Unreadable images are skipped. Every
-    process reads only its own rows of a batch, but yields the features of all rows.
+    `pool` is a field of ProbeConfig. With `drops` (for BERT), each image is masked in M ways, otherwise M is 1.
+    Unreadable images are skipped. Every process reads only its own rows of a batch, but yields the features of all.
     """
     graph, params = nnx.split(model)
     layers = tuple(range(model.config.depth + 1) if layers is None else layers)
     batches = eval_batches(split, tokenizer, batch_size, process_rows(batch_size, mesh), drops)
-    step = functools.partial(_features, graph, layers=layers)
+    cells = cells_of(pool)
+    shape = tokenizer.grid(*split.images.shape[1:3]) if cells else (0, 0)
+    step = functools.partial(_features, graph, layers=layers, shape=shape, cells=cells)
     with jax.set_mesh(mesh):
         for features, labels, mask in run_batches(step, params, batches, batch_size, mesh):
             yield features[mask > 0], labels[mask > 0]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layers"))  # compiled once for all splits and checkpoints
-def _features(graph, params, batch, layers) -> tuple[Float[Array, "B l M D"], Int[Array, "B"], Float[Array, "B"]]:
-    """Computes features, labels and mask of a whole batch, replicated on all devices."""
+# Compiled once for all splits and checkpoints.
+@functools.partial(jax.jit, static_argnames=("graph", "layers", "shape", "cells"))
+def _features(graph, params, batch, layers, shape, cells):
+    """Features [B, l, M, d], labels [B] and mask [B] of a whole batch, replicated on all devices."""
     model = nnx.merge(graph, params)
-    under_masks = [model.features(batch["tokens"], layers, keep) for keep in masks_of(batch)]
+    pooling = functools.partial(grid_pool, shape=shape, cells=cells) if cells else None
+    under_masks = [model.features(batch["tokens"], layers, keep, pooling) for keep in masks_of(batch)]
     features = jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
     return replicate(features), replicate(batch["label"]), replicate(batch["mask"])
 

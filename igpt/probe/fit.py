@@ -18,6 +18,7 @@ from igpt.loss import vote, wilson_interval
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
 from igpt.probe.logistic import fit_lbfgs, fit_sgd
+from igpt.probe.neighbours import neighbours_accuracy
 from igpt.probe.newton import fit_newton
 from igpt.progress import progress_bar
 from igpt.run.cluster import is_first_process
@@ -72,9 +73,9 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
 
 
 def solver_settings(config: ProbeConfig) -> dict:
-    """The settings of `fit_probe`, as they are written to probe.json."""
+    """The settings of the features and of `fit_probe`, as they are written to probe.json."""
     settings = dict(kind=config.solver, inverse_penalties=config.inverse_penalties, max_iter=config.max_iter)
-    settings |= vars(config.sgd) | {"seed": config.seed}
+    settings |= vars(config.sgd) | {"seed": config.seed, "pool": config.pool, "neighbours": config.neighbours}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
@@ -94,13 +95,13 @@ class Probe:
 
         First deletes the feature files of the previous network, so that many checkpoints do not fill the disk.
         """
-        model, config = pretrained.model, self.config
+        model, config, layers = pretrained.model, self.config, self.layers
         drops = [None] * 3
         if not model.config.causal and config.eval_masks:
             rate = pretrained.config.objective.drop_rate
             drops = [Drops(rate, masks, config.seed) for masks in (1, config.eval_masks, config.eval_masks)]
         streams = [
-            stream_features(model, split, pretrained.palette, config.batch_size, self.mesh, self.layers, masks)
+            stream_features(model, split, pretrained.palette, config.batch_size, self.mesh, layers, masks, config.pool)
             for split, masks in zip(self.source.splits().values(), drops, strict=True)
         ]
         return self._kept("features", streams, self.layers)
@@ -115,10 +116,17 @@ class Probe:
         """See `fit_probe`."""
         return fit_probe(parts, layers, self.config, self.mesh)
 
+    def vote(self, parts: list[Features], layer: int) -> dict:
+        """The test accuracy of the votes of `config.neighbours` training images: see `neighbours_accuracy`."""
+        if not self.config.neighbours:
+            return {}
+        train, _, test = ((part.layers[layer], part.labels) for part in parts)
+        return {"neighbours": neighbours_accuracy(train[0][:, 0], train[1], *test, self.config.neighbours)}
+
     def fit_layers(self, parts: list[Features], title: str) -> dict:
         """Fits each layer. The best layer is the one with the highest validation accuracy."""
         progress = progress_bar(self.layers, desc=title, unit="layer", leave=False, disable=not is_first_process())
-        fits = [{"layer": layer} | self.fit(parts, [layer]) for layer in progress]
+        fits = [{"layer": layer} | self.fit(parts, [layer]) | self.vote(parts, layer) for layer in progress]
         best = max(fits, key=lambda fit: fit["validation_accuracy"])
         return {"best_layer": best["layer"], "test_accuracy": best["test_accuracy"], "layers": fits}
 
@@ -133,7 +141,7 @@ class Probe:
         return found
 
 
-def neighbours(best: int, count: int, layers: list[int]) -> list[int]:
+def layers_around(best: int, count: int, layers: list[int]) -> list[int]:
     """`count` neighbours in `layers`, with `best` as near to the middle as possible (Chen et al. 2020, section 4.4)."""
     at = layers.index(best)
     first = min(max(at - count // 2, 0), max(len(layers) - count, 0))

@@ -72,15 +72,20 @@ def _errors_with_table(results: dict, workdir: Path):
 def table(results: dict) -> str:
     """Formats the results as text: test accuracy by layer, baselines, checkpoints, and fits on few labels."""
     random = {fit["layer"]: fit for fit in results.get("random_init", {}).get("layers", [])}
-    lines = ["layer       pretrained    95% interval" + ("      random initialisation" if random else "")]
+    voted = "neighbours" in results["pretrained"]["layers"][0]
+    title = "layer       pretrained    95% interval" + ("      random initialisation" if random else "")
+    lines = [title + ("   nearest neighbours" if voted else "")]
     for fit in results["pretrained"]["layers"]:
         beside = f"  {100 * random[fit['layer']]['test_accuracy']:>12.1f} %" if random else ""
+        beside += f"  {100 * fit['neighbours']:>18.1f} %" if voted else ""
         best = "  <- best on validation" if fit["layer"] == results["pretrained"]["best_layer"] else ""
         lines.append(_line(f"{fit['layer']:02d}", fit) + beside + best)
     if joined := results.get("concatenated"):
         lines.append(_line(f"{joined['layers'][0]:02d}..{joined['layers'][-1]:02d}", joined) + "  side by side")
     if "raw_pixels" in results:
-        lines.append(_line("raw pixels", results["raw_pixels"]))
+        fit = results["raw_pixels"]
+        votes = f"  nearest neighbours {100 * fit['neighbours']:.1f} %" if "neighbours" in fit else ""
+        lines.append(_line("raw pixels", fit) + votes)
     for entry in results.get("checkpoints", []):
         loss = f", validation loss {entry['validation_loss']:.4f}" if "validation_loss" in entry else ""
         accuracy = f"best layer {entry['best_layer']:02d} {100 * entry['test_accuracy']:.1f} %"

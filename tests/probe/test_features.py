@@ -47,6 +47,17 @@ def test_streamed_features_equal_those_of_one_large_batch(layers):
     np.testing.assert_array_equal(labels, split.labels)
 
 
+def test_grid_pooling_gives_the_mean_of_each_part_of_the_image():
+    model, (palette, split) = with_config(random_model(), seq_len=12), random_split(height=3, width=4)
+    features, _ = streamed(model, split, palette, pool="grid:2")
+    tokens, parts = palette.encode(split.images[:]).reshape(23, -1), np.array([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3])
+    means = [lambda normed, part=part: normed[:, np.flatnonzero(parts == part)].mean(axis=1) for part in range(4)]
+    expected = np.concatenate([model.features(tokens, pooling=mean) for mean in means], axis=-1)
+    np.testing.assert_allclose(features[:, :, 0], np.swapaxes(expected, 0, 1), atol=1e-5)
+    with pytest.raises(UserError, match="an image of 3 x 4 cannot be cut into 4 x 4 parts"):
+        streamed(model, split, palette, pool="grid:4")
+
+
 def test_eight_devices_stream_the_same_as_one():
     model, (palette, split) = random_model(), random_split()
     features, labels = streamed(model, split, palette, batch_size=8, mesh=make_mesh(2, 2, 2))

@@ -8,7 +8,7 @@ from configs import probe_digits
 from igpt.probe import fit as fit_module
 from igpt.probe.config import SGD, ProbeConfig
 from igpt.probe.features import Features, keep_features
-from igpt.probe.fit import fit_probe, neighbours, solver_for
+from igpt.probe.fit import fit_probe, layers_around, solver_for
 from igpt.probe.logistic import fit_lbfgs
 from igpt.sharding import make_mesh
 
@@ -157,8 +157,8 @@ def test_auto_fits_the_digits_by_newton_and_the_papers_sets_by_lbfgs():
     ],
 )
 def test_neighbours_stay_within_the_network(best, count, expected):
-    assert neighbours(best, count, list(range(9))) == expected
+    assert layers_around(best, count, list(range(9))) == expected
 
 
 def test_neighbours_are_among_the_chosen_layers():
-    assert neighbours(6, 3, [0, 2, 6, 8]) == [2, 6, 8]
+    assert layers_around(6, 3, [0, 2, 6, 8]) == [2, 6, 8]
