@@ -10,6 +10,11 @@ import wandb
 
 PROJECT = "igpt"  # unless WANDB_PROJECT names another
 SECONDS = 120.0  # that a start or an end waits for the network
+SETTINGS = {
+    "console": "off",  # the bar is no text to keep
+    **dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), SECONDS),
+    "x_transaction_log_flush_interval": 1.0,  # seconds of records that a kill may lose; W&B's default is 15
+}
 
 
 class WeightsAndBiases:
@@ -25,7 +30,7 @@ class WeightsAndBiases:
             config=config,
             resume="allow",
             allow_val_change=True,  # a resumed run may train for more steps, for example
-            settings=wandb.Settings(console="off", init_timeout=SECONDS, login_timeout=SECONDS, finish_timeout=SECONDS),
+            settings=wandb.Settings(**{x: SETTINGS[x] for x in SETTINGS if x in wandb.Settings.model_fields}),
         )
         self.known = self.run.step  # steps before this one are there already: W&B's steps never go back
 
@@ -41,7 +46,7 @@ class WeightsAndBiases:
         self.run.summary.update(values)
 
     def flush(self) -> None:
-        """Does nothing: W&B's own process has every step but the last, which may still grow, and survives a kill."""
+        """Does nothing: W&B's own process writes every second all steps but the last, which may still grow."""
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))

@@ -22,7 +22,7 @@ def adapter(monkeypatch):
             step=step, log=note("log"), finish=note("finish"), summary=SimpleNamespace(update=note("sum"))
         )
         package = SimpleNamespace(Image=lambda picture: f"image of {picture.shape}", finish=note("finish"))
-        package.Settings = lambda **fields: fields
+        package.Settings = type("Settings", (dict,), {"model_fields": {"console", "finish_timeout"}})
         package.init = lambda *arguments, **named: CALLS.append(("init", arguments, named)) or run
         monkeypatch.setitem(sys.modules, name, package)
         monkeypatch.delitem(sys.modules, f"igpt.track.{name}", raising=False)
@@ -43,7 +43,8 @@ def test_a_resumed_run_of_wandb_has_its_id_and_repeats_no_step(adapter, tmp_path
     tracker.close(failed=True)
     (_, _, named), *rest = CALLS
     assert (named["id"], named["resume"], named["dir"], named["job_type"]) == ("abc", "allow", str(tmp_path), "train")
-    assert named["settings"]["finish_timeout"] > 0 and named["config"] == {"train.steps": 9}
+    assert named["settings"] == {"console": "off", "finish_timeout": 120.0}  # those that this version knows
+    assert named["config"] == {"train.steps": 9}
     assert rest == [
         ("log", ({"train/loss": 1.0},), {"step": 5}),
         ("log", ({"samples": "image of (4, 6, 3)"},), {"step": 6}),

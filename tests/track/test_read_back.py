@@ -29,19 +29,21 @@ def runs(tmp_path_factory):
 
     def start(script, *flags):
         command = [sys.executable, script, *flags, ALL]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=1200)
         return done.returncode, done.stdout + done.stderr
 
-    pretraining = ["--config=configs/digits.py", f"--workdir={folder}/pretrained", *SMALL]
-    killed = "import os, train; from igpt.track.trackers import Trackers; real = Trackers.scalars\n"
-    killed += "def scalars(self, step, values):\n    real(self, step, values)\n    step == 6 and os._exit(9)\n"
+    pretraining = [f"--workdir={folder}/pretrained", "--config=configs/digits.py", *SMALL]
+    killed = "import os, sys, time, train; from igpt.track.trackers import Trackers; real = Trackers.scalars\n"
+    killed += "def scalars(self, step, values):\n    real(self, step, values)\n    step == 6 and leave()\n"
+    killed += "def leave():\n    while '4' not in os.listdir(f'{sys.argv[1][10:]}/checkpoints'): time.sleep(0.1)\n"
+    killed += "    time.sleep(3)\n    os._exit(9)\n"
     killed += "Trackers.scalars = scalars; train.main()"
     code, output = start("-c", killed, *pretraining)
     assert code == 9, output
     tuning = ["--config=configs/finetune_digits.py", f"--config.init_from={folder}/pretrained", *SMALL]
     tuning += [f"--workdir={folder}/tuned", "--config.optim.warmup_steps=0"]
     probing = ["--config=configs/probe.py", f"--model={folder}/pretrained", f"--workdir={folder}/probe"]
-    probing += ["--config.inverse_penalties=(0.1,)", "--config.steps=all"]
+    probing += ["--config.inverse_penalties=(0.1,)", "--config.steps=all", "--config.baselines=False"]
     for script, flags in (("train.py", pretraining), ("train.py", tuning), ("eval_probe.py", probing)):
         code, output = start(script, *flags)
         assert code == 0 and "warning: " not in output, output
