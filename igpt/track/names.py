@@ -12,7 +12,7 @@ def check_names(names: Sequence[str]) -> None:
     """Raises UserError for a tracker that does not exist, or that is named twice."""
     for name in names:
         if name not in EXTRAS:
-            allowed = f"choose some of {', '.join(EXTRAS)}, or none: ()"
+            allowed = f"choose some of {', '.join(EXTRAS)}, as in ('tensorboard','wandb'), or none: ()"
             raise UserError(f"track names {name!r}, which is no tracker; {allowed}")
     if len(set(names)) < len(names):
         raise UserError(f"track is {tuple(names)!r}; name each tracker once")
