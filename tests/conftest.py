@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and runs small enough for seconds."""
 
 import os
+import shutil
 import sys
 
 if "gpu" not in sys.argv:  # python -m pytest -m gpu
@@ -15,8 +16,16 @@ import jax
 import numpy as np
 import pytest
 
+from tests import programs
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")  # every broadcast between ranks is written out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_programs_are_shared():
+    programs.share_compiled()
+    programs.share_built()
 
 
 @pytest.fixture
@@ -33,6 +42,33 @@ def tiny_config():
     config.train.checkpoint_every = 3
     config.mesh.cpu_devices = 0
     return config
+
+
+@pytest.fixture(scope="session")
+def run_of_six_steps(tmp_path_factory):
+    """A run that tests copy: see finished_run."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def finished_run(run_of_six_steps, tiny_config, tmp_path):
+    """A run of tiny_config, without samples and with the checkpoints 3 and 6, that the test may change."""
+    import train
+
+    tiny_config.train.num_samples = 0
+    if not run_of_six_steps.exists():
+        train.run(tiny_config, run_of_six_steps)
+    return shutil.copytree(run_of_six_steps, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def kept_programs(tmp_path_factory):
+    """Variables of a process that keeps its compiled programs for the others, those of all workers of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    kept = {"ENABLE_COMPILATION_CACHE": "true", "COMPILATION_CACHE_DIR": str(folder / "programs")}
+    kept["PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"  # smaller programs compile as fast as they are read
+    return {f"JAX_{name}": value for name, value in kept.items()}
 
 
 @pytest.fixture

@@ -128,6 +128,7 @@ def first_params(config, workdir, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(Described) as caught:
         patched.setattr(train, "describe", describe)
+        patched.setattr(train, "compile_ahead", lambda *_: None)  # no step is run
         train.run(config, workdir)
     return caught.value.args
 
