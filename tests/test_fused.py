@@ -43,8 +43,9 @@ def assert_equals_the_reference(qkv, causal=True, mesh=None, backend="fused"):
 SIZES = [(6, 64), (3, 128), (8, 96), (4, 32)]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "head_size"), SIZES)
+@pytest.mark.parametrize(
+    ("heads", "head_size", "causal"), [*((*size, True) for size in SIZES), (*SIZES[0], False), (*SIZES[-1], False)]
+)
 def test_values_and_gradients_equal_the_reference(monkeypatch, heads, head_size, causal):
     monkeypatch.setattr(fused, "BLOCK", 32)
     assert_equals_the_reference(random_qkv(96, heads, head_size), causal)

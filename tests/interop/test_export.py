@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import igpt
+from igpt.__main__ import main as run_igpt
 from igpt.data.classes import save_names
 from igpt.errors import UserError
 from igpt.interop import weight_files
@@ -60,20 +61,19 @@ def test_the_dtype_in_the_config_does_not_round_the_tensors(hf_copy, tmp_path):
     assert_same_files(hf_copy, export(hf_copy, tmp_path / "other"), ["model.safetensors"])
 
 
-def test_the_commands_import_a_directory_and_export_it(hf, tmp_path):
-    def command(*args):
-        return subprocess.run([sys.executable, "-m", "igpt", *args], capture_output=True, text=True)
-
-    done = command("import", f"--from={hf}", f"--out={tmp_path}/run")
+def test_the_commands_import_a_directory_and_export_it(hf, tmp_path, capsys):
+    command = [sys.executable, "-m", "igpt", "import", f"--from={hf}", f"--out={tmp_path}/run"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "width 22, depth 3, 2 heads, 35 positions, 17 colours, palette head; 19,712 parameters" in done.stdout
     assert f"igpt sample --model={tmp_path}/run" in done.stdout
-    done = command("export", f"--model={tmp_path}/run", f"--out={tmp_path}/back")
-    assert done.returncode == 0, done.stderr
+    run_igpt(["export", f"--model={tmp_path}/run", f"--out={tmp_path}/back"])
     assert_same_files(hf, tmp_path / "back")
-    done = command("export", f"--model={tmp_path}/run", f"--out={tmp_path}/back")
-    assert done.returncode == 2
-    assert done.stderr == f"error: --out={tmp_path}/back exists already; name a new directory\n"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_igpt(["export", f"--model={tmp_path}/run", f"--out={tmp_path}/back"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: --out={tmp_path}/back exists already; name a new directory\n"
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,13 @@ from igpt.state import abstract_state, create_state
 from tests.helpers import ROOT, RUN_MODEL, assert_trees_equal, default_optimizer, save_states
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4), (8, 1, 1)])
-def test_what_one_mesh_wrote_another_reads(tmp_path, sizes):
+def test_what_one_mesh_wrote_another_reads(tmp_path):
     written = save_states(tmp_path, make_mesh(2, 2, 2))
-    mesh = make_mesh(*sizes)
-    _, abstract = abstract_state(RUN_MODEL, default_optimizer(), mesh)
-    read = checkpoint.restore(tmp_path, abstract, 3)
-    assert_trees_equal(written, read)
-    assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, abstract)
+    for sizes in ((1, 8, 1), (2, 1, 4), (8, 1, 1)):
+        _, abstract = abstract_state(RUN_MODEL, default_optimizer(), make_mesh(*sizes))
+        read = checkpoint.restore(tmp_path, abstract, 3)
+        assert_trees_equal(written, read)
+        assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def test_only_the_newest_are_kept(tmp_path):
