@@ -69,7 +69,9 @@ def test_every_tracker_has_the_numbers_of_metrics_jsonl_the_pictures_and_the_set
         (of_wandb(runs / name), lines),
         (of_trackio(runs / "trackio" / "igpt.db", identity), lines),
     ):
-        assert kept[0] == expected
+        # The killed start measured the speed of step 5. The resumed one cannot: it is its first step.
+        assert kept[0].keys() - expected.keys() <= {(5, "perf/images_per_sec")}
+        assert {key: kept[0].get(key) for key in expected} == expected
         assert kept[1] == pictures
         assert kept[2][field] == value
 
