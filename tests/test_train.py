@@ -65,8 +65,9 @@ def test_only_a_network_with_sos_draws_samples_while_it_trains(tiny_config, monk
     assert len(drawn) == draws
 
 
-def test_a_finished_run_is_neither_compiled_nor_trained_further(tiny_config, tmp_path, capsys, monkeypatch):
-    train.run(tiny_config, tmp_path / "run")
+def test_a_finished_run_is_neither_compiled_nor_trained_further(
+    tiny_config, finished_run, tmp_path, capsys, monkeypatch
+):
     before = records(tmp_path / "run")
     capsys.readouterr()
     monkeypatch.setattr(state.TrainProgram, "compile_ahead", lambda *batches: pytest.fail("compiled"))
@@ -76,9 +77,7 @@ def test_a_finished_run_is_neither_compiled_nor_trained_further(tiny_config, tmp
     assert "already finished its 6 steps" in output and "--config.train.steps=12" in output
 
 
-def test_a_finished_run_goes_on_to_more_steps_at_another_rate(tiny_config, tmp_path, capsys):
-    tiny_config.train.update(num_samples=0, eval_every=6)
-    train.run(tiny_config, tmp_path / "run")
+def test_a_finished_run_goes_on_to_more_steps_at_another_rate(tiny_config, finished_run, tmp_path, capsys):
     tiny_config.train.steps = 8
     tiny_config.optim.update(learning_rate=1e-3, schedule="constant")
     with pytest.raises(UserError, match="add --change=optim.learning_rate,optim.schedule to go on"):
@@ -118,8 +117,7 @@ def test_metrics_of_a_step_are_read_only_after_the_next_was_dispatched(tiny_conf
     assert events == ["dispatch", "dispatch", "read", "dispatch", "read", "dispatch", "read", "read"]
 
 
-def test_another_run_is_left_alone_without_start_over(tiny_config, tmp_path):
-    train.run(tiny_config, tmp_path / "run")
+def test_another_run_is_left_alone_without_start_over(tiny_config, finished_run, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     tiny_config.seed = 1
     with pytest.raises(UserError, match="another configuration"):
@@ -162,8 +160,7 @@ def test_a_workdir_that_cannot_hold_a_run_is_refused(tiny_config, tmp_path):
             train.run(tiny_config, workdir)
 
 
-def test_checkpoints_without_a_config_are_neither_resumed_nor_replaced(tiny_config, tmp_path):
-    train.run(tiny_config, tmp_path / "run")
+def test_checkpoints_without_a_config_are_neither_resumed_nor_replaced(tiny_config, finished_run, tmp_path):
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(UserError, match="checkpoints but no config.json"):
         train.run(tiny_config, tmp_path / "run")
@@ -171,20 +168,18 @@ def test_checkpoints_without_a_config_are_neither_resumed_nor_replaced(tiny_conf
     assert (tmp_path / "run.old-1" / "checkpoints" / "6").is_dir()
 
 
-def test_a_start_from_a_run_without_checkpoint_is_refused(tiny_config, tmp_path):
-    train.run(tiny_config, tmp_path / "first")
-    shutil.rmtree(tmp_path / "first" / "checkpoints")
-    tiny_config.init_from = str(tmp_path / "first")
+def test_a_start_from_a_run_without_checkpoint_is_refused(tiny_config, finished_run, tmp_path):
+    shutil.rmtree(finished_run / "checkpoints")
+    tiny_config.init_from = str(finished_run)
     with pytest.raises(UserError, match="no finished checkpoint yet"):
         train.run(tiny_config, tmp_path / "second")
     assert not (tmp_path / "second").exists()
 
 
-def test_a_run_resumes_when_the_run_it_started_from_is_gone(tiny_config, tmp_path):
-    train.run(tiny_config, tmp_path / "first")
-    tiny_config.init_from = str(tmp_path / "first")
+def test_a_run_resumes_when_the_run_it_started_from_is_gone(tiny_config, finished_run, tmp_path):
+    tiny_config.init_from = str(finished_run)
     train.run(tiny_config, tmp_path / "second")
-    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(finished_run)
     train.run(tiny_config, tmp_path / "second")
 
 
@@ -196,12 +191,11 @@ def test_a_palette_file_of_the_wrong_size_is_refused(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, tmp_path):
-    train.run(tiny_config, tmp_path / "first")
-    tiny_config.init_from = str(tmp_path / "first")
+def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, finished_run, tmp_path):
+    tiny_config.init_from = str(finished_run)
     tiny_config.train.steps = 3
     train.run(tiny_config, tmp_path / "second")
-    assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1] - 0.1
+    assert losses(tmp_path / "second")[1] < losses(finished_run)[1] - 0.1
     tiny_config.model.width = 24
     with pytest.raises(UserError, match="another network: width is 20 there, 24 here"):
         train.run(tiny_config, tmp_path / "third")
@@ -217,16 +211,25 @@ def test_a_run_starts_from_the_weights_and_the_palette_of_another(tiny_config, t
         ),
         (["--config=configs/digits.py"], "arguments are required: --workdir"),
         (["--config=configs/probe_digits.py", "--workdir=RUN"], "no training configuration"),
-        (["--config=configs/digits.py", "--workdir=RUN", "--config.train.accumulate=3"], "batch_size 16"),
     ],
 )
-def test_a_mistake_on_the_command_line_ends_in_one_message_and_exit_code_2(tmp_path, arguments, message):
-    arguments = [argument.replace("RUN", str(tmp_path / "run")) for argument in arguments]
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def test_a_mistake_on_the_command_line_ends_in_one_message_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([argument.replace("RUN", str(tmp_path / "run")) for argument in arguments])
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert message in output.err and output.err.startswith("error: ") and not output.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_ends_the_program_without_a_traceback(tmp_path):
+    flags = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", "--config.train.accumulate=3"]
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr and done.stderr.startswith("error: ")
+    assert "batch_size 16" in done.stderr and done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()
 

@@ -38,9 +38,7 @@ def largest(folder):
     ],
     ids=["bit", "lost", "cut"],
 )
-def test_the_older_checkpoint_is_used_if_the_newest_is_damaged(tiny_config, tmp_path, capsys, harm):
-    tiny_config.train.update(num_samples=0, eval_every=6)
-    train.run(tiny_config, tmp_path / "run")
+def test_the_older_checkpoint_is_used_if_the_newest_is_damaged(tiny_config, finished_run, tmp_path, capsys, harm):
     whole = read_arrays(tmp_path / "run", 6)
     harm(largest(tmp_path / "run" / "checkpoints" / "6" / "optimizer"))
     capsys.readouterr()
@@ -51,9 +49,7 @@ def test_the_older_checkpoint_is_used_if_the_newest_is_damaged(tiny_config, tmp_
     assert_bitwise_equal(whole, read_arrays(tmp_path / "run", 6))
 
 
-def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path):
-    tiny_config.train.update(num_samples=0, eval_every=6)
-    train.run(tiny_config, tmp_path / "run")
+def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, finished_run, tmp_path):
     for step in ("3", "6"):
         damaged(largest(tmp_path / "run" / "checkpoints" / step / "params"))
     with pytest.raises(UserError, match=r"checkpoint of step 6 of .* is damaged \(params/.*there are \[3, 6\]"):
@@ -67,9 +63,7 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, tmp_path
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
 
 
-def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_config, tmp_path):
-    tiny_config.train.num_samples = 0
-    train.run(tiny_config, tmp_path / "run")
+def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_config, finished_run, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     unfinished = folder / "6.orbax-checkpoint-tmp"
     (folder / "6").rename(unfinished)
@@ -78,8 +72,7 @@ def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_confi
     assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
 
 
-def test_a_checkpoint_of_another_network_is_no_damage_and_is_not_moved(tiny_config, tmp_path):
-    train.run(tiny_config, tmp_path / "run")
+def test_a_checkpoint_of_another_network_is_no_damage_and_is_not_moved(tiny_config, finished_run, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["model"]["width"] = tiny_config.model.width = 24
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
@@ -110,17 +103,13 @@ def test_metrics_that_cannot_be_written_end_in_a_message_too(tiny_config, tmp_pa
     train.run(tiny_config, tmp_path / "run")
 
 
-def test_a_checkpoint_that_was_being_removed_is_not_taken_for_whole(tiny_config, tmp_path, capsys):
-    tiny_config.train.num_samples = 0
-    train.run(tiny_config, tmp_path / "run")
+def test_a_checkpoint_that_was_being_removed_is_not_taken_for_whole(tiny_config, finished_run, tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "6" / "sha256.json").unlink()
     train.run(tiny_config, tmp_path / "run")
     assert "step 6 is damaged (sha256.json is missing)" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(tiny_config, tmp_path, monkeypatch):
-    tiny_config.train.num_samples = 0
-    train.run(tiny_config, tmp_path / "run")
+def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(finished_run, tmp_path, monkeypatch):
     whole, held = read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
     progress = checkpoint.progress_at(tmp_path / "run", 6)
     monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # fails before the final name
