@@ -92,7 +92,7 @@ def estimate_again(size: str, plan: dict) -> dict:
     checks = {
         "kernels_forward_and_backward": any(all(name in kernels for name in names) for names in (fused, splash)),
         "no_float32_products_in_blocks": plan["float32_products_in_blocks"] == 0,
-        "compiled_in_6_minutes": plan["compile_seconds"] < 360,  # on two cores that also did other work
+        "compiled_in_6_minutes": plan["compile_seconds"] < 360,  # processor time
     }
     return plan | estimates(plan, model, chip) | {"checks": checks}
 

@@ -5,10 +5,13 @@ softmax sees all its keys at once, so that it needs no running maximum as in Fla
 backward kernel computes all three gradients from one copy of the scores.
 
 The kernels read heads straight out of [B, T, N K], the order in which the projection writes them, so that no array is
-transposed or padded in HBM. A TPU reads 128 lanes side by side. A *group* is the smallest number of whole heads that
-fills whole lanes: one head of 128, two of 64, four of 96. The grid runs over examples and groups. Each step loops over
-the heads of its group. Heads of 96 are first copied apart. Heads that share 128 lanes stay together: a product reads
-all lanes, and one of its factors has zeros in the lanes of other heads.
+transposed or padded in HBM. They read q, k and v from one stack, and write their gradients to one stack, so that
+nothing is copied out of the projection's result, or joined for its gradient.
+
+A TPU reads 128 lanes side by side. A *group* is the smallest number of whole heads that fills whole lanes: one head of
+128, two of 64, four of 96. The grid runs over examples and groups. Each step loops over the heads of its group. Heads
+of 96 are first copied apart. Heads that share 128 lanes stay together: a product reads all lanes, and one of its
+factors has zeros in the lanes of other heads.
 
 Scores are transposed, [keys, queries], so that the statistics of a query lie in a row, which broadcasts over keys at no
 cost. The loops over blocks are unrolled. Under a causal mask, blocks above the diagonal are left out.
@@ -40,6 +43,7 @@ NEEDED = (  # what `fits` checks, in words
 HIDDEN = -1e30  # the score of a key that a query must not see; finite, so that no difference is NaN
 
 Rows = Float[Array, "B T D"]
+Stack = Float[Array, "3 B T D"]  # queries, keys and values
 
 
 class Layout(NamedTuple):
@@ -92,21 +96,23 @@ def fits(heads: int, head_size: int, length: int, device_kind: str = "") -> bool
 def fused_attention(q: Heads, k: Heads, v: Heads, causal: bool, interpret: bool = False) -> Heads:
     """Softmax attention in the fused kernels. `interpret` emulates them on any device, slowly."""
     B, T, N, K = q.shape
-    layout = Layout(K, group_size(K), T, causal)
-    return _attend(*(x.reshape(B, T, N * K) for x in (q, k, v)), layout, interpret).reshape(q.shape)
+    # XLA makes no copy here if q, k and v are the slices of one array along its first axis, as in `Block`.
+    stack = jnp.stack([x.reshape(B, T, N * K) for x in (q, k, v)])
+    return _attend(stack, Layout(K, group_size(K), T, causal), interpret).reshape(q.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(q: Rows, k: Rows, v: Rows, layout: Layout, interpret: bool) -> Rows:
-    return _forward(q, k, v, layout, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(qkv: Stack, layout: Layout, interpret: bool) -> Rows:
+    return _forward(qkv, layout, interpret)[0]
 
 
-def _forward(q, k, v, layout, interpret):
-    B, T, D = q.shape
-    out_shape = [jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((B, D // layout.K, 1, T), jnp.float32)]
-    kernel = _kernel(_forward_body, "rrr", "rs", out_shape, [v.dtype] * 4, layout, interpret)
-    out, log_total = (checkpoint_name(x, ATTENTION_OUTPUT) for x in kernel(q, k, v, name="fused_attention_forward"))
-    return out, (q, k, v, out, log_total)
+def _forward(qkv, layout, interpret):
+    _, B, T, D = qkv.shape
+    rows, statistics = (B, T, D), (B, D // layout.K, 1, T)
+    out_shape = [jax.ShapeDtypeStruct(rows, qkv.dtype), jax.ShapeDtypeStruct(statistics, jnp.float32)]
+    kernel = _kernel(_forward_body, "q", "rs", out_shape, [qkv.dtype] * 4, layout, interpret)
+    out, log_total = (checkpoint_name(x, ATTENTION_OUTPUT) for x in kernel(qkv, name="fused_attention_forward"))
+    return out, (qkv, out, log_total)
 
 
 def _pallas():
@@ -119,16 +125,17 @@ def _pallas():
 
 def _backward(layout, interpret, residuals, d_out):
     _, pltpu = _pallas()
-    gradients = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals[:3]]
-    kernel = _kernel(_backward_body, "rrrrsr", "rrr", gradients, [d_out.dtype] * 6, layout, interpret)
+    gradients = [jax.ShapeDtypeStruct(residuals[0].shape, residuals[0].dtype)]
+    kernel = _kernel(_backward_body, "qrsr", "q", gradients, [d_out.dtype] * 6, layout, interpret)
     sums = [pltpu.VMEM(layout.apart, jnp.float32), pltpu.VMEM((8, layout.T), jnp.float32)]
-    return kernel(*residuals, d_out, name="fused_attention_backward", extra=sums)
+    return tuple(kernel(*residuals, d_out, name="fused_attention_backward", extra=sums))
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_body(q, k, v, out, log_total, *apart, layout):
+def _forward_body(qkv, out, log_total, *apart, layout):
+    q, k, v = (qkv.at[i] for i in range(3))
     q_heads, k_heads, v_heads, out_heads = apart or (q, k, v, out)
     _cut(layout, (q, q_heads), (k, k_heads), (v, v_heads))
 
@@ -150,8 +157,10 @@ def _forward_body(q, k, v, out, log_total, *apart, layout):
     _join(layout, (out, out_heads))
 
 
-def _backward_body(q, k, v, out, log_total, d_out, d_q, d_k, d_v, d_q_sum, mean, *apart, layout):
+def _backward_body(qkv, out, log_total, d_out, d_qkv, d_q_sum, mean, *apart, layout):
     pl, _ = _pallas()
+    q, k, v = (qkv.at[i] for i in range(3))
+    d_q, d_k, d_v = (d_qkv.at[i] for i in range(3))
     q_heads, k_heads, v_heads, d_out_heads, d_k_heads, d_v_heads = apart or (q, k, v, d_out, d_k, d_v)
     _cut(layout, (q, q_heads), (k, k_heads), (v, v_heads), (d_out, d_out_heads))
     # Softmax's gradient subtracts the mean of the weights' gradients under the weights: for each query, out . d_out.
@@ -183,12 +192,14 @@ def _backward_body(q, k, v, out, log_total, d_out, d_q, d_k, d_v, d_q_sum, mean,
 def _kernel(body, inputs, outputs, out_shape, apart, layout, interpret):
     """A function that calls a kernel, whose body runs for every example and group.
 
-    Letters describe its arrays: `r` rows [B, T, D], of which the body reads [1, T, W], and `s` statistics [B, N, 1, T],
-    of which it reads [P, 1, T]. `apart` has the types of arrays for heads that are cut apart, if they are.
+    Letters describe its arrays: `q` stacks [3, B, T, D], of which the body reads [3, 1, T, W], `r` rows [B, T, D], of
+    which it reads [1, T, W], and `s` statistics [B, N, 1, T], of which it reads [P, 1, T]. `apart` has the types of
+    arrays for heads that are cut apart, if they are.
     """
     pl, pltpu = _pallas()
-    B, T, D = out_shape[0].shape
+    B, T, D = out_shape[0].shape[-3:]
     specs = {
+        "q": pl.BlockSpec((3, 1, T, layout.W), lambda example, group: (0, example, 0, group)),
         "r": pl.BlockSpec((1, T, layout.W), lambda example, group: (example, 0, group)),
         "s": pl.BlockSpec((None, layout.P, 1, T), lambda example, group: (example, group, 0, 0)),
     }

@@ -188,7 +188,8 @@ class Block(nnx.Module):
         config = self.config
         normed = self.attention_norm(x)
         heads = (*x.shape[:2], config.num_heads, config.head_size)
-        q, k, v = (x.reshape(heads) for x in jnp.moveaxis(self.qkv(normed), 2, 0))
+        # For the TPU's kernels XLA joins these slices again without a copy (igpt/fused.py): keep the order of axes.
+        q, k, v = (x.reshape(heads) for x in jnp.unstack(jnp.moveaxis(self.qkv(normed), 2, 0)))
         if not config.scale_scores or config.scale_scores_by_layer:
             q = (q * config.query_scale(layer)).astype(k.dtype)
         keys = (None, None, None) if key is None else jax.random.split(key, 3)

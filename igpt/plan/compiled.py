@@ -107,13 +107,13 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     model, abstract = program.model, program.abstract
     plan = _facts_without_compiler(config, topology, model, abstract, len(devices), dict(mesh.shape))
 
-    start = time.perf_counter()
+    start = time.process_time()  # processor time, so that other programs do not count
     with jax.set_mesh(mesh):
         traced = program.train_step.trace(abstract, abstract_batch(config, model, mesh))
         plan["float32_products_in_blocks"] = float32_products_in_blocks(traced.jaxpr.jaxpr, model.depth)
         plan["libtpu_init_args"] = os.environ["LIBTPU_INIT_ARGS"]
         executable, memory = _compile(traced, plan["bytes_per_chip"]["gradients"])
-    plan["compile_seconds"] = time.perf_counter() - start
+    plan["compile_seconds"] = time.process_time() - start
 
     plan["bytes_per_chip"] |= memory | {"memory": chip.memory}
     plan["peak_share"] = memory["peak"] / chip.memory
