@@ -56,12 +56,13 @@ from igpt.sample import sample_images
 from igpt.sharding import check_batch_size, process_rows, to_devices
 from igpt.state import TrainProgram, TrainState, build_program, run_batches
 from igpt.track.trackers import Trackers
+from igpt.trained import Run
 
 
 def run(
     config: ConfigDict | Config, workdir: str | Path, start_over: bool = False, allowed: Collection[str] = ()
-) -> dict:
-    """Trains until step config.train.steps. Returns the last evaluation's metrics ({} if the run was already finished).
+) -> Run:
+    """Trains until step config.train.steps. Returns the trained model, after fine-tuning the best one.
 
     `allowed` names what may differ from the run that is resumed: see the flag --change. Raises UserError for a mistake
     in the input, before it writes any file of the run, and for an unreadable image, when it reads the image. Raises
@@ -74,7 +75,7 @@ def run(
         return pretrain(config, RunDirectory(workdir, config, start_over, allowed, lock), trackers)
 
 
-def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> dict:
+def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run:
     """Trains in a fresh or a resumed run directory, which no other program uses. Returns and raises like `run`."""
     train, mesh = config.train, config.mesh.make()
     if config.objective.classification:
@@ -146,7 +147,12 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> dict:
     if config.objective.classification and source.test.labels is not None and not is_tested:
         evaluation |= test_classifier(config, run, program, source, palette, trackers, step)
     farewell(run, step, evaluation, time.perf_counter() - started, source)
-    return evaluation
+    params, names = state.params, finetune.output_names(source, config)
+    if config.objective.classification:  # the best checkpoint, which `igpt.load` would load
+        with storage_errors(run.path):
+            params, step = checkpoint.restore_params(run.path, program.abstract.params)
+    trained = load.Pretrained(config, nnx.merge(program.graph, params), palette, step, names)
+    return Run.of(trained, run.path, evaluation)
 
 
 def known_classes(config: Config, run: RunDirectory) -> tuple[tuple[str, ...] | None, str]:

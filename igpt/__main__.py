@@ -18,6 +18,7 @@ COMMANDS = {  # sub-command -> (module, one line of help)
     "sample": ("igpt.sample", "sample images from a model, or complete given images"),
     "evaluate": ("igpt.evaluate", "measure the loss and the accuracy of a model on a data set"),
     "predict": ("igpt.predict", "name the classes of image files"),
+    "demo": ("igpt.page.demo", "serve a page in the browser to play with a model"),
     "palette": ("igpt.data.palette_fit", "fit a palette of colours to a source of images"),
     "prepare": ("igpt.data.prepare", "encode a source of images as tokens on disk, for fast training"),
     "export": ("igpt.interop.export", "write a model as a Hugging Face directory"),

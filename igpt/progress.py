@@ -1,6 +1,7 @@
 """Shows the progress of long work: a bar on a terminal and in a notebook, a plain line a minute in a log file."""
 
 import contextlib
+import importlib.util
 import io
 import sys
 import time
@@ -24,7 +25,9 @@ def progress_bar(*iterable, **options) -> tqdm:
 
     Work of less than a minute leaves no line there. Set the postfix with refresh=False, or each change becomes a line.
     """
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+    if "ipykernel" in sys.modules:
+        return notebook_bar()(*iterable, dynamic_ncols=True, **options)
+    if sys.stderr.isatty():
         return tqdm(*iterable, dynamic_ncols=True, **options)
     calm = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES) | dict(miniters=1)
     if "bar_format" in options:
@@ -50,3 +53,12 @@ def doing(bar: tqdm, what: str):
         yield
     finally:
         bar.set_description_str("", refresh=False)
+
+
+def notebook_bar() -> type[tqdm]:
+    """tqdm's widget if ipywidgets is installed, else its line of text. tqdm.auto chooses likewise, but warns."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return tqdm
+    from tqdm.notebook import tqdm as widget
+
+    return widget

@@ -13,6 +13,7 @@ this command in each process; process 0 writes the picture.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int, Integer
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
-from igpt.decode import decode, decoder_of, grow, prefill
+from igpt.decode import KVCache, decode, decoder_of, grow, prefill
 from igpt.errors import UserError
 from igpt.fields import LARGEST_SEED
 from igpt.interop.load import Pretrained, load
@@ -37,6 +38,7 @@ from igpt.token_ids import checked_ids
 GREEDY = 1e-30  # logits divided by a smaller temperature overflow float32, and draws become NaN
 SEGMENTS = 8  # more of them save little reading: 1/8 of the longest cache is read in vain on average
 SHORTEST_SEGMENT = 128
+STATIC_RULES = ("greedy", "top_k", "top_p")
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -63,6 +65,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < GREEDY
 
+    @property
+    def rules(self) -> tuple:
+        """The arguments of `draw_tokens`. A change of all but the first, STATIC_RULES, compiles another program."""
+        return self.temperature, self.greedy, int(self.top_k), self.top_p
+
 
 def image_keys(seed: int, num: int, first: int = 0) -> Array:
     """Random keys for `num` images, numbered from `first`. Image i depends on the seed and i, but not on its batch.
@@ -82,19 +89,25 @@ def sample_tokens(
     Raises UserError if a token is no palette id of the model, and for a network that cannot continue the prefix: one of
     BERT's, or P = 0 for a network without SOS.
     """
+    inputs, before = inputs_of(model, prefix), int(model.config.sos)
+    return continue_inputs(model, inputs, model.config.seq_len + before, keys, sampling)[:, before:]
+
+
+def inputs_of(model: ImageGPT, prefix: Integer[np.ndarray, "B P"]) -> Integer[np.ndarray, "B I"]:
+    """What the network reads of `prefix`: its tokens, after the SOS if there is one. Raises as `sample_tokens` says."""
     length = model.config.seq_len
     if not model.config.causal:
         raise UserError("this model was trained with the BERT objective: it predicts masked pixels and cannot sample")
     if not prefix.shape[1] < length:
         raise UserError(f"{prefix.shape[1]} of {length} pixels are given: there is nothing left to sample")
     prefix = checked_ids("tokens", prefix, model.config.vocab_size)
-    if not model.config.sos:
-        if prefix.shape[1] == 0:
-            problem = "this model was trained without SOS (model.sos=False), so that it knows no first pixel"
-            raise UserError(f"{problem}; give it the upper rows of an image: --complete, with --keep for a row or more")
-        return continue_inputs(model, prefix, length, keys, sampling)
-    start = np.full((len(prefix), 1), model.config.vocab_size, np.int32)
-    return continue_inputs(model, np.concatenate([start, prefix], axis=1), length + 1, keys, sampling)[:, 1:]
+    if model.config.sos:
+        start = np.full((len(prefix), 1), model.config.vocab_size, np.int32)
+        return np.concatenate([start, prefix], axis=1)
+    if prefix.shape[1] == 0:
+        problem = "this model was trained without SOS (model.sos=False), so that it knows no first pixel"
+        raise UserError(f"{problem}; give it the upper rows of an image: --complete, with --keep for a row or more")
+    return prefix
 
 
 def continue_inputs(
@@ -108,9 +121,8 @@ def continue_inputs(
     inputs = checked_ids("inputs", inputs, model.token_table[...].shape[0])
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
-    rules = sampling.temperature, sampling.greedy, int(sampling.top_k), sampling.top_p
     lengths = segments(padded.shape[1], model.config.seq_len)
-    return _generate(graph, params, padded, given, stop, keys, *rules, lengths)[:, :stop]
+    return _generate(graph, params, padded, given, stop, keys, *sampling.rules, lengths)[:, :stop]
 
 
 def padded_length(length: int, most: int) -> int:
@@ -118,35 +130,52 @@ def padded_length(length: int, most: int) -> int:
     return min(1 << (length - 1).bit_length(), most)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "greedy", "top_k", "top_p", "lengths"))
+@functools.partial(jax.jit, static_argnames=("graph", *STATIC_RULES, "lengths"))
 def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p, lengths):
     model = nnx.merge(graph, params)
     decoder = decoder_of(model)
     inputs, keys = shard_batch(inputs), shard_batch(keys)
+    draw = functools.partial(draw_tokens, keys, temperature, greedy, top_k, top_p)
+    tokens, cache = begin(model, inputs, given, draw)
+    first = given
+    for length in lengths:  # a step reads the whole cache, so each segment has a cache of its own length
+        tokens, cache = advance(decoder, tokens, cache, first, jnp.minimum(length, stop - 1), length, draw)
+        first = jnp.maximum(given, length)
+    return replicate(tokens)
 
-    def draw(logits, position):
-        if greedy:
-            return jnp.argmax(logits, axis=-1)
-        position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        return jax.vmap(jax.random.categorical)(position_keys, truncate(logits / temperature, top_k, top_p))
 
-    def put(tokens, position, token):
-        return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None].astype(tokens.dtype), position, axis=1)
+def begin(model: ImageGPT, inputs: Int[Array, "B P"], given, draw: Callable) -> tuple[Int[Array, "B S"], KVCache]:
+    """Reads the first `given` inputs and draws the next one. Returns room for T + 1 inputs, with these, and the cache.
+
+    igpt/rows.py calls this function and `advance`, too, and stops between rows.
+    """
+    room = [(0, 0), (0, model.config.seq_len + 1 - inputs.shape[1])]
+    logits, cache = prefill(model, inputs, given)
+    return _put(jnp.pad(inputs, room), given, draw(logits, given - 1)), cache
+
+
+def advance(decoder, tokens, cache: KVCache, first, last, length: int, draw: Callable):
+    """Reads the inputs from `first` up to before `last` and draws the one after each, with a cache of `length`."""
 
     def step(position, carry):  # reads the input at `position` and writes the next one
         tokens, cache = carry
         token = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
         logits, cache = decode(decoder, token, position, cache)
-        return put(tokens, position + 1, draw(logits, position)), cache
+        return _put(tokens, position + 1, draw(logits, position)), cache
 
-    room = [(0, 0), (0, model.config.seq_len + 1 - inputs.shape[1])]
-    logits, cache = prefill(model, inputs, given)
-    tokens = put(jnp.pad(inputs, room), given, draw(logits, given - 1))
-    first = given
-    for length in lengths:  # a step reads the whole cache, so each segment has a cache of its own length
-        tokens, cache = jax.lax.fori_loop(first, jnp.minimum(length, stop - 1), step, (tokens, grow(cache, length)))
-        first = jnp.maximum(given, length)
-    return replicate(tokens)
+    return jax.lax.fori_loop(first, last, step, (tokens, grow(cache, length)))
+
+
+def _put(tokens, position, token):
+    return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None].astype(tokens.dtype), position, axis=1)
+
+
+def draw_tokens(keys, temperature, greedy: bool, top_k: int, top_p: float, logits, position) -> Int[Array, "B"]:
+    """Draws a token for each image: a function of its logits, its key and the position."""
+    if greedy:
+        return jnp.argmax(logits, axis=-1)
+    position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+    return jax.vmap(jax.random.categorical)(position_keys, truncate(logits / temperature, top_k, top_p))
 
 
 def segments(given: int, length: int) -> tuple[int, ...]:

@@ -124,7 +124,7 @@ def test_a_network_without_heads_cannot_be_evaluated():
 def test_the_command_evaluates_a_run_on_its_own_data_and_on_others(tiny_config, tmp_path, capsys):
     import train
 
-    trained = train.run(tiny_config, tmp_path / "run")
+    trained = train.run(tiny_config, tmp_path / "run").evaluation
     run_igpt(["evaluate", f"--model={tmp_path}/run", "--split=validation", f"--json={tmp_path}/figures.json"])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["loss"] == pytest.approx(trained["eval/loss"], rel=1e-5)

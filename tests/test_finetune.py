@@ -86,7 +86,7 @@ def tuning(images, init_from="", **changes):
 def tuned(config, workdir):
     """(run directory, last metrics, what was printed)."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        evaluation = train.run(config, workdir)
+        evaluation = train.run(config, workdir).evaluation
     return workdir, evaluation, output.getvalue()
 
 

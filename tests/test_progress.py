@@ -54,3 +54,17 @@ def test_a_log_file_is_told_once_a_minute_at_most_what_goes_on(seconds, capsys, 
                 pass
     lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["compiling:   0% 0/9", "saving:   0% 0/9"]
+
+
+def test_a_notebook_without_widgets_gets_a_bar_of_text_and_no_warning(seconds, capsys, monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run(seconds, steps=10, of_each=1.0)
+    assert "\r" in capsys.readouterr().err and not recwarn.list
+
+
+def test_a_notebook_with_widgets_gets_one(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    from tqdm.notebook import tqdm_notebook
+
+    assert progress.notebook_bar() is tqdm_notebook

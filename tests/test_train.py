@@ -17,7 +17,7 @@ from tests.helpers import ROOT, losses, records
 
 
 def test_a_run_leaves_everything_that_it_promises(tiny_config, tmp_path, capsys):
-    evaluation = train.run(tiny_config, tmp_path / "run")
+    evaluation = train.run(tiny_config, tmp_path / "run").evaluation
     names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
     assert names == {"config", "images", "palette", "checkpoints", "metrics", "events", "samples"}
     assert not list((tmp_path / "run").rglob("*.partial"))
@@ -42,7 +42,7 @@ def test_a_run_without_labels_does_not_propose_a_probe(tiny_config, write_npz, t
 
 def test_bert_learns_dropped_pixels_from_ln_v_down_and_draws_no_samples(tiny_config, tmp_path, capsys):
     tiny_config.model.update(causal=False, depth=1)
-    evaluation = train.run(tiny_config, tmp_path / "run")
+    evaluation = train.run(tiny_config, tmp_path / "run").evaluation
     found = losses(tmp_path / "run")
     assert abs(found[1] - np.log(17)) < 1e-5 and max(found[5], found[6], evaluation["eval/loss"]) < found[1] - 0.1
     assert evaluation.keys() == {"eval/loss"}  # BERT has no likelihood, so no bits per dimension

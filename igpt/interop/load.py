@@ -1,4 +1,4 @@
-"""`igpt.load`: a model from a run directory, a Hugging Face directory, or an id of the Hugging Face hub.
+"""What `igpt.load` reads: a model from a run directory, a Hugging Face directory, or an id of the Hugging Face hub.
 
 The result is the same for all three, so code that uses a model need not distinguish them.
 """

@@ -302,7 +302,7 @@ def test_training_stops_at_an_unreadable_image_with_its_name_and_code_two(tiny_c
 
 
 def test_training_and_the_probe_count_and_report_skipped_images(tiny_config, tmp_path, capsys):
-    assert np.isfinite(train.run(photo_config(tiny_config, tmp_path, "skip"), tmp_path / "run")["eval/loss"])
+    assert np.isfinite(train.run(photo_config(tiny_config, tmp_path, "skip"), tmp_path / "run").evaluation["eval/loss"])
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["data/unreadable"] for record in records if "data/unreadable" in record][-1] >= 1
     assert "unreadable images, such as" in capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_a_run_on_openai_tokens_keeps_their_palette(write_openai, tiny_config, t
     with pytest.raises(UserError, match=r"small has 17 colours, but palette\.colors is 16"):
         train.run(tiny_config, tmp_path / "run")
     tiny_config.palette.colors = 17
-    assert np.isfinite(train.run(tiny_config, tmp_path / "run")["eval/loss"])
+    assert np.isfinite(train.run(tiny_config, tmp_path / "run").evaluation["eval/loss"])
     centers = np.load(tmp_path / "kmeans_centers.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "run" / "palette.npy"), centers)
     assert load_config(tmp_path / "run").data.source == f"openai:{prefix}"

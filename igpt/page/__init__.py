@@ -1,0 +1,1 @@
+"""`igpt demo`: a page in the browser where one plays with a model."""

@@ -1,0 +1,132 @@
+"""What the page asks a model for: images drawn row by row, the probe's curve, the nearest training images."""
+
+import functools
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from igpt.data.classes import full_names
+from igpt.data.images import Preprocess, decode
+from igpt.data.sources import open_source
+from igpt.errors import UserError
+from igpt.files import read_json
+from igpt.pictures import Pictures
+from igpt.rows import completed_rows, sampled_rows
+from igpt.sample import Sampling
+from igpt.trained import Run
+
+MOST_AT_ONCE = 16  # pictures that are drawn together
+EXAMPLES = 8  # pictures of the test split
+NEIGHBOURS = 8
+
+
+class Answers:
+    """Answers for one model. One computation runs at a time. Raises UserError for a wrong request."""
+
+    def __init__(self, run: Run, train_images: int, probe: str | Path | None = None):
+        self.run, self.data = run, run.config.data
+        self.computing = threading.Lock()
+        self.probe_folder = Path(probe) if probe else run.path / "probe"
+        self.probe = read_json(self.probe_folder / "probe.json") if self._has_probe(probe) else None
+        self.examples, self.train, self.why_no_data = None, None, ""
+        try:
+            if self.data.source:
+                source = open_source(self.data)
+                self.examples, self.train, self.names = source.test.images[:EXAMPLES], source.train, source.class_names
+        except UserError as error:  # the images may be on another machine
+            self.why_no_data = str(error)
+        if self.train is not None and len(self.train) > train_images:
+            chosen = np.random.default_rng(0).permutation(len(self.train))[:train_images]
+            self.train = self.train.take(np.sort(chosen))
+        self._features = functools.lru_cache(maxsize=4)(self._features)
+
+    def _has_probe(self, asked: str | Path | None) -> bool:
+        found = (self.probe_folder / "probe.json").is_file()
+        if asked and not found:
+            raise UserError(f"--probe={asked} has no probe.json; eval_probe.py --workdir={asked} writes it")
+        return found
+
+    def about(self) -> dict:
+        """What the page shows at its start."""
+        model = self.run.model.config
+        probed = self.probe["pretrained"] if self.probe else {"best_layer": model.depth // 2, "layers": []}
+        accuracies = {fit["layer"]: fit["test_accuracy"] for fit in probed["layers"]}
+        return {
+            "text": repr(self.run).strip("<>").removeprefix("igpt.Run "),
+            "height": self.data.image_size[0],
+            "width": self.data.image_size[1],
+            "can_complete": bool(model.causal and model.pixel_head),
+            "can_sample": bool(model.causal and model.pixel_head and model.sos),
+            "colors": model.vocab_size,
+            "layers": [{"layer": i, "accuracy": accuracies.get(i)} for i in range(model.depth + 1)],
+            "best_layer": probed["best_layer"],
+            "has_probe_picture": bool(self.probe) and (self.probe_folder / "probe.png").is_file(),
+            "examples": 0 if self.examples is None else len(self.examples),
+            "train_images": 0 if self.train is None else len(self.train),
+            "why_no_data": self.why_no_data or "The run does not know its training images.",
+        }
+
+    def picture(self, content: bytes, example: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+        """An uploaded file, or an image of the test split, as the model reads it."""
+        if example is None:
+            image = decode(content, "the picture", self.data.channels)
+            return Preprocess(self.data.image_size, "shrink")(image, None, "the picture")
+        if self.examples is None or not 0 <= example < len(self.examples):
+            raise UserError(f"there is no example {example}")
+        return np.asarray(self.examples[example])
+
+    def in_palette(self, image: np.ndarray) -> np.ndarray:
+        """The image in the palette's colours."""
+        return self.run.palette.decode(self.run.palette.encode(image))
+
+    def complete(self, image, keep: float, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
+        """The continuations after each row: see `completed_rows`."""
+        check_number(num)
+        return completed_rows(self.run, image, keep, num, seed, sampling)
+
+    def sample(self, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
+        """New images after each row: see `sampled_rows`."""
+        check_number(num)
+        return sampled_rows(self.run, num, seed, sampling)
+
+    def nearest(self, image, layer: int) -> list[tuple[np.ndarray, float, str]]:
+        """The training images whose features are the most similar: (image, cosine, class), the most similar first."""
+        if self.train is None:
+            raise UserError(self.about()["why_no_data"])
+        (own,) = unit(self.run.features(image, layer))
+        cosines = self._features(layer) @ own
+        order = np.argsort(-cosines, kind="stable")[:NEIGHBOURS]
+        images, used = self.train.read(order)
+        return [(images[i], float(cosines[order[i]]), self._class(int(used[i]))) for i in range(len(order))]
+
+    def _features(self, layer: int) -> np.ndarray:
+        return unit(self.run.features(self.train.images[:], layer))
+
+    def _class(self, index: int) -> str:
+        if self.train.labels is None:
+            return ""
+        label = int(self.train.labels[np.array([index])][0])
+        return full_names(self.names, label + 1)[label] if self.names else str(label)
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def check_number(num: int) -> None:
+    """Raises UserError unless so many pictures may be drawn together."""
+    if not 1 <= num <= MOST_AT_ONCE:
+        raise UserError(f"{num} pictures were asked for; the page draws 1 to {MOST_AT_ONCE}")
+
+
+def png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(file, format="PNG")
+    return file.getvalue()
