@@ -123,3 +123,27 @@ def write_openai(tmp_path):
         return f"{tmp_path}/small"
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub with its own cache and a token that may write: (its state, variables for a process)."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import TOKEN, served
+
+    with served() as (state, address):
+        variables = {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": f"{tmp_path}/home",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = "{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{template}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{tmp_path}/home/hub")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield state, variables

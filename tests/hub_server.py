@@ -144,9 +144,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(known | {"sha": self.hub.sha(repo)})
 
     def tree(self, parts, _, token):
+        """The files below a folder; without ?recursive only those in it, and its folders."""
         if repo := self._repo(parts["kind"], parts["repo"], token):
-            files = ((path, data) for path, data in repo["files"].items() if path.startswith(parts["folder"]))
-            return self._json([self._entry(*file) for file in files])
+            below = f"{parts['folder']}/" if parts["folder"] else ""
+            found = {}
+            for path in (path for path in repo["files"] if path.startswith(below)):
+                inner = path.removeprefix(below).split("/")
+                for depth in range(1, len(inner)):
+                    folder = below + "/".join(inner[:depth])
+                    found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": "0" * 40}
+                found[path] = self._entry(path, repo["files"][path])
+            deep = "recursive=true" in urlsplit(self.path).query.lower()
+            return self._json([x for x in found.values() if deep or "/" not in x["path"].removeprefix(below)])
 
     def paths(self, parts, body, token):
         if repo := self._repo(parts["kind"], parts["repo"], token):

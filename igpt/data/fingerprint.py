@@ -2,7 +2,8 @@
 
 A folder is known by the paths and splits of its files and by the sizes of up to SIZED of them, arrays by their bytes,
 tokens by their labels and SAMPLED rows of each split, a data set of tensorflow_datasets by its name, version and split,
-scattered images by the small images, the options and the backgrounds. Where the source lies does not matter.
+one of Hugging Face by its numbers of rows and the bytes of some, scattered images by the small images, the options and
+the backgrounds. Where the source lies does not matter.
 """
 
 import hashlib

@@ -52,7 +52,7 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
     """
     if isinstance(content, Path):
         content = _read(content, name)
-    _check_bytes(len(content), name)
+    check_bytes(len(content), name)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_bounds(image, content, name)
@@ -78,7 +78,7 @@ def _read(path: Path, name: str) -> bytes:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
             raise UnreadableImage(f"{name} is no file")
-        _check_bytes(status.st_size, name)
+        check_bytes(status.st_size, name)
         return path.read_bytes()
     except FileNotFoundError:
         raise UnreadableImage(f"there is no image {name}") from None
@@ -86,7 +86,8 @@ def _read(path: Path, name: str) -> bytes:
         raise UnreadableImage(f"{name} cannot be opened: {error.strerror}") from None
 
 
-def _check_bytes(count: int, name: str) -> None:
+def check_bytes(count: int, name: str) -> None:
+    """Raises UnreadableImage for an encoded image of more than MAX_BYTES bytes."""
     if count > MAX_BYTES:
         raise UnreadableImage(f"{name} has {count:,} bytes; the limit is {MAX_BYTES:,}: shrink it first")
 

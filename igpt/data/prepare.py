@@ -32,6 +32,7 @@ from igpt.data.classes import class_counts
 from igpt.data.examples import SPLITS, ArrayImages, Source
 from igpt.data.fingerprint import fingerprint as fingerprint_of_images
 from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path, shard_rows
+from igpt.data.settings import DataConfig
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
 from igpt.files import read_json, whole, write_array, write_json, write_text
@@ -42,31 +43,50 @@ from igpt.progress import progress_bar
 PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
 
 
-def prepare(settings: dict, palette_path: str, out: str, shard_images: int = 8192, workers: int = 1) -> dict:
+def prepare(
+    settings: dict, palette_path: str, out: str, shard_images: int = 8192, workers: int = 1, stream: bool = False
+) -> dict:
     """Writes a source to `out`. `settings` are fields of DataConfig. Returns the images per split and "unreadable".
 
+    With `stream`, a source hf:NAME is read once, in its order, and its images are never kept.
     Raises UserError if `out` contains anything other than this source prepared in the same way: nothing is overwritten.
     Raises InUseError if another program prepares `out`.
     """
     palette, folder = Palette.load(palette_path), Path(out)
-    source = open_source(settings, is_command=True)
+    if stream:
+        from igpt.data.hf_stream import Stream
+
+        rows = Stream(DataConfig.of(settings))
+        images, labelled = dict(zip(SPLITS, map(len, rows.parts), strict=True)), rows.data.label is not None
+        class_names, digest = rows.data.class_names, rows.fingerprint()
+    else:
+        source = open_source(settings, is_command=True)
+        images, labelled = (
+            {name: len(split) for name, split in source.splits().items()},
+            source.train.labels is not None,
+        )
+        class_names = source.class_names
+        digest = hashlib.sha256(json.dumps(fingerprint_of_images(source)).encode()).hexdigest()
     plan = {
         "format": 1,
         "data": json.loads(json.dumps(settings)),
         "palette_sha256": fingerprint(palette),
         "vocab_size": palette.vocab_size,
         "shard_images": shard_images,
-        "images": {name: len(split) for name, split in source.splits().items()},
-        "labels": source.train.labels is not None,
-        "images_sha256": hashlib.sha256(json.dumps(fingerprint_of_images(source)).encode()).hexdigest(),
-    } | ({"class_names": list(source.class_names)} if source.class_names else {})
+        "images": images,
+        "labels": labelled,
+        "images_sha256": digest,
+    } | ({"class_names": list(class_names)} if class_names else {})
     try:
         _begin(folder, plan, palette)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
 
     with Lock(folder, frees_at_sigterm=True):
-        _write_missing(source, palette, plan, folder, workers)
+        if stream:
+            _write_streamed(rows, palette, plan, folder, workers)
+        else:
+            _write_missing(source, palette, plan, folder, workers)
     total = sum(plan["images"].values())
     return plan["images"] | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
 
@@ -84,6 +104,23 @@ def _write_missing(source: Source, palette: Palette, plan: dict, folder: Path, w
         else:
             for shard in missing:
                 _write_shard(source, palette, plan, folder, *shard, bar.update)
+
+
+def _write_streamed(rows, palette: Palette, plan: dict, folder: Path, threads: int) -> None:
+    """Reads a stream into folder/stream, writes the shards from there, and removes it; nothing if all are there."""
+    from igpt.data.hf_stream import Staged
+
+    if all(_is_finished(folder, name, i, plan) for name in SPLITS for i in range(count_shards(plan, name))):
+        return
+    staged = Staged(folder / "stream", rows)
+    try:
+        with progress_bar(total=rows.total, unit="image", smoothing=0.1, desc="read") as bar:
+            staged.fill(palette, threads, bar.update)
+    except OSError as error:
+        problem = f"{staged.folder} cannot be written: {error.strerror or error}"
+        raise UserError(f"{problem}. What was read stays: make room, and run the same command again") from None
+    _write_missing(staged.source(palette), palette, plan, folder, workers=1)
+    staged.remove()
 
 
 def _begin(folder: Path, plan: dict, palette: Palette) -> None:
@@ -217,13 +254,15 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--palette", required=True, help="a .npy of colours, such as igpt palette makes")
     parser.add_argument("--out", required=True, help="the directory to write, or to complete")
     parser.add_argument("--shard_images", type=at_least(1), default=8192, help="images in a file (default 8192)")
+    once = "read hf:NAME once, as a stream, where its images do not fit on the disk; needs twice the room of the tokens"
+    parser.add_argument("--stream", action="store_true", help=once)
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), help="processes (default: one a core)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prepares a source with the flags of the command line. Prints what was written, and the command to run next."""
     settings = source_settings(args)
-    counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers)
+    counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers, args.stream)
     if classes := class_counts(open_prepared(args.out)):
         print(f"classes: {classes}")
     print(f"wrote {args.out}: " + ", ".join(f"{counts[name]} images for {name}" for name in SPLITS))

@@ -12,7 +12,10 @@ from igpt.data.scattered import background_settings, scatter, small_settings
 from igpt.data.settings import CHOICES, DataConfig
 from igpt.errors import UserError
 
-KINDS = "digits, npz:PATH, folder:PATH, tfds:NAME, tokens:PATH, openai:PREFIX, scattered:digits or scattered:npz:PATH"
+KINDS = (
+    "digits, npz:PATH, folder:PATH, tfds:NAME, hf:NAME, tokens:PATH, openai:PREFIX, scattered:digits or "
+    "scattered:npz:PATH"
+)
 FLAGS = {
     "crop": "side of the square that --preprocess=crop cuts out",
     "filter": "for resizing",
@@ -68,6 +71,10 @@ def load_source(settings, whole: bool = False) -> Source:
             from igpt.data.tfds import open_tfds  # tensorflow_datasets is slow to import
 
             return open_tfds(argument, settings)
+        case "hf" if argument:
+            from igpt.data.hf import open_hf
+
+            return open_hf(argument, settings, whole)
         case "scattered" if argument == "digits" or argument.startswith("npz:"):
             small = load_source(small_settings(settings, argument), whole)
             backgrounds = settings.scatter_background and load_source(background_settings(settings))

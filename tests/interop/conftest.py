@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import OPENAI_DIMS, hf_model, openai_variables, save_hf_model, write_tf_checkpoint
-from tests.hub_server import TOKEN, served
 
 
 @pytest.fixture(scope="session")
@@ -35,25 +34,3 @@ def clusters(tmp_path_factory):
 def checkpoint(tmp_path_factory):
     """The prefix of a checkpoint in OpenAI's format."""
     return write_tf_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model.ckpt-1000000", openai_variables())
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in for the hub with its own cache and a token that may write: (its state, variables for a process)."""
-    from huggingface_hub import constants
-
-    with served() as (state, address):
-        variables = {
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": f"{tmp_path}/home",
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        template = "{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{template}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{tmp_path}/home/hub")
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        yield state, variables
