@@ -77,6 +77,7 @@ def prepare(
         "labels": labelled,
         "images_sha256": digest,
     } | ({"class_names": list(class_names)} if class_names else {})
+    plan |= {"stream": True} if stream else {}
     try:
         _begin(folder, plan, palette)
     except OSError as error:

@@ -112,8 +112,9 @@ class Card:
         fields |= {"pipeline_tag": task} if in_pipeline else {}
         fields |= {"tags": ["image-gpt", "igpt", "jax"]}
         source = public_source(self.config.data.source)
-        if source.startswith("hf:") and source == self.config.data.source:
-            fields |= {"datasets": [source.removeprefix("hf:").partition(":")[0].partition("@")[0]]}
+        data_set = source.removeprefix("hf:").partition(",")[0]
+        if source.startswith("hf:") and source == self.config.data.source and not Path(data_set).exists():
+            fields |= {"datasets": [data_set]}
         if self.figures:
             fields |= {"model-index": [{"name": self._title(), "results": [*self._model_index(source)]}]}
         lines = (f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
@@ -199,9 +200,12 @@ def _cell(text: str) -> str:
 
 def public_source(source: str) -> str:
     """A data source without the folder of a local file: folder:/home/me/photos is folder:photos."""
-    kind, colon, place = source.partition(":")
-    if kind in ("npz", "folder", "tokens", "openai") or (kind == "hf" and Path(place).exists()):
-        return f"{kind}{colon}{_public_path(place)}"
+    kind, _, place = source.partition(":")
+    if kind in ("npz", "folder", "tokens", "openai"):
+        return f"{kind}:{_public_path(place)}"
+    if kind == "hf":
+        name, comma, options = place.partition(",")
+        return f"hf:{_public_path(name)}{comma}{options}"
     return source
 
 

@@ -259,7 +259,7 @@ def prepared(place, palette, out, stream, **fields):
 def contents(folder):
     """The files of a prepared directory; of the plan what does not depend on how it was made."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return found | {"prepared.json": json.loads(found["prepared.json"]) | {"images_sha256": None}}
+    return found | {"prepared.json": json.loads(found["prepared.json"]) | {"images_sha256": None, "stream": None}}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "pictures"])

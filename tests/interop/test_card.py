@@ -162,6 +162,23 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
     assert "anna" not in text and "folder:photos" in text and str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("source", "shown", "datasets"),
+    [
+        ("hf:uoft-cs/cifar100,label=fine_label", "hf:uoft-cs/cifar100,label=fine_label", ["uoft-cs/cifar100"]),
+        ("hf:/home/anna/photos,label=kind", "hf:photos,label=kind", None),
+    ],
+)
+def test_the_card_names_a_data_set_of_the_hub_in_its_metadata(tmp_path, source, shown, datasets):
+    run = write_imported_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["source"] = source
+    (run / "config.json").write_text(json.dumps(config))
+    out = export(run, tmp_path / "hf")
+    assert f"trained on | `{shown}`" in (out / "README.md").read_text()
+    assert ModelCard.load(out / "README.md").data.datasets == datasets
+
+
 def test_a_card_that_was_imported_is_kept_and_its_licence_with_it(tmp_path):
     out = export(write_imported_run(tmp_path / "run"), tmp_path / "hf")
     (out / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nNot ours.\n")
