@@ -59,11 +59,12 @@ class Rows:
 
     def __init__(self, data: Data, place: Place, source: str):
         from datasets import config
+        from huggingface_hub import constants
 
         self.parts = [part.with_format("arrow") for part in data.splits.values()]
         self.names, self.image, self.source = [*data.splits], data.image, source
         self.starts = np.cumsum([0, *map(len, self.parts)])
-        folders = (place.folder, config.HF_CACHE_HOME)
+        folders = (place.folder, config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
         self.folders = [os.path.join(os.path.abspath(folder), "") for folder in folders if folder]
 
     def __len__(self) -> int:
@@ -96,8 +97,8 @@ class Rows:
 def content_of(value, name: str, folders: list[str]) -> tuple[bytes | Path, str]:
     """The encoded image in an Arrow scalar, bytes or {"bytes", "path"}, and its name for messages.
 
-    Raises UnreadableImage if there is none, if it is too large, or if its path leads out of `folders`: files of others
-    must not name files of this machine.
+    Raises UnreadableImage if there is none, if it is too large, or if its path leads out of `folders`: a data set must
+    not name files of this machine.
     """
     fields = dict(value.items()) if hasattr(value, "items") and value.is_valid else {"bytes": value}
     stored, path = fields.get("bytes"), fields.get("path")

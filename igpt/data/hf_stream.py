@@ -19,7 +19,7 @@ import numpy as np
 
 from igpt.data.arrays import divide
 from igpt.data.examples import DecodedTokens, Source, Split
-from igpt.data.hf import Data, content_of, label_numbers, load, parse
+from igpt.data.hf import Data, content_of, label_numbers, load, parse, read_address
 from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
@@ -41,7 +41,8 @@ class Stream:
             raise UserError(f"--stream is for hf:NAME, not for {settings.source}; {remedy}")
         where = parse(place)
         self.settings, self.data = settings, load(where, settings.source, streaming=True)
-        self.folders = [os.path.join(os.path.abspath(where.folder), "")] if where.folder else []
+        on_hub = [f"hf://datasets/{where.name}@", f"hf://datasets/{where.name}/"]
+        self.folders = [os.path.join(os.path.abspath(where.folder), "")] if where.folder else on_hub
         self.counts = {
             split: _count(part, split, self.data, settings.source) for split, part in self.data.splits.items()
         }
@@ -181,7 +182,10 @@ class Staged:
             try:
                 if isinstance(content, UnreadableImage):
                     return content
-                return preprocess(decode(*content, settings.channels), None, content[1])
+                encoded, name = content
+                if isinstance(encoded, str):
+                    encoded = read_address(encoded, name)
+                return preprocess(decode(encoded, name, settings.channels), None, name)
             except UnreadableImage as error:
                 return error
 
