@@ -19,7 +19,7 @@ import numpy as np
 
 from igpt.data.arrays import divide
 from igpt.data.examples import DecodedTokens, Source, Split
-from igpt.data.hf import Data, content_of, label_numbers, load, parse, read_address
+from igpt.data.hf import Data, content_of, label_numbers, load, parse
 from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
@@ -41,8 +41,7 @@ class Stream:
             raise UserError(f"--stream is for hf:NAME, not for {settings.source}; {remedy}")
         where = parse(place)
         self.settings, self.data = settings, load(where, settings.source, streaming=True)
-        on_hub = [f"hf://datasets/{where.name}@", f"hf://datasets/{where.name}/"]
-        self.folders = [os.path.join(os.path.abspath(where.folder), "")] if where.folder else on_hub
+        self.folders, self.place = [os.path.join(os.path.abspath(where.folder), "")] if where.folder else [], where
         self.counts = {
             split: _count(part, split, self.data, settings.source) for split, part in self.data.splits.items()
         }
@@ -59,13 +58,14 @@ class Stream:
         return divide(own, self.settings)
 
     def fingerprint(self) -> str:
-        """A digest of the numbers of rows and of the first image of each split."""
-        digest = hashlib.sha256(json.dumps(self.counts).encode())
-        for split in self.data.splits:
-            for contents, _ in self.batches(split, 0, None, 1):
-                digest.update(repr(contents).encode())
-                break
-        return digest.hexdigest()
+        """A digest of the numbers of rows, and of the commit of a data set of the hub."""
+        known = {"rows": self.counts}
+        if not self.place.folder:
+            from huggingface_hub import HfApi
+
+            revision = self.place.options.get("revision")
+            known["commit"] = HfApi().dataset_info(self.place.name, revision=revision).sha
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def batches(
         self, split: str, first: int, state: dict | None, size: int
@@ -182,10 +182,7 @@ class Staged:
             try:
                 if isinstance(content, UnreadableImage):
                     return content
-                encoded, name = content
-                if isinstance(encoded, str):
-                    encoded = read_address(encoded, name)
-                return preprocess(decode(encoded, name, settings.channels), None, name)
+                return preprocess(decode(*content, settings.channels), None, content[1])
             except UnreadableImage as error:
                 return error
 
