@@ -41,6 +41,10 @@ class Stream:
             raise UserError(f"--stream is for hf:NAME, not for {settings.source}; {remedy}")
         where = parse(place)
         self.settings, self.data = settings, load(where, settings.source, streaming=True)
+        if not where.folder and self.data.splits["train"].info.builder_name == "imagefolder":
+            # Tried: the library streams such pictures in another order than it fetches them, and splits would differ.
+            problem = f"{settings.source} is a repository of single pictures, which cannot be streamed in a fixed order"
+            raise UserError(f"{problem}; leave --stream out, or take a data set of parquet files")
         self.folders, self.place = [os.path.join(os.path.abspath(where.folder), "")] if where.folder else [], where
         self.counts = {
             split: _count(part, split, self.data, settings.source) for split, part in self.data.splits.items()

@@ -325,15 +325,17 @@ def test_a_data_set_of_the_hub_is_read_and_streamed(places, palette, hub, tmp_pa
     assert np.array_equal(source.test.images[:], opened(places / "parquet").test.images[:])
 
 
-def test_a_repository_of_pictures_is_read_and_streamed(places, palette, hub, tmp_path, monkeypatch):
+def test_a_repository_of_pictures_is_fetched_and_never_streamed(places, palette, hub, tmp_path, monkeypatch):
     state, _ = hub
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", os.environ["HF_ENDPOINT"])
     root = places / "pictures"
     files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
     state.add("someone/pictures", files, kind="datasets")
-    prepared("someone/pictures", palette, tmp_path / "streamed", stream=True)
-    prepared("someone/pictures", palette, tmp_path / "fetched", stream=False)
-    assert contents(tmp_path / "streamed") == contents(tmp_path / "fetched")
+    with pytest.raises(UserError, match="cannot be streamed in a fixed order; leave --stream out"):
+        prepared("someone/pictures", palette, tmp_path / "streamed", stream=True)
+    source, local = opened("someone/pictures"), opened(root)
+    assert np.array_equal(source.test.images[:], local.test.images[:])
+    assert np.array_equal(source.test.labels, local.test.labels)
 
 
 def test_streams_say_what_they_cannot_read(places, palette, tmp_path):
