@@ -35,7 +35,7 @@ from igpt.data.prepare import prepare
 from igpt.data.prepared import open_prepared
 from igpt.data.sources import open_source
 from igpt.palette import Palette
-from igpt.sharding import make_mesh, to_devices
+from igpt.sharding import all_devices, make_mesh, to_devices
 from igpt.state import build_program
 
 SIDE, COLORS, BATCH = 32, 512, 128
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the comparison of training steps")
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", digits.get_config().mesh.cpu_devices)
+    all_devices(digits.get_config().mesh.cpu_devices)
 
     palette = Palette(np.random.default_rng(1).uniform(-1, 1, (COLORS, 3)))
     results = {}
