@@ -1,24 +1,30 @@
 """Tests that interrupted runs resume exactly: SIGKILL at random moments, SIGTERM at random steps.
 
 python benchmarks/kill.py --out=benchmarks/results/kill_cpu.json
+python benchmarks/kill.py --workdir=gs://bucket/kills --emulator --steps=60 --kills=10 --kills_of_two=10 --signals=0 \
+    --out=benchmarks/results/kill_gs_cpu.json
 
 A run on eight CPU devices (data 2 x fsdp 2 x tensor 2, dropout, evaluations, checkpoints) is killed and restarted, 30
 times in all; a run of two processes 10 times; a run that receives SIGTERM 20 times. When a run finishes earlier, a new
 one starts. Every run must finish with the parameters, optimizer state, progress and losses of an undisturbed run, byte
 for byte. The moments come from a seed, but what a process does at a moment is up to chance.
+
+With --workdir, the killed runs live there, for instance in a bucket; the undisturbed one stays on the local disk.
+--emulator starts a server on loopback that stands in for Google's (tests/gcs_server.py) or Amazon's (moto).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from report import write
 
+from igpt.files import AnyPath, as_path, is_bucket, remove_tree
 from igpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +46,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
+def start(workdir: AnyPath, steps: int, processes: int) -> list[subprocess.Popen]:
     """Starts train.py with a total of eight CPU devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -62,14 +69,14 @@ def start(workdir: Path, steps: int, processes: int) -> list[subprocess.Popen]:
     return started
 
 
-def finish(workdir: Path, steps: int, processes: int) -> None:
+def finish(workdir: AnyPath, steps: int, processes: int) -> None:
     """Runs train.py undisturbed."""
     codes = [process.wait() for process in start(workdir, steps, processes)]
     if any(codes):
         raise SystemExit(f"an undisturbed run exited with {codes}; run the same command of train.py to see why")
 
 
-def records(workdir: Path) -> list[dict]:
+def records(workdir: AnyPath) -> list[dict]:
     """The complete lines of metrics.jsonl."""
     try:
         lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -78,7 +85,7 @@ def records(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def outcome(workdir: Path, steps: int) -> tuple[dict, list[dict], dict]:
+def outcome(workdir: AnyPath, steps: int) -> tuple[dict, list[dict], dict]:
     """What must be equal: the bytes of every array of the last checkpoint, the records without speed, the progress."""
     leaves = jax.tree_util.tree_leaves_with_path(read_arrays(workdir, steps))
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
@@ -86,7 +93,7 @@ def outcome(workdir: Path, steps: int) -> tuple[dict, list[dict], dict]:
     return arrays, known, vars(checkpoint.progress_at(workdir, steps))
 
 
-def read_arrays(workdir: Path, step: int) -> dict:
+def read_arrays(workdir: AnyPath, step: int) -> dict:
     """All arrays of a checkpoint as NumPy arrays, independent of the mesh: {"params": ..., "optimizer": ...}."""
     found = {}
     with ocp.StandardCheckpointer() as reader:
@@ -97,16 +104,20 @@ def read_arrays(workdir: Path, step: int) -> dict:
     return found
 
 
-def phase(workdir: Path) -> str:
+def phase(workdir: AnyPath) -> str:
     """What the run was doing when it was killed, according to its files."""
     if not (found := records(workdir)):
         return "before the first step"
-    if any(not path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
+    saves = list((workdir / "checkpoints").iterdir())
+    named = {str(step) for step in checkpoint.finished_steps(workdir)} if is_bucket(workdir) else None
+    if any(path.name not in named if named is not None else not path.name.isdigit() for path in saves):
         return "during a save"
     return "during an evaluation" if found[-1]["step"] % EVAL_EVERY == 0 and "eval/loss" not in found[-1] else "between"
 
 
-def kill_runs(folder: Path, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random) -> dict:
+def kill_runs(
+    folder: AnyPath, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random
+) -> dict:
     """Kills and restarts runs until there were `kills`, and counts finished runs that differ from `whole`."""
     phases, ended, differing, run = Counter(), 0, 0, 0
     while sum(phases.values()) < kills:
@@ -134,11 +145,11 @@ def kill_runs(folder: Path, whole, steps: int, processes: int, kills: int, patie
         differing += outcome(workdir, steps) != whole
         count = f"{sum(phases.values())} kills {dict(phases)}"
         print(f"{processes} process(es): run {run} finished, {count}, {differing} differ")
-        shutil.rmtree(workdir)
+        remove_tree(workdir)
     return {"processes": processes, "kills": kills, "phases": dict(phases), "runs": ended, "differing": differing}
 
 
-def terminate_runs(folder: Path, whole, steps: int, signals: int, rng: random.Random) -> dict:
+def terminate_runs(folder: AnyPath, whole, steps: int, signals: int, rng: random.Random) -> dict:
     """Sends SIGTERM at random steps, and counts the runs that saved their last step and exited with code 75 or 0."""
     saved, sent, run, differing, seconds = 0, 0, 0, 0, []
     while sent < signals:
@@ -166,7 +177,7 @@ def terminate_runs(folder: Path, whole, steps: int, signals: int, rng: random.Ra
             raise SystemExit(f"a run that received SIGTERM exited with {process.returncode}; expected are 75 and 0")
         differing += outcome(workdir, steps) != whole
         print(f"SIGTERM: run {run} finished, {saved} of {sent} saved, {differing} differ")
-        shutil.rmtree(workdir)
+        remove_tree(workdir)
     return {
         "signals": signals,
         "saved": saved,
@@ -176,9 +187,38 @@ def terminate_runs(folder: Path, whole, steps: int, signals: int, rng: random.Ra
     }
 
 
+@contextlib.contextmanager
+def emulator(workdir: str):
+    """Runs a server that has the bucket of `workdir`, and names it in the environment."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    url, google = f"http://127.0.0.1:{port}", workdir.startswith("gs://")
+    module = ["tests/gcs_server.py", f"--port={port}"] if google else ["-m", "moto.server", "-H127.0.0.1", f"-p{port}"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, *module], cwd=ROOT, **quiet)
+    try:
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        if google:
+            os.environ["TENSORSTORE_GCS_HTTP_URL"] = url
+        else:
+            os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+            bucket = workdir.removeprefix("s3://").partition("/")[0]
+            urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT")).close()
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
+    parser.add_argument("--workdir", help="where the killed runs live (default: a temporary folder)")
+    parser.add_argument("--emulator", action="store_true", help="start a server for the bucket of --workdir")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--kills_of_two", type=int, default=10)
     parser.add_argument("--signals", type=int, default=20)
@@ -189,21 +229,30 @@ def main() -> None:
     results = {
         "what": "runs killed at random moments compared with an undisturbed one, byte by byte",
         "steps": args.steps,
+        "workdir": (args.workdir or "a local folder") + (", emulated on loopback" if args.emulator else ""),
     }
-    with tempfile.TemporaryDirectory() as name:
+    server = emulator(args.workdir) if args.emulator else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as name, server:
         folder = Path(name)
         whole = {}
-        for processes in (1, 2):
+        place = as_path(args.workdir) if args.workdir else folder
+        for processes in [
+            number for number, wanted in ((1, args.kills + args.signals), (2, args.kills_of_two)) if wanted
+        ]:
             finish(folder / f"whole-{processes}", args.steps, processes)
             whole[processes] = outcome(folder / f"whole-{processes}", args.steps)
-        results["one process, 8 devices"] = kill_runs(folder, whole[1], args.steps, 1, args.kills, 20.0, rng)
-        results["two processes of 4 devices"] = kill_runs(folder, whole[2], args.steps, 2, args.kills_of_two, 40.0, rng)
-        results["SIGTERM"] = terminate_runs(folder, whole[1], args.steps, args.signals, rng)
+        if args.kills:
+            results["one process, 8 devices"] = kill_runs(place, whole[1], args.steps, 1, args.kills, 20.0, rng)
+        if args.kills_of_two:
+            killed = kill_runs(place, whole[2], args.steps, 2, args.kills_of_two, 40.0, rng)
+            results["two processes of 4 devices"] = killed
+        if args.signals:
+            results["SIGTERM"] = terminate_runs(place, whole[1], args.steps, args.signals, rng)
     results["seconds"] = time.monotonic() - begun
     write(args.out, results)
     bad = sum(part["differing"] for part in results.values() if isinstance(part, dict))
-    if bad or results["SIGTERM"]["saved"] != args.signals:
-        saved = results["SIGTERM"]["saved"]
+    saved = results["SIGTERM"]["saved"] if args.signals else 0
+    if bad or saved != args.signals:
         raise SystemExit(
             f"{bad} runs differ, {saved} of {args.signals} signals were followed by a save; see {args.out}"
         )

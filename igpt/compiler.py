@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from igpt.errors import UserError
+from igpt.files import cache_directory
 
 OFF = "off"
 MAX_BYTES = 1 << 30  # of all kept programs; the ones that were not used for the longest time are removed
@@ -50,7 +51,7 @@ def keep_programs(folder: str | None = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
-    path = Path(folder) if folder else _cache_directory() / "igpt" / _processor()
+    path = Path(folder) if folder else cache_directory() / "igpt" / _processor()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +70,7 @@ def share_programs(folder: Path) -> None:
 
     Process 0 alone writes there.
     """
-    if kept_programs() == str(_cache_directory() / "igpt" / _processor()):
+    if kept_programs() == str(cache_directory() / "igpt" / _processor()):
         jax.config.update("jax_compilation_cache_dir", str(folder / _processor()))
         jax.config.update("jax_compilation_cache_max_size", -1)  # a limit needs file locks, which a network may lack
 
@@ -78,10 +79,6 @@ def kept_programs() -> str:
     """The folder that keeps compiled programs, or "not kept"."""
     config = jax.config
     return (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir) or "not kept"
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _processor() -> str:

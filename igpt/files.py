@@ -1,12 +1,13 @@
-"""Writes files and new directories completely or not at all. Reads JSON from untrusted files."""
+"""Writes files and new directories completely or not at all, on disks and in buckets. Reads untrusted JSON."""
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
@@ -15,6 +16,7 @@ from igpt.errors import StorageError, UserError
 
 MAX_JSON_BYTES = 8 << 20  # a preprocessor_config.json with 512 clusters has 50 kB, one with 65,535 has 6 MB
 MAX_JSON_DEPTH = 32  # Python reads far deeper nesting, but raises RecursionError when it copies or writes it
+AnyPath = PurePath  # a pathlib.Path, or a path in a bucket (igpt/bucket.py), which has the same methods
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # error numbers that only writing causes
 
 
@@ -24,12 +26,53 @@ def expand_home(path: str | os.PathLike) -> str:
     return f"{kind}:{os.path.expanduser('~' + place)}" if colon else os.path.expanduser(path)
 
 
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is that of a bucket, such as gs://BUCKET/runs, or of another store on the network."""
+    return "://" in str(path)
+
+
+def as_path(path: str | os.PathLike) -> AnyPath:
+    """A path on a disk, or in a bucket: gs://BUCKET/... or s3://BUCKET/... Raises UserError for another store."""
+    if not is_bucket(path):
+        return Path(expand_home(path))
+    from igpt.bucket import SCHEMES, BucketPath  # imports etils, which only buckets need
+
+    if not str(path).startswith(tuple(SCHEMES)):
+        raise UserError(f"{path}: the buckets that are known begin with {' or '.join(SCHEMES)}; or give a path")
+    return BucketPath(os.fspath(path))
+
+
+def cache_directory() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def open_binary(path: str | os.PathLike) -> io.BufferedIOBase:
+    """Opens a file to read its bytes. Raises OSError if it cannot be read."""
+    return as_path(path).open("rb")
+
+
+def remove_tree(folder: AnyPath) -> None:
+    """Removes a folder. It ignores OSError, so some of its files may remain."""
+    with contextlib.suppress(OSError):
+        if is_bucket(folder):
+            folder.rmtree()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def whole(path: Path | str) -> Iterator[BinaryIO]:
+def whole(path: AnyPath | str) -> Iterator[BinaryIO]:
     """Opens a temporary binary file to write, and renames it to `path` when the block ends.
 
-    If the block fails, `path` is unchanged. Raises OSError if the file cannot be written.
+    If the block fails, `path` is unchanged. Raises OSError if the file cannot be written. In a bucket, the file is kept
+    in memory until the block ends, and is then one object.
     """
+    if is_bucket(path):
+        content = io.BytesIO()
+        yield content
+        as_path(path).write_bytes(content.getvalue())
+        return
     path = expand_home(path)
     partial = Path(f"{path}.partial")
     try:
@@ -42,33 +85,34 @@ def whole(path: Path | str) -> Iterator[BinaryIO]:
         raise
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: AnyPath | str, text: str) -> None:
     """Writes UTF-8 text completely or not at all. Raises OSError if the file cannot be written."""
     with whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
-def write_array(file: BinaryIO, array: np.ndarray) -> None:
+def write_array(file: BinaryIO | io.BufferedIOBase, array: np.ndarray) -> None:
     """Writes an array as .npy. Raises OSError on a full disk, where np.save silently loses the end of the array."""
     header = np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(file, header)
     file.write(np.ascontiguousarray(array).data)
 
 
-def write_json(path: Path | str, content: dict, indent: int = 1) -> None:
+def write_json(path: AnyPath | str, content: dict, indent: int = 1) -> None:
     """Writes a JSON object completely or not at all. Raises OSError if the file cannot be written."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """Reads a JSON object from an untrusted file. Raises UserError if the file is missing, too large or damaged."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file")
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size:,} bytes; a file of its kind has well under {MAX_JSON_BYTES:,}")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not is_bucket(path):
+            _check_json_size(path, path.stat().st_size)
+        text = path.read_bytes()
+        _check_json_size(path, len(text))
+        content = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -84,11 +128,23 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def check_workdir(workdir: str | Path) -> Path:
-    """Returns `workdir` as a Path. Raises UserError if this process cannot write to it."""
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is a bucket; mount it, as docs/pods.md says, and give its path")
-    workdir = Path(expand_home(workdir))
+def _check_json_size(path: AnyPath, size: int) -> None:
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; a file of its kind has well under {MAX_JSON_BYTES:,}")
+
+
+def check_workdir(workdir: str | os.PathLike) -> AnyPath:
+    """Returns `workdir` as a path. Raises UserError if this process cannot write to it, or cannot reach its bucket."""
+    workdir = as_path(workdir)
+    if is_bucket(workdir):
+        try:
+            any(workdir.glob("config.json"))
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be reached: {error.strerror}. Check the name and the rights of this "
+                "machine's account, and for a server other than Google's or Amazon's its address (docs/pods.md)"
+            ) from None
+        return workdir
     nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
@@ -96,7 +152,7 @@ def check_workdir(workdir: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def storage_errors(workdir: Path):
+def storage_errors(workdir: AnyPath):
     """Raises StorageError if the block, which reads or writes files of a run or its data, raises OSError."""
     try:
         yield
@@ -110,8 +166,8 @@ def storage_errors(workdir: Path):
 
 def check_new(out: str | Path) -> None:
     """Raises UserError if `out` exists and is not an empty directory, so that no file is overwritten."""
-    if "://" in str(out):
-        raise UserError(f"--out={out} is a bucket; write to a local or mounted path")
+    if is_bucket(out):
+        raise UserError(f"--out={out} is a bucket; write to a local or mounted path, and copy it")
     out = Path(expand_home(out))
     try:
         free = not out.exists() or (out.is_dir() and not any(out.iterdir()))

@@ -6,7 +6,6 @@ Other modules have the classifier (igpt/model.py), the joint loss (igpt/loss.py)
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from igpt.config import Config
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.classes import full_names, with_classes
 from igpt.data.examples import Source, check_labels, few_labels
-from igpt.files import write_json
+from igpt.files import AnyPath, write_json
 from igpt.loss import masks_of, vote, wilson_interval
 from igpt.palette import Palette
 from igpt.plots import confusion_picture
@@ -28,7 +27,7 @@ from igpt.sharding import process_rows, replicate
 from igpt.state import run_batches
 
 
-def labelled(source: Source, config: Config, names: Sequence[str] | None = None, whose: str | Path = "") -> Source:
+def labelled(source: Source, config: Config, names: Sequence[str] | None = None, whose: str | AnyPath = "") -> Source:
     """The source with only `data.labels_per_class` training images of each class (0: all images).
 
     `names` are those of the classes that the classifier of the model `whose` already knows. Labels are numbered like
@@ -82,7 +81,7 @@ def output_names(source: Source, config: Config) -> tuple[str, ...] | None:
 
 
 def report(
-    workdir: Path, counts: Int[np.ndarray, "C C"], details: dict, class_names: Sequence[str] | None = None
+    workdir: AnyPath, counts: Int[np.ndarray, "C C"], details: dict, class_names: Sequence[str] | None = None
 ) -> dict:
     """Writes test accuracy, its 95 % interval and the confusion matrix to finetune.json, and draws confusion.png."""
     correct, total = int(np.trace(counts)), int(counts.sum())

@@ -7,6 +7,11 @@ program that is gone is removed. No other program can have a file of that name, 
 
 A program of this host is gone when its process is. A program of another host is gone when it has not renewed its file
 for PATIENCE seconds, measured by this program's own clock. Neither file locks nor equal clocks of hosts are needed.
+
+In a bucket the same holds, because a new object is listed as soon as it is written. A file is renewed only if it still
+has the generation that was just read, so a program that was taken for gone does not write its file again. Google's
+bucket checks that while it writes. For Amazon's, TensorStore asks first and then writes: if a program stands still for
+PATIENCE seconds between these two requests, and another starts meanwhile, both go on.
 """
 
 import contextlib
@@ -22,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from igpt.errors import StorageError, UserError
-from igpt.files import read_json, storage_errors, write_text
+from igpt.files import AnyPath, is_bucket, read_json, storage_errors, write_text
 
 BEAT = 10.0  # seconds between two renewals of a program's own file
 PATIENCE = 120.0  # seconds without a renewal, after which a program of another host counts as gone
@@ -45,10 +50,11 @@ class Lock:
     `frees_at_sigterm`, a SIGTERM that nobody else handles also removes the file before it ends the process.
     """
 
-    def __init__(self, folder: Path, frees_at_sigterm: bool = False):
+    def __init__(self, folder: AnyPath, frees_at_sigterm: bool = False):
         self.folder, self.frees_at_sigterm = folder, frees_at_sigterm
         self.path = folder / f"running-{secrets.token_hex(8)}.json"
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        parents = () if is_bucket(folder) else (folder, *folder.parents)
+        self.made = [path for path in parents if not path.exists()]
         since = _now()
         self.content = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "alive": since}
         self.content |= {"place": _place(), "started": _start_of(os.getpid())}
@@ -82,7 +88,7 @@ class Lock:
                 f"may work in {self.folder} now. It ends without saving"
             )
 
-    def follow(self, old: Path) -> None:
+    def follow(self, old: AnyPath) -> None:
         """Takes the lock again after its folder was renamed to `old`. Raises InUseError if another was faster."""
         with self._mutex:
             try:
@@ -98,7 +104,7 @@ class Lock:
                 raise InUseError(_who(alive[0], self.folder))
             time.sleep(random.uniform(0.0, 0.3) if alive else 0.0)
 
-    def _others_after_writing(self) -> list[Path]:
+    def _others_after_writing(self) -> list[AnyPath]:
         """Writes the own file and lists those of others. If there are any, removes the own file."""
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +118,13 @@ class Lock:
         """Renews the own file while it exists. It is overwritten in place, so that it is not made again once gone."""
         while not self._ended.wait(BEAT):
             with self._mutex, contextlib.suppress(OSError):  # a full disk, or storage that is away for a while
+                content = json.dumps(self.content | {"alive": _now()})
+                if is_bucket(self.path):
+                    self.path.rewrite(content.encode())
+                    continue
                 try:
                     with self.path.open("r+") as file:
-                        file.write(json.dumps(self.content | {"alive": _now()}))
+                        file.write(content)
                 except OSError:
                     os.utime(self.path)
 
@@ -129,12 +139,12 @@ class Lock:
                 folder.rmdir()
 
 
-def lock_files(folder: Path) -> list[Path]:
+def lock_files(folder: AnyPath) -> list[AnyPath]:
     """The files of all locks in a folder."""
     return list(folder.glob("running-*.json"))
 
 
-def _is_gone(path: Path) -> bool:
+def _is_gone(path: AnyPath) -> bool:
     """Whether the program that wrote this file is gone; then removes the file. It may watch it for PATIENCE seconds."""
     content = _read(path)
     start = _start_of(content.get("pid")) if content.get("place") == _place() else UNKNOWN
@@ -145,7 +155,7 @@ def _is_gone(path: Path) -> bool:
     return gone
 
 
-def _is_silent(path: Path) -> bool:
+def _is_silent(path: AnyPath) -> bool:
     """Whether a file stays as it is for PATIENCE seconds. It counts looks, because a look itself may hang."""
     first = _signs(path)
     for look in range(round(PATIENCE / POLL)):
@@ -159,22 +169,22 @@ def _is_silent(path: Path) -> bool:
     return True
 
 
-def _signs(path: Path) -> tuple:
+def _signs(path: AnyPath) -> tuple:
     """The content and the time of a file; opening it makes a network file system look at the server."""
     try:
         with path.open("rb") as file:
-            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+            return file.read(), 0 if is_bucket(path) else os.fstat(file.fileno()).st_mtime_ns
     except OSError as error:
         return (error.errno,)
 
 
-def _read(path: Path) -> dict:
+def _read(path: AnyPath) -> dict:
     with contextlib.suppress(UserError):
         return read_json(path)
     return {}
 
 
-def _who(path: Path, folder: Path) -> str:
+def _who(path: AnyPath, folder: AnyPath) -> str:
     content = _read(path)
     return (
         f"{folder} is in use by process {content.get('pid')} on {content.get('host')} since {content.get('since')}; "

@@ -7,13 +7,12 @@ centre. Images are [..., H, W, 3] uint8 and tokens are [..., H, W] integers; a r
 """
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from igpt.color_table import BYTE_LEVELS, MAX_COLORS, ColorTable
 from igpt.errors import UserError
-from igpt.files import expand_home, whole, write_array
+from igpt.files import AnyPath, open_binary, whole, write_array
 
 
 class Palette:
@@ -69,19 +68,20 @@ class Palette:
             raise UserError(f"tokens run from {tokens.min()} to {tokens.max()}; allowed are 0..{self.vocab_size - 1}")
         return np.round(127.5 * (self.centers.astype(np.float64) + 1.0)).astype(np.uint8)[tokens]
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: AnyPath | str) -> None:
         """Writes float32 [V, 3] as .npy. If it cannot write the whole file, it raises OSError and leaves no file."""
         with whole(path) as file:
             write_array(file, self.centers)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Palette":
+    def load(cls, path: AnyPath | str) -> "Palette":
         """Reads a .npy file of shape [V, 3]: one that `save` wrote, or OpenAI's kmeans_centers.npy.
 
         Prints a warning if a colour repeats. Such a palette is allowed, but `encode` never uses the later copies.
         """
         try:
-            palette = cls(np.load(expand_home(path), allow_pickle=False))
+            with open_binary(path) as file:
+                palette = cls(np.load(file, allow_pickle=False))
         except FileNotFoundError:
             raise UserError(f"there is no palette at {path}") from None
         except (ValueError, OSError, EOFError) as error:

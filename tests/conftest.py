@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+import threading
+import urllib.request
 from importlib.metadata import version
 
 if "gpu" not in sys.argv:  # python -m pytest -m gpu
@@ -21,7 +23,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests import programs
+from igpt.files import as_path
+from tests import gcs_server, programs
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")  # every broadcast between ranks is written out
@@ -147,3 +150,33 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{tmp_path}/home/hub")
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield state, variables
+
+
+@pytest.fixture(scope="session", params=["gs", "s3"])
+def bucket_url(request):
+    """The address of an empty bucket on loopback: ours in place of Google's server, moto's in place of Amazon's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "gs":
+            server = gcs_server.Server()
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+            yield "gs://bucket"
+            server.shutdown()
+            return
+        from moto.server import ThreadedMotoServer  # slow to import, and needed only here
+
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "any")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
+        yield "s3://bucket"
+        server.stop()
+
+
+@pytest.fixture
+def bucket(bucket_url, request):
+    """A new, empty folder in a bucket."""
+    return as_path(f"{bucket_url}/{request.node.name}-{os.getpid()}")

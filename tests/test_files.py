@@ -72,7 +72,10 @@ def test_a_workdir_is_a_writable_folder_or_can_become_one(tmp_path):
     for workdir in (tmp_path, tmp_path / "a" / "b"):
         assert check_workdir(str(workdir)) == workdir
     assert not (tmp_path / "a").exists()
-    for workdir, message in ((tmp_path / "file" / "run", "no writable folder"), ("gs://bucket/run", "is a bucket")):
+    for workdir, message in (
+        (tmp_path / "file" / "run", "no writable folder"),
+        ("az://bucket/run", "begin with gs://"),
+    ):
         with pytest.raises(UserError, match=message):
             check_workdir(workdir)
 

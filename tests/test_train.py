@@ -155,7 +155,10 @@ def test_a_mistake_is_refused_before_anything_is_written(tiny_config, tmp_path, 
 
 def test_a_workdir_that_cannot_hold_a_run_is_refused(tiny_config, tmp_path):
     (tmp_path / "file").write_text("hello")
-    for workdir, message in ((tmp_path / "file" / "run", "no writable folder"), ("gs://bucket/run", "is a bucket")):
+    for workdir, message in (
+        (tmp_path / "file" / "run", "no writable folder"),
+        ("az://bucket/run", "begin with gs://"),
+    ):
         with pytest.raises(UserError, match=message):
             train.run(tiny_config, workdir)
 

@@ -5,13 +5,12 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from igpt.data.examples import Source
 from igpt.errors import UserError
-from igpt.files import read_json, write_text
+from igpt.files import AnyPath, read_json, write_text
 
 FILE = "classes.json"  # in the directory of a run with a classifier: {"class_names": [name of class 0, ...]}
 SHOWN = 20  # names that a message lists
@@ -42,7 +41,7 @@ def listed(names: Sequence[str]) -> str:
     return shown if len(names) <= SHOWN else f"{shown}, ... ({len(names)} in all)"
 
 
-def with_classes(source: Source, names: Sequence[str] | None, whose: str | Path) -> Source:
+def with_classes(source: Source, names: Sequence[str] | None, whose: str | AnyPath) -> Source:
     """The source with its labels in the numbering of a model, whose class i is `names[i]`. Classes meet by name.
 
     Where the model or the source has no names, numbers meet numbers. The source may have fewer classes than the model.
@@ -83,18 +82,18 @@ def class_counts(source: Source) -> str:
     return f"{len(images)} ({', '.join(each)})"
 
 
-def save_names(names: Sequence[str], workdir: Path) -> None:
+def save_names(names: Sequence[str], workdir: AnyPath) -> None:
     """Writes the class names of a run's classifier to workdir/classes.json."""
     write_text(workdir / FILE, json.dumps({"class_names": list(names)}, indent=1, ensure_ascii=False) + "\n")
 
 
-def load_names(workdir: Path) -> tuple[str, ...] | None:
+def load_names(workdir: AnyPath) -> tuple[str, ...] | None:
     """The class names of a run's classifier, or None if it has none. Raises UserError if the file is damaged."""
     path = workdir / FILE
     return read_names(read_json(path), path) if path.is_file() else None
 
 
-def read_names(content: dict, path: Path) -> tuple[str, ...] | None:
+def read_names(content: dict, path: AnyPath) -> tuple[str, ...] | None:
     """The entry "class_names" of a JSON file, or None if there is none. Raises UserError unless it is a list."""
     names = content.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

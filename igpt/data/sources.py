@@ -11,6 +11,8 @@ from igpt.data.prepared import open_prepared
 from igpt.data.scattered import background_settings, scatter, small_settings
 from igpt.data.settings import CHOICES, DataConfig
 from igpt.errors import UserError
+from igpt.fetch import local_copy
+from igpt.files import is_bucket
 
 KINDS = (
     "digits, npz:PATH, folder:PATH, tfds:NAME, hf:NAME, tokens:PATH, openai:PREFIX, scattered:digits or "
@@ -56,6 +58,8 @@ def load_source(settings, whole: bool = False) -> Source:
     """
     settings = DataConfig.of(settings)
     kind, _, argument = settings.source.partition(":")
+    if is_bucket(argument):
+        return _from_bucket(kind, argument, settings, whole)
     match kind:
         case "digits" if not argument:
             return arrays.of_arrays(*arrays.read_digits(), settings, whole=whole)
@@ -80,6 +84,17 @@ def load_source(settings, whole: bool = False) -> Source:
             backgrounds = settings.scatter_background and load_source(background_settings(settings))
             return scatter(small, settings, backgrounds or None)
     raise UserError(f"data.source is {settings.source!r}; choose {KINDS}")
+
+
+def _from_bucket(kind: str, argument: str, settings: DataConfig, whole: bool) -> Source:
+    """Opens a local copy of a source in a bucket. Its name is that of the original."""
+    if kind not in ("npz", "tokens"):
+        raise UserError(
+            f"data.source is {settings.source!r}; npz: and tokens: may be in a bucket. Make tokens of the others with "
+            "igpt prepare, and copy them there; or mount the bucket"
+        )
+    source = load_source(dataclasses.replace(settings, source=f"{kind}:{local_copy(argument)}"), whole)
+    return dataclasses.replace(source, name=settings.source)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, size: str | None) -> None:

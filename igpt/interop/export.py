@@ -19,7 +19,7 @@ from flax import nnx
 from igpt.command import Parser, add_shared
 from igpt.data.settings import FILTERS
 from igpt.errors import UserError
-from igpt.files import check_new, read_json, write_json, write_new, write_text
+from igpt.files import AnyPath, check_new, read_json, write_json, write_new, write_text
 from igpt.interop import card, hf_weights, hub, results
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.interop.hf_network import from_model_config, to_model_config
@@ -82,7 +82,7 @@ def export(
     return write_new(out, write)
 
 
-def _new_card(directory: Path, pretrained: Pretrained, folder: Path, facts: dict) -> str:
+def _new_card(directory: AnyPath, pretrained: Pretrained, folder: Path, facts: dict) -> str:
     """The model card of a run, whose pictures it writes into `folder`."""
     of_run = (directory, pretrained.step, facts["model"].num_classes > 0)
     known = dict(config=pretrained.config, step=pretrained.step, class_names=pretrained.class_names)
@@ -99,7 +99,7 @@ def generation_settings(model: ModelConfig) -> dict:
     return begin | {"do_sample": True, "max_length": model.seq_len + model.sos, "temperature": 1.0, "top_k": 0}
 
 
-def kept_files(directory: Path) -> dict:
+def kept_files(directory: AnyPath) -> dict:
     """What an import and a new export keep of a Hugging Face directory: "card" and "generation", if it has them."""
     if not is_huggingface(directory):
         origin = read_json(directory / ORIGIN) if (directory / ORIGIN).is_file() else {}
@@ -116,7 +116,7 @@ def kept_files(directory: Path) -> dict:
     return kept
 
 
-def _configurations(directory: Path, pretrained: Pretrained, head: str) -> tuple:
+def _configurations(directory: AnyPath, pretrained: Pretrained, head: str) -> tuple:
     """The ImageGPTConfig, ImageGPTImageProcessor and dtype (a key of FLOATS) to write: as imported, or new ones."""
     if is_huggingface(directory):
         weights = hf_weights.open_directory(directory)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: finds the local directory of a model, given as a path or as an id, and pushes directories."""
+"""The Hugging Face hub: finds the directory of a model, given as a path, a bucket's or an id, and pushes directories."""
 
 import difflib
 import fnmatch
@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from igpt.errors import UserError, first_line
-from igpt.files import expand_home
+from igpt.fetch import local_copy
+from igpt.files import AnyPath, as_path, expand_home, is_bucket, read_json
 from igpt.interop.results import PICTURES
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -18,8 +19,10 @@ WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorc
 
 def resolve(
     ref: str | Path, revision: str | None = None, files: list[str] | None = None, subfolder: str = "", **download
-) -> Path:
-    """Returns the local directory of `ref`. A hub id is downloaded, unless it is in the hub's cache.
+) -> AnyPath:
+    """Returns the directory of `ref`. A hub id is downloaded, unless it is in the hub's cache.
+
+    The directory is local unless `ref` is a run in a bucket.
 
     files: the only files to fetch; by default the configurations and the weights. subfolder: a folder in `ref` to use
     instead. download: further arguments of huggingface_hub's snapshot_download, such as cache_dir or token.
@@ -27,6 +30,8 @@ def resolve(
     If the first part of `ref` is an existing folder, `ref` is never used as a hub id. So a misspelt path fails at once,
     without network access. Raises UserError if there is no such directory or model.
     """
+    if is_bucket(ref):
+        return _in_bucket(as_path(ref) / subfolder if subfolder else as_path(ref))
     directory = Path(expand_home(ref))
     try:
         if directory.is_dir():
@@ -54,6 +59,18 @@ def resolve(
     except Exception as error:  # the library and the network raise exceptions of many types
         raise UserError(f"there is no directory {ref}, and the hub sent no such model: {first_line(error)}") from None
     return _subfolder(folder, subfolder)
+
+
+def _in_bucket(directory: AnyPath) -> AnyPath:
+    """The run directory itself, or a local copy of a Hugging Face directory, whose files are mapped into memory."""
+    try:
+        is_model = (directory / "config.json").is_file()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be reached: {error.strerror}; check the name and your rights") from None
+    if not is_model:
+        raise UserError(f"there is no model in {directory}: it has no config.json; give the folder of a run")
+    is_run = "model_type" not in read_json(directory / "config.json")
+    return directory if is_run else Path(local_copy(str(directory)))
 
 
 def _subfolder(directory: Path, name: str) -> Path:

@@ -16,7 +16,7 @@ from igpt.config import Config
 from igpt.data.classes import load_names
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError
-from igpt.files import read_json
+from igpt.files import AnyPath, read_json
 from igpt.interop import hf_weights
 from igpt.interop.hf_network import names_of_labels
 from igpt.interop.hub import resolve
@@ -64,7 +64,7 @@ def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> 
     return pretrained._replace(model=nnx.merge(graph, params), step=step)
 
 
-def outline(directory: Path) -> Pretrained:
+def outline(directory: AnyPath) -> Pretrained:
     """The model of a directory, with the shapes of its parameters instead of their values."""
     config = config_of(directory)
     # The attention back end of the training machine may not exist on this machine.
@@ -75,14 +75,14 @@ def outline(directory: Path) -> Pretrained:
     return Pretrained(config, model, palette, class_names=class_names_of(directory))
 
 
-def config_of(directory: Path) -> Config:
+def config_of(directory: AnyPath) -> Config:
     """The configuration of a run, or our configuration of a Hugging Face directory."""
     if not is_huggingface(directory):
         return load_config(directory)
     return config_of_weights(directory, hf_weights.open_directory(directory), processor_of(directory))
 
 
-def class_names_of(directory: Path) -> tuple[str, ...] | None:
+def class_names_of(directory: AnyPath) -> tuple[str, ...] | None:
     """The names of a classifier's outputs, or None: those that its run kept, or "id2label" of Hugging Face."""
     if not is_huggingface(directory):
         return load_names(directory)
@@ -90,7 +90,7 @@ def class_names_of(directory: Path) -> tuple[str, ...] | None:
     return names_of_labels(weights.config) if weights.model.num_classes else None
 
 
-def is_huggingface(directory: Path) -> bool:
+def is_huggingface(directory: AnyPath) -> bool:
     """Whether a directory is from Hugging Face: only then its config.json has a model_type."""
     return (directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
 
@@ -103,7 +103,7 @@ def data_settings(config: Config, **changes) -> DataConfig:
     return dataclasses.replace(config.data, **given)
 
 
-def processor_of(directory: Path) -> ImageGPTImageProcessor:
+def processor_of(directory: AnyPath) -> ImageGPTImageProcessor:
     """The image processor of a Hugging Face directory. Raises UserError if it has no clusters."""
     if not (directory / "preprocessor_config.json").is_file():
         command = f"igpt import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
@@ -114,7 +114,7 @@ def processor_of(directory: Path) -> ImageGPTImageProcessor:
     return processor
 
 
-def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> Config:
+def config_of_weights(directory: AnyPath, weights: hf_weights.Weights, processor: ImageGPTImageProcessor) -> Config:
     """Our configuration of a Hugging Face model. UserError if its parts do not fit each other or our network."""
     size, model = (processor.size["height"], processor.size["width"]), weights.model
     usual = (processor.do_rescale, processor.rescale_factor, processor.do_normalize) == (True, 1 / 255, True)
@@ -133,7 +133,7 @@ def config_of_weights(directory: Path, weights: hf_weights.Weights, processor: I
     raise UserError(f"{directory}: {problem}")
 
 
-def palette_of(directory: Path) -> Palette:
+def palette_of(directory: AnyPath) -> Palette:
     """The palette of a run, or of a Hugging Face directory's image processor."""
     return processor_of(directory).palette() if is_huggingface(directory) else Palette.load(directory / "palette.npy")
 

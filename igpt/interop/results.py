@@ -3,12 +3,11 @@
 import contextlib
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from igpt.errors import UserError
-from igpt.files import read_json
+from igpt.files import AnyPath, read_json
 from igpt.plots import check_drawing, loss_curve
 
 CLASSES, DRAWING = "image-classification", "unconditional-image-generation"  # tasks, as the hub calls them
@@ -27,7 +26,7 @@ class Figure(NamedTuple):
     interval: tuple[float, float] | None = None
 
 
-def figures(directory: Path, step: int, classifies: bool) -> tuple[Figure, ...]:
+def figures(directory: AnyPath, step: int, classifies: bool) -> tuple[Figure, ...]:
     """The figures that a run measured at this step: test accuracy, linear probe, validation loss."""
     found = []
     tuned, probe = _results(directory / "finetune.json", step), _results(directory / "probe" / "probe.json", step)
@@ -48,12 +47,12 @@ def figures(directory: Path, step: int, classifies: bool) -> tuple[Figure, ...]:
     return tuple(found)
 
 
-def pictures(directory: Path, step: int, classifies: bool, folder: Path) -> dict[str, str]:
+def pictures(directory: AnyPath, step: int, classifies: bool, folder: Path) -> dict[str, str]:
     """Writes the pictures of a run up to this step into `folder`. Returns {file name: what it shows}."""
     shown = {}
     drawn = [path for path in (directory / "samples").glob("*.png") if path.stem.isdigit() and int(path.stem) <= step]
     if drawn and not classifies:
-        shutil.copyfile(max(drawn), folder / "samples.png")
+        (folder / "samples.png").write_bytes(max(drawn).read_bytes())
         shown["samples.png"] = f"Images that the model drew after step {int(max(drawn).stem):,}"
     records = _records(directory, step)
     curves = {
@@ -69,12 +68,12 @@ def pictures(directory: Path, step: int, classifies: bool, folder: Path) -> dict
         ("probe/probe.png", "probe/probe.json", "The accuracy of linear probes, layer by layer"),
     ):
         if (directory / path).is_file() and _results(directory / of, step):
-            shutil.copyfile(directory / path, folder / Path(path).name)
+            (folder / Path(path).name).write_bytes((directory / path).read_bytes())
             shown[Path(path).name] = text
     return shown
 
 
-def _results(path: Path, step: int) -> dict:
+def _results(path: AnyPath, step: int) -> dict:
     """The content of a JSON file if it was measured at this step; otherwise {}."""
     with contextlib.suppress(UserError):
         content = read_json(path)
@@ -82,7 +81,7 @@ def _results(path: Path, step: int) -> dict:
     return {}
 
 
-def _records(directory: Path, step: int) -> dict[int, dict[str, float]]:
+def _records(directory: AnyPath, step: int) -> dict[int, dict[str, float]]:
     """The finite metrics of metrics.jsonl by step, up to `step`. If a run repeated a step, its last values count."""
     found, path = {}, directory / "metrics.jsonl"
     with contextlib.suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8") as lines:

@@ -18,7 +18,7 @@ from igpt.compiler import one_run_options
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.examples import Split
 from igpt.errors import UserError
-from igpt.files import whole
+from igpt.files import AnyPath, is_bucket, whole
 from igpt.interop.load import Pretrained
 from igpt.loss import masks_of
 from igpt.model import ImageGPT, grid_pool
@@ -97,8 +97,13 @@ class Features:
         return np.concatenate([self.layers[layer] for layer in layers], axis=-1)
 
 
-def scratch_folder(workdir: Path) -> tempfile.TemporaryDirectory:
-    """Makes a temporary folder in the workdir, which is made if it is missing. Raises UserError if that fails."""
+def scratch_folder(workdir: AnyPath) -> tempfile.TemporaryDirectory:
+    """Makes a temporary folder in the workdir, which is made if it is missing. Raises UserError if that fails.
+
+    Features are mapped into memory, so those of a workdir in a bucket lie in the system's temporary folder ($TMPDIR).
+    """
+    if is_bucket(workdir):
+        return tempfile.TemporaryDirectory(prefix="igpt-features.", ignore_cleanup_errors=True)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # NFS keeps a removed file while a process maps it. Then the folder cannot be removed, which is not an error.

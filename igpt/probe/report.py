@@ -6,20 +6,22 @@ import os
 from pathlib import Path
 
 from igpt.errors import UserError
-from igpt.files import write_json
+from igpt.files import AnyPath, is_bucket, write_json
 from igpt.plots import probe_curve
 from igpt.track.trackers import Trackers
 
 
-def check_features_out(name: str, workdir: Path) -> None:
+def check_features_out(name: str, workdir: AnyPath) -> None:
     """Raises UserError unless a file `name` can be written. The workdir need not exist, because it is made later."""
+    if is_bucket(name):
+        raise UserError(f"features_out={name} is in a bucket; name a local file, and copy it")
     path = Path(name).absolute()
     writable = path.parent == workdir.absolute() or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
     if name and (path.is_dir() or not writable):
         raise UserError(f"features_out={name} cannot be written; name a file in an existing, writable folder")
 
 
-def validation_loss(directory: Path, step: int) -> dict:
+def validation_loss(directory: AnyPath, step: int) -> dict:
     """Returns {"validation_loss": ...} if the training run logged the loss at this step, otherwise {}."""
     found = {}
     with contextlib.suppress(OSError, ValueError):
@@ -36,14 +38,14 @@ def metrics_of_layers(fitted: dict, name: str = "accuracy_layer") -> dict:
     return {f"probe/{name}_{fit['layer']:02d}": fit["test_accuracy"] for fit in fitted["layers"]}
 
 
-def write_results(results: dict, workdir: Path) -> None:
+def write_results(results: dict, workdir: AnyPath) -> None:
     """Writes probe.json and probe.png. Raises UserError, with the table of results, if that fails."""
     with _errors_with_table(results, workdir):
         write_json(workdir / "probe.json", results, indent=2)
         probe_curve(results, workdir / "probe.png")
 
 
-def record_results(results: dict, workdir: Path, trackers: Trackers, config: dict) -> None:
+def record_results(results: dict, workdir: AnyPath, trackers: Trackers, config: dict) -> None:
     """Records accuracies by layer for each checkpoint, the curve, and the best layer beside the baselines."""
     with _errors_with_table(results, workdir):
         trackers.open(config)
@@ -60,7 +62,7 @@ def record_results(results: dict, workdir: Path, trackers: Trackers, config: dic
 
 
 @contextlib.contextmanager
-def _errors_with_table(results: dict, workdir: Path):
+def _errors_with_table(results: dict, workdir: AnyPath):
     """Raises UserError, with the table of results, if the block raises OSError."""
     try:
         yield

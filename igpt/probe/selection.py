@@ -10,13 +10,14 @@ from igpt.data.classes import class_counts
 from igpt.data.examples import Source, check_labels, few_labels
 from igpt.data.sources import open_source
 from igpt.errors import UserError
+from igpt.files import AnyPath
 from igpt.interop.load import Pretrained, check_same_palette, data_settings, is_huggingface
 from igpt.probe.config import ProbeConfig
 from igpt.run import checkpoint
 from igpt.run.cluster import is_first_process
 
 
-def chosen_steps(steps: str, directory: Path) -> list[int | None]:
+def chosen_steps(steps: str, directory: AnyPath) -> list[int | None]:
     """The checkpoints to probe. `steps` is "" for the newest ([None]), "all", or numbers like "1,2". Else UserError."""
     existing, foreign = checkpoint.common_steps(directory), is_huggingface(directory)
     if not existing and (steps or not foreign):

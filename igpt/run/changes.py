@@ -5,13 +5,12 @@ split of every file, as data.split_file takes it.
 """
 
 from collections.abc import Collection
-from pathlib import Path
 
 from igpt.config import Config
 from igpt.data.examples import Source
 from igpt.data.fingerprint import differences, file_splits, split_lines
 from igpt.errors import UserError
-from igpt.files import read_json, whole, write_json
+from igpt.files import AnyPath, read_json, whole, write_json
 from igpt.optim import make_optimizer
 
 RECORD, SPLITS = "images.json", "splits.csv"
@@ -49,7 +48,7 @@ def parse_changes(text: str) -> tuple[str, ...]:
     return names
 
 
-def changed_fields(there: Config, here: Config, workdir: Path, allowed: Collection[str] = ()) -> list[str]:
+def changed_fields(there: Config, here: Config, workdir: AnyPath, allowed: Collection[str] = ()) -> list[str]:
     """Describes the changed fields, "name: value there, value here", that need no word of the user or are `allowed`.
 
     FREE fields are left out; train.steps may always grow. Raises UserError, which names every other changed field.
@@ -90,7 +89,7 @@ def learning_rate_text(there: Config, here: Config, step: int) -> str:
     return f"the learning rate after step {step:,} is {new:.3g} instead of {old:.3g}, and then {course}"
 
 
-def changed_images(workdir: Path, source: Source, found: dict) -> list[str]:
+def changed_images(workdir: AnyPath, source: Source, found: dict) -> list[str]:
     """Describes how the images of a source, whose fingerprint is `found`, differ from those that the run learned from.
 
     A run of an earlier version has no fingerprint. Its images then count as the same.
@@ -106,7 +105,7 @@ def changed_images(workdir: Path, source: Source, found: dict) -> list[str]:
     return differences(there, found, read_splits(workdir / SPLITS), file_splits(source))
 
 
-def images_error(workdir: Path, changed: list[str]) -> UserError:
+def images_error(workdir: AnyPath, changed: list[str]) -> UserError:
     """The error for images that changed without a word of the user. Only process 0 knows what changed."""
     lines = "\n".join(f"  {line}" for line in changed or ["process 0 compared them, and its message says how"])
     keep = ""
@@ -121,7 +120,7 @@ def images_error(workdir: Path, changed: list[str]) -> UserError:
     )
 
 
-def record_images(workdir: Path, source: Source, found: dict) -> None:
+def record_images(workdir: AnyPath, source: Source, found: dict) -> None:
     """Writes images.json and, for a folder, splits.csv. Writes nothing if they are there already."""
     content = {"source": source.name} | found
     if (workdir / RECORD).exists() and read_json(workdir / RECORD) == content:
@@ -132,10 +131,10 @@ def record_images(workdir: Path, source: Source, found: dict) -> None:
     write_json(workdir / RECORD, content)
 
 
-def read_splits(path: Path) -> dict[str, str]:
+def read_splits(path: AnyPath) -> dict[str, str]:
     """The split of every file that splits.csv names. Empty without this file."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         return {}
     return dict(line.rpartition(",")[::2] for line in lines if line)

@@ -1,6 +1,8 @@
-"""Checkpoints on disk (Orbax: atomic, asynchronous, resharded when restored).
+"""Checkpoints on disk or in a bucket (Orbax: atomic, asynchronous, resharded when restored).
 
     WORKDIR/checkpoints/STEP/{params, optimizer, progress, sha256.json}
+
+On disk, a checkpoint gets its name when it is complete. In a bucket, it then gets the file commit_success.txt.
 
 Parameters and optimizer are separate items, so that a program that needs only the model reads no optimizer moments.
 `progress` holds the results of evaluations that a resumed run needs.
@@ -8,48 +10,28 @@ Parameters and optimizer are separate items, so that a program that needs only t
 
 import contextlib
 import dataclasses
-import glob
-import os
-import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from igpt.errors import StorageError, UserError, first_line, reported
+from igpt.files import AnyPath, is_bucket, remove_tree
 from igpt.run.cluster import all_processes, barrier, broadcast, exists, is_first_process
 from igpt.run.digests import damage, write_digests
+from igpt.run.orbax_paths import known_to_orbax
 from igpt.sharding import path_of
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
 REPLACED = "replaced-"
+FINISHED = "commit_success.txt"  # in a bucket, Orbax writes it into a checkpoint that is complete
 FILE_BYTES = 64 << 20  # Orbax keeps a data file in memory while it writes the file; Orbax's default is 2 GiB
-
-
-EtilsPath = type(epath.Path("/"))
-etils_glob = EtilsPath.glob
-
-
-def _glob(folder: EtilsPath, pattern: str):
-    """Lists the matches in a folder, for Orbax. Without it, a checkpoint in a folder such as run[1] cannot be read.
-
-    The reason is that etils takes "[", "*" and "?" in the folder's own name for a pattern, and finds nothing.
-    """
-    path = os.fspath(folder)
-    if glob.has_magic(path) and os.path.isdir(path):
-        return map(EtilsPath, glob.glob(os.path.join(glob.escape(path), pattern)))
-    return etils_glob(folder, pattern)
-
-
-EtilsPath.glob = _glob
 
 
 def _unraisable(problem, printed=sys.unraisablehook) -> None:
@@ -108,7 +90,7 @@ class Checkpoints:
     StorageError if a save fails, even if the save runs in the background.
     """
 
-    def __init__(self, workdir: Path, max_to_keep: int, progress: Progress | None = None):
+    def __init__(self, workdir: AnyPath, max_to_keep: int, progress: Progress | None = None):
         self.workdir, self.progress = workdir.absolute(), progress or Progress()
         policies = [preservation_policy.LatestN(max_to_keep), _KeepBest(self.progress)]
         options = ocp.CheckpointManagerOptions(
@@ -119,7 +101,7 @@ class Checkpoints:
             create=True,
         )
         self._saving = None
-        self._manager = _Manager(self.workdir / FOLDER, options=options)
+        self._manager = _Manager(known_to_orbax(self.workdir / FOLDER), options=options)
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts to save the state after `step` updates. Returns when the state is copied from the devices to the host.
@@ -174,12 +156,13 @@ class Checkpoints:
     def _seal(self) -> None:
         """Writes the digests, which reads every file back, and opens every array.
 
-        Orbax calls this in the background, before it gives the directory its final name and deletes older ones.
+        Orbax calls this in the background, before it finishes the checkpoint and deletes older ones.
         """
-        for unnamed in (self.workdir / FOLDER).glob(f"{self._saving}.*"):
-            write_digests(unnamed)
+        folder = self.workdir / FOLDER
+        for unfinished in [folder / str(self._saving)] if is_bucket(folder) else folder.glob(f"{self._saving}.*"):
+            write_digests(unfinished)
             for item in ("params", "optimizer"):
-                _described(unnamed / item)
+                _described(unfinished / item)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Waits at Orbax's barrier until all processes of a save have called it.
@@ -200,7 +183,10 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # the error of a device or of another process, not of storage
             raise
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own types
-            kept = sorted(int(path.name) for path in (self.workdir / FOLDER).glob("*") if path.name.isdigit())
+            kept = []
+            with contextlib.suppress(OSError):
+                there = (self.workdir / FOLDER).glob("*")
+                kept = sorted(int(path.name) for path in there if path.name.isdigit() and _is_finished(path))
             raise StorageError(
                 f"the checkpoint of step {self._saving} could not be written to {self.workdir / FOLDER}: "
                 f"{first_line(error)[-200:]}. "
@@ -209,19 +195,25 @@ class Checkpoints:
             ) from error
 
 
-def _settle_replaced(workdir: Path) -> None:
+def _settle_replaced(workdir: AnyPath) -> None:
     """Deletes each old checkpoint whose replacement is finished. Renames the other old checkpoints back."""
     if not is_first_process():
         return
     for old in workdir.glob(f"{REPLACED}*"):
         new = workdir / FOLDER / old.name.removeprefix(REPLACED)
-        if new.exists():
-            shutil.rmtree(old, ignore_errors=True)  # if some files cannot be removed now, the next call tries again
+        if _is_finished(new):
+            remove_tree(old)  # if some files cannot be removed now, the next call tries again
         else:
+            remove_tree(new)  # in a bucket, an interrupted save has its final name
             old.rename(new)
 
 
-def finished_steps(workdir: Path) -> list[int]:
+def _is_finished(folder: AnyPath) -> bool:
+    """Whether a checkpoint's folder is that of a finished one."""
+    return (folder / FINISHED).is_file() if is_bucket(folder) else folder.exists()
+
+
+def finished_steps(workdir: AnyPath) -> list[int]:
     """Lists the steps of a run's finished checkpoints, as this process sees them, oldest first. Changes no file."""
     if not (workdir / FOLDER).is_dir():
         return []
@@ -229,7 +221,7 @@ def finished_steps(workdir: Path) -> list[int]:
         return sorted(checkpoints.all_steps())
 
 
-def common_steps(workdir: Path) -> list[int]:
+def common_steps(workdir: AnyPath) -> list[int]:
     """Broadcasts the steps of a run's finished checkpoints from process 0. Every process must call this function.
 
     Without the broadcast, processes could list different steps while the run is still training.
@@ -239,22 +231,22 @@ def common_steps(workdir: Path) -> list[int]:
     return np.asarray(broadcast(np.resize(steps, count))).tolist() if count else []
 
 
-def _reader(workdir: Path) -> ocp.CheckpointManager:
+def _reader(workdir: AnyPath) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(create=False)
-    return ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options, item_names=ITEMS)
+    return ocp.CheckpointManager(known_to_orbax(workdir / FOLDER), options=options, item_names=ITEMS)
 
 
-def _described(item: Path) -> dict:
+def _described(item: AnyPath) -> dict:
     """The tree of a checkpoint's item with the shape of each array instead of its values."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(item.absolute())).tree
+    return ocp.PyTreeCheckpointHandler().metadata(known_to_orbax(item)).tree
 
 
-def folder_of(workdir: Path, step: int) -> Path:
+def folder_of(workdir: AnyPath, step: int) -> AnyPath:
     """The directory that holds the checkpoint of `step`."""
     return workdir / FOLDER / str(step)
 
 
-def newest_sound_step(workdir: Path) -> int:
+def newest_sound_step(workdir: AnyPath) -> int:
     """The step of the newest undamaged checkpoint, or 0 if the run has saved no checkpoint yet.
 
     Renames newer, damaged checkpoints. Raises UserError if all checkpoints are damaged.
@@ -281,18 +273,18 @@ def newest_sound_step(workdir: Path) -> int:
     return 0
 
 
-def save_params(workdir: Path, params: dict, step: int) -> None:
+def save_params(workdir: AnyPath, params: dict, step: int) -> None:
     """Writes a checkpoint of parameters only. A run can load it or start from it, but cannot resume from it.
 
     If the parameters are jax.Arrays, this needs little extra memory. Orbax copies NumPy arrays before it writes them.
     """
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)  # avoids a copy in memory
-    with ocp.CheckpointManager(workdir.absolute() / FOLDER, options=options) as checkpoints:
+    with ocp.CheckpointManager(known_to_orbax(workdir / FOLDER), options=options) as checkpoints:
         item = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
         checkpoints.save(step, args=ocp.args.Composite(params=item))
 
 
-def progress_at(workdir: Path, step: int) -> Progress | None:
+def progress_at(workdir: AnyPath, step: int) -> Progress | None:
     """The progress in a checkpoint, or None if the checkpoint has parameters only."""
     if not exists(folder_of(workdir, step) / "progress"):
         return None
@@ -305,7 +297,7 @@ def progress_at(workdir: Path, step: int) -> Progress | None:
         raise UserError(f"{problem}; resume the run with that version") from None
 
 
-def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
+def restore(workdir: AnyPath, abstract: TrainState, step: int) -> TrainState:
     """Restores the state after `step` updates with the shardings of `abstract`. Any mesh may have saved the state."""
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     items = ocp.args.Composite(
@@ -320,7 +312,7 @@ def restore(workdir: Path, abstract: TrainState, step: int) -> TrainState:
     return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
 
 
-def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tuple[dict, int]:
+def restore_params(workdir: AnyPath, abstract: dict, step: int | None = None) -> tuple[dict, int]:
     """Restores only the parameters; returns them and their step. Default: fine-tuning's best step, else the newest.
 
     Raises UserError if the checkpoint is missing or damaged.
@@ -339,7 +331,7 @@ def restore_params(workdir: Path, abstract: dict, step: int | None = None) -> tu
     return _restored(workdir, step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params, step
 
 
-def _check_params(workdir: Path, step: int, abstract: dict) -> None:
+def _check_params(workdir: AnyPath, step: int, abstract: dict) -> None:
     """Raises UserError unless a checkpoint's parameters have the names and shapes of `abstract`. It reads no array.
 
     If Orbax found the difference, its other reads would go on, fail, and print tracebacks after the message.
@@ -358,14 +350,14 @@ def _check_params(workdir: Path, step: int, abstract: dict) -> None:
         raise _unfit(workdir, step, f"{differing[0]} ({len(differing)} of its arrays differ)")
 
 
-def _unfit(workdir: Path, step: int, why: str) -> UserError:
+def _unfit(workdir: AnyPath, step: int, why: str) -> UserError:
     return UserError(
         f"the checkpoint of step {step} of {workdir} does not fit this network: {why}. It may come from another "
         "version of igpt; another run can still start from its weights with init_from"
     )
 
 
-def _restored(workdir: Path, step: int, items):
+def _restored(workdir: AnyPath, step: int, items):
     with _reader(workdir) as checkpoints:
         try:
             return checkpoints.restore(step, args=items)

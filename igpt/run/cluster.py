@@ -18,6 +18,7 @@ import numpy as np
 
 from igpt.compiler import share_programs
 from igpt.errors import UserError
+from igpt.files import AnyPath, is_bucket
 from igpt.run.roll_call import roll_call
 from igpt.sharding import all_devices
 
@@ -53,8 +54,9 @@ def join_from(args, cpu_devices: int = 0, saves_at_sigterm: bool = False) -> Non
     """
     join(*(getattr(args, name) for name in PROCESS_FLAGS), saves_at_sigterm=saves_at_sigterm)
     all_devices(cpu_devices)
-    if jax.process_count() > 1 and getattr(args, "workdir", None):
-        share_programs(Path(args.workdir).absolute().parent / ".compiled")
+    workdir = getattr(args, "workdir", None)
+    if jax.process_count() > 1 and workdir and not is_bucket(workdir):
+        share_programs(Path(workdir).absolute().parent / ".compiled")
 
 
 def join(coordinator=None, processes=None, process=None, join_timeout=None, saves_at_sigterm: bool = False) -> None:
@@ -184,21 +186,21 @@ def barrier() -> None:
     all_processes(True)
 
 
-def exists(path: Path) -> bool:
+def exists(path: AnyPath) -> bool:
     """Returns, on every process, whether this path exists on process 0."""
     return bool(broadcast(path.exists()))
 
 
-def check_seen(path: Path) -> None:
+def check_seen(path: AnyPath) -> None:
     """Raises UserError if this path does not exist on every process."""
     if not all_processes(path.exists()):
         raise UserError(
             f"process 0 sees {path}, but not every process does; give a --workdir that all hosts share, on a network "
-            "file system or a mounted bucket"
+            "file system or in a bucket"
         )
 
 
-def check_shared(workdir: Path) -> None:
+def check_shared(workdir: AnyPath) -> None:
     """Raises UserError unless every process sees a new file that process 0 writes into the workdir."""
     if jax.process_count() == 1:
         return

@@ -6,26 +6,27 @@ The digests are written when all files of the checkpoint are complete, before it
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 
 from igpt.errors import StorageError
+from igpt.files import AnyPath, is_bucket
 from igpt.run.cluster import all_processes, broadcast, is_first_process
 
 DIGESTS = "sha256.json"
 
 
-def write_digests(folder: Path) -> None:
+def write_digests(folder: AnyPath) -> None:
     """Computes the digests of all files of a checkpoint and writes them into its folder."""
     files = _files(folder)
-    with ThreadPoolExecutor() as threads:  # threads help, because hashlib releases the interpreter's lock
+    at_once = 4 if is_bucket(folder) else None  # a file of a bucket is held in memory
+    with ThreadPoolExecutor(at_once) as threads:  # threads help, because hashlib releases the interpreter's lock
         digests = dict(zip(files, threads.map(_digest, files), strict=True))
     by_name = {str(path.relative_to(folder)): digest for path, digest in digests.items()}
     (folder / DIGESTS).write_text(json.dumps(by_name, indent=0))
 
 
-def damage(folder: Path, item: str = "") -> str:
+def damage(folder: AnyPath, item: str = "") -> str:
     """Describes the damage to the files of a checkpoint, or of one item of it. Returns "" if there is no damage.
 
     Every process must call this function, and reads a share of the files. A checkpoint of parameters only has no
@@ -46,7 +47,7 @@ def damage(folder: Path, item: str = "") -> str:
     return found
 
 
-def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
+def _flaw(folder: AnyPath, item: str, first: int = 0, every: int = 1) -> str:
     """Checks files number first, first + every, ... Returns a description of the first damage, or ""."""
     try:
         digests = json.loads((folder / DIGESTS).read_text())
@@ -67,11 +68,13 @@ def _flaw(folder: Path, item: str, first: int = 0, every: int = 1) -> str:
     return ""
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: AnyPath) -> list[AnyPath]:
     """The files of the checkpoint's items. Orbax's metadata files beside the items may still change."""
+    if is_bucket(folder):
+        return [path for path in folder.files() if path.parent != folder]
     return sorted(path for path in folder.glob("*/**/*") if path.is_file())
 
 
-def _digest(path: Path) -> str:
+def _digest(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

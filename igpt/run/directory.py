@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from igpt.data.classes import save_names
 from igpt.data.examples import Source
 from igpt.data.fingerprint import fingerprint
 from igpt.errors import UserError
-from igpt.files import check_workdir, read_json, storage_errors, write_json
+from igpt.files import AnyPath, check_workdir, is_bucket, read_json, storage_errors, write_json
 from igpt.lock import InUseError, Lock, lock_files
 from igpt.palette import Palette
 from igpt.run import changes, checkpoint
@@ -37,7 +36,7 @@ class RunDirectory:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | AnyPath,
         config: Config,
         start_over: bool = False,
         allowed: Collection[str] = (),
@@ -148,7 +147,7 @@ class RunDirectory:
 
     def _set_aside(self) -> None:
         aside = set_aside(self.path)
-        if aside is not None and self.lock is not None:
+        if aside is not None and self.lock is not None and not is_bucket(self.path):
             self.lock.follow(aside)
 
     def _report_changes(self) -> None:
@@ -167,7 +166,7 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def locked(workdir: str | Path) -> Iterator[Lock | None]:
+def locked(workdir: str | AnyPath) -> Iterator[Lock | None]:
     """Holds the lock of a directory for all processes. Yields it on process 0, and None on the others.
 
     Raises UserError if the directory cannot be written, and InUseError, on every process, if another program uses it.
@@ -185,28 +184,33 @@ def locked(workdir: str | Path) -> Iterator[Lock | None]:
         yield lock
 
 
-def set_aside(workdir: Path) -> Path | None:
+def set_aside(workdir: AnyPath) -> AnyPath | None:
     """Renames the directory of an earlier run to WORKDIR.old-N, so that --start_over deletes nothing. Returns its name.
 
     Returns None if there is no earlier run.
     """
-    if not (workdir.is_dir() and set(workdir.iterdir()) - set(lock_files(workdir))):
+    earlier = sorted(set(workdir.iterdir()) - set(lock_files(workdir))) if workdir.is_dir() else []
+    if not earlier:
         return None
     workdir = workdir.absolute()  # the path "." has no name to extend
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1
-    workdir.rename(aside)
+    if is_bucket(workdir):
+        for path in earlier:  # one by one, so that the lock's file stays
+            path.rename(aside / path.name)
+    else:
+        workdir.rename(aside)
     print(f"renamed the earlier run to {aside}")
     return aside
 
 
-def save_config(config: Config, workdir: Path) -> None:
+def save_config(config: Config, workdir: AnyPath) -> None:
     """Writes workdir/config.json completely or not at all."""
     write_json(workdir / "config.json", config.to_dict(), indent=2)
 
 
-def load_config(workdir: Path) -> Config:
+def load_config(workdir: AnyPath) -> Config:
     """Reads workdir/config.json. Raises UserError if it is missing, damaged or no configuration of igpt."""
     path = workdir / "config.json"
     if not path.exists():

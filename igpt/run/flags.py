@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from igpt.command import Parser
 from igpt.errors import UserError
+from igpt.files import check_workdir
 from igpt.run.directory import load_config
 
 
@@ -25,8 +26,8 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None, resumes: bo
     group.add_argument("--config", help="a Python file with get_config(); --config.a.b=value sets one of its fields")
     argv = sys.argv[1:] if argv is None else argv
     args, rest = parser.parse_known_args(argv)
-    if not args.config and resumes and (Path(args.workdir) / "config.json").exists():
-        args.config = ConfigDict(load_config(Path(args.workdir)).to_dict())
+    if not args.config and resumes and (check_workdir(args.workdir) / "config.json").exists():
+        args.config = ConfigDict(load_config(check_workdir(args.workdir)).to_dict())
     if not args.config:
         absent = f", and --workdir={args.workdir} holds no run to resume" if resumes else ""
         parser.error(f"--config is missing{absent}")

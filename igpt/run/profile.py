@@ -1,8 +1,9 @@
 """Records a few steps of a run with JAX's profiler, for TensorBoard or XProf."""
 
-from pathlib import Path
-
 import jax
+
+from igpt.files import AnyPath
+from igpt.track.live import LiveFiles
 
 
 class Profile:
@@ -10,14 +11,15 @@ class Profile:
 
     STEPS = 3
 
-    def __init__(self, workdir: Path, first: int, last_step: int):
+    def __init__(self, workdir: AnyPath, first: int, last_step: int):
         self.folder, self.first, self.last = workdir / "profile", first, min(first + self.STEPS - 1, last_step)
         self.is_running = False
 
     def before(self, step: int) -> None:
         """Starts the recording if `step` is the first recorded step."""
         if step == self.first:
-            jax.profiler.start_trace(self.folder)
+            self.live = LiveFiles(self.folder)
+            jax.profiler.start_trace(self.live.folder)
             self.is_running = True
 
     def after(self, step: int, state) -> None:
@@ -32,4 +34,5 @@ class Profile:
     def __exit__(self, *_):
         if self.is_running:
             jax.profiler.stop_trace()
+            self.live.close()
             self.is_running = False

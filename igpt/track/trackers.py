@@ -14,16 +14,17 @@ import math
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from igpt.errors import first_line
-from igpt.files import read_json, write_json
-from igpt.track.lines import JsonLines
+from igpt.errors import StorageError, first_line
+from igpt.files import AnyPath, as_path, open_binary, read_json, storage_errors, write_json
+from igpt.track.lines import NAME, JsonLines
+from igpt.track.live import LiveFiles
 from igpt.track.names import check_installed, check_names
 
 IDENTITIES = "trackers.json"  # {tracker: the id of this run there}
@@ -56,11 +57,12 @@ class Trackers:
     `kind` is train, finetune, probe or evaluate. Only the process with `active` writes.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], kind: str, active: bool = True):
+    def __init__(self, folder: AnyPath | str, names: Sequence[str], kind: str, active: bool = True):
         check_names(names)
         check_installed(names)
-        self.folder, self.names, self.kind, self.active = Path(folder), names, kind, active
+        self.folder, self.names, self.kind, self.active = as_path(folder), names, kind, active
         self.lines: JsonLines | None = None
+        self.live: LiveFiles | None = None
         self.others: dict[str, Tracker] = {}
 
     def __enter__(self):
@@ -70,7 +72,10 @@ class Trackers:
         if self.lines is not None:
             self.lines.close()
         self._each(lambda tracker: tracker.close(failed=kind is not None))
-        self.lines, self.others = None, {}
+        live, self.lines, self.live, self.others = self.live, None, None, {}
+        if live is not None:
+            with contextlib.suppress(*([StorageError] if kind else [])), storage_errors(self.folder):
+                live.close()
 
     def open(self, config: dict, after: int | None = None, repeats_evaluation: bool = False) -> None:
         """Opens all trackers with a flat configuration, {"train.steps": 7}. Raises OSError if metrics.jsonl fails.
@@ -80,7 +85,9 @@ class Trackers:
         """
         if not self.active:
             return
-        self.lines = JsonLines(self.folder, -1 if after is None else after, repeats_evaluation)
+        self.live = LiveFiles(self.folder)
+        self.live.fetch(NAME)
+        self.lines = JsonLines(self.live.folder, -1 if after is None else after, repeats_evaluation)
         path = self.folder / IDENTITIES
         known = read_json(path) if after is not None and path.exists() else {}
         identities = {name: known.get(name) or secrets.token_hex(4) for name in self.names if name != "tensorboard"}
@@ -95,11 +102,11 @@ class Trackers:
         if name == "tensorboard":
             from igpt.track.tensorboard import TensorBoard
 
-            return TensorBoard(self.folder, config, -1 if after is None else after)
+            return TensorBoard(self.live.folder, config, -1 if after is None else after)
         if name == "wandb":
             from igpt.track.wandb import WeightsAndBiases
 
-            return WeightsAndBiases(self.folder, config, self.kind, identity)
+            return WeightsAndBiases(self.live.folder, config, self.kind, identity, str(self.folder))
         from igpt.track.trackio import Trackio
 
         return Trackio(self.folder, config, self.kind, identity)
@@ -118,11 +125,11 @@ class Trackers:
             self.lines.scalars(step, finite)
             self._each(lambda tracker: record(tracker, finite))
 
-    def picture(self, step: int, name: str, picture: np.ndarray | Path) -> None:
+    def picture(self, step: int, name: str, picture: np.ndarray | AnyPath) -> None:
         """Records a picture, uint8 [H, W, 3], or the one of a file."""
         if self.others:
-            if isinstance(picture, Path):
-                with Image.open(picture) as image:
+            if isinstance(picture, PurePath):
+                with open_binary(picture) as file, Image.open(file) as image:
                     picture = np.asarray(image.convert("RGB"))
             self._each(lambda tracker: tracker.picture(step, name, picture))
 
@@ -131,6 +138,7 @@ class Trackers:
         if self.lines is not None:
             self.lines.sync()
             self._each(lambda tracker: tracker.flush())
+            self.live.push()
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name in list(self.others):

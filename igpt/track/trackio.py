@@ -5,9 +5,10 @@ Its settings come from its own environment variables, such as TRACKIO_DIR and TR
 
 import contextlib
 import io
-from pathlib import Path
 
 import trackio
+
+from igpt.files import AnyPath
 
 PROJECT = "igpt"
 
@@ -15,7 +16,7 @@ PROJECT = "igpt"
 class Trackio:
     """One run of trackio. A resumed run has the name of its first start, and therefore continues the same record."""
 
-    def __init__(self, folder: Path, config: dict, kind: str, identity: str):
+    def __init__(self, folder: AnyPath, config: dict, kind: str, identity: str):
         # A run's name identifies it, and folders of different machines may have the same name.
         name = f"{str(folder).strip('/').replace('/', '-')}-{identity}"
         config = {field: x if isinstance(x, bool | int | float) else str(x) for field, x in config.items()}

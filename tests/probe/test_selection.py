@@ -118,5 +118,5 @@ def test_a_workdir_that_cannot_be_made_is_refused(no_compute, trained, tmp_path)
     (tmp_path / "file").write_text("kept")
     for workdir in (tmp_path / "file", tmp_path / "file" / "probe"):
         refused(probe_config(), trained, workdir, "--workdir=.* cannot be written: .* is no writable folder")
-    refused(probe_config(), trained, "gs://bucket/probe", "is a bucket; mount it")
+    refused(probe_config(), trained, "az://bucket/probe", "begin with gs:// or s3://")
     assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from igpt.errors import StorageError, UserError
-from igpt.run import checkpoint
+from igpt.run import checkpoint, orbax_paths
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
 from tests.helpers import ROOT, RUN_MODEL, assert_trees_equal, default_optimizer, save_states
@@ -73,7 +73,7 @@ def test_a_folder_may_have_any_name(tmp_path, name):
 
 def test_a_checkpoint_that_cannot_be_read_back_replaces_none(tmp_path, monkeypatch):
     state = save_states(tmp_path / "run[1]", make_mesh(), steps=(1,))
-    monkeypatch.setattr(checkpoint.EtilsPath, "glob", checkpoint.etils_glob)  # leaves out a part of the checkpoint
+    monkeypatch.setattr(orbax_paths.EtilsPath, "glob", orbax_paths.etils_glob)  # leaves out a part of the checkpoint
     with (
         pytest.raises(StorageError, match="step 2 could not be written.*step 1 is unchanged"),
         checkpoint.Checkpoints(tmp_path / "run[1]", max_to_keep=1) as checkpoints,
@@ -97,7 +97,7 @@ import sys, time
 from pathlib import Path
 import jax
 from igpt.errors import reported
-from igpt.run import checkpoint
+from igpt.run import checkpoint, orbax_paths
 
 here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 other = {f"w{i}": jax.ShapeDtypeStruct((4 + i % 2,), "float32", sharding=here) for i in range(60)}
