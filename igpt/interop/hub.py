@@ -1,4 +1,7 @@
-"""The Hugging Face hub: finds the directory of a model, given as a path, a bucket's or an id, and pushes directories."""
+"""The Hugging Face hub: finds the directory of a model, and pushes directories.
+
+A model is given as a path, as a path in a bucket, or as an id of the hub.
+"""
 
 import difflib
 import fnmatch
