@@ -39,7 +39,7 @@ def local_copy(place: str) -> str:
     except OSError as error:
         raise UserError(f"{place} cannot be fetched: {error.strerror or error} ({error.filename})") from None
     if fetched:
-        print(f"fetched {fetched} files of {place} into {copies}", flush=True)
+        print(f"fetched {fetched} file{'s' * (fetched > 1)} of {place} into {copies}", flush=True)
     return str(copies / path.name if is_file else copies)
 
 

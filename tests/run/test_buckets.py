@@ -12,6 +12,7 @@ import train
 from igpt.bucket import FINISHED
 from igpt.data.sources import open_source
 from igpt.errors import UserError
+from igpt.interop.export import export
 from igpt.run import checkpoint
 from igpt.run.directory import set_aside
 from igpt.sharding import make_mesh
@@ -119,6 +120,8 @@ def test_models_and_data_in_a_bucket_are_found(bucket, tmp_path, monkeypatch, ca
     np.savez(tmp_path / "images.npz", images=images)
     copy_up(write_run(tmp_path / "run", "digits"), bucket / "run")
     assert igpt.load(str(bucket / "run")).step == 4
+    copy_up(export(tmp_path / "run", tmp_path / "hf"), bucket / "hf")
+    assert igpt.load(str(bucket / "hf")).palette.vocab_size == 17  # from a local copy
     with pytest.raises(UserError, match="there is no model in .*/nothing"):
         igpt.load(str(bucket / "nothing"))
 
@@ -126,7 +129,7 @@ def test_models_and_data_in_a_bucket_are_found(bucket, tmp_path, monkeypatch, ca
     place.write_bytes((tmp_path / "images.npz").read_bytes())
     settings = reading_settings(f"npz:{place}", image_size=(4, 4), channels=1)
     first, again = open_source(settings), open_source(settings)
-    assert first.name == f"npz:{place}" and capsys.readouterr().out.count("fetched 1 files") == 1
+    assert first.name == f"npz:{place}" and capsys.readouterr().out.count("fetched 1 file of") == 1
     np.testing.assert_array_equal(first.train.images[:], again.train.images[:])
     [copy] = Path(tmp_path / "cache").rglob("images.npz")
     copy.write_bytes(copy.read_bytes()[:-1] + b"?")  # a damaged copy is fetched again
@@ -134,7 +137,7 @@ def test_models_and_data_in_a_bucket_are_found(bucket, tmp_path, monkeypatch, ca
     np.savez(tmp_path / "images.npz", images=images[::-1])  # and so is another file
     place.write_bytes((tmp_path / "images.npz").read_bytes())
     assert not np.array_equal(open_source(settings).train.images[:], first.train.images[:])
-    assert capsys.readouterr().out.count("fetched 1 files") == 2
+    assert capsys.readouterr().out.count("fetched 1 file of") == 2
     with pytest.raises(UserError, match="npz: and tokens: may be in a bucket"):
         open_source(reading_settings(f"folder:{bucket}"))
     with pytest.raises(UserError, match="there is nothing at"):
