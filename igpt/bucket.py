@@ -104,9 +104,10 @@ class _Objects(Backend):
         _request(path, lambda store, key: store.write(key, content))
 
     def is_file(self, path) -> bool:
-        return (
-            bool(split(path)[2]) and _request(path, lambda s, key: s.read(key, byte_range=slice(0, 0))).state == "value"
-        )
+        try:
+            return bool(split(path)[2] and self.found(path, byte_range=slice(0, 0)))
+        except FileNotFoundError:
+            return False
 
     def exists(self, path) -> bool:
         return self.is_file(path) or self.isdir(path)

@@ -152,28 +152,38 @@ def hub(monkeypatch, tmp_path):
         yield state, variables
 
 
-@pytest.fixture(scope="session", params=["gs", "s3"])
-def bucket_url(request):
-    """The address of an empty bucket on loopback: ours in place of Google's server, moto's in place of Amazon's."""
+@pytest.fixture(scope="session")
+def gs():
+    """The address of an empty bucket on loopback, on our stand-in for Google's server."""
+    server = gcs_server.Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "gs":
-            server = gcs_server.Server()
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
-            yield "gs://bucket"
-            server.shutdown()
-            return
-        from moto.server import ThreadedMotoServer  # slow to import, and needed only here
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+        yield "gs://bucket"
+    server.shutdown()
 
-        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-        url = "http://{}:{}".format(*server.get_host_and_port())
+
+@pytest.fixture(scope="session")
+def s3():
+    """The address of an empty bucket on loopback, on moto's server in place of Amazon's."""
+    from moto.server import ThreadedMotoServer  # slow to import, and needed only here
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "any")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
         yield "s3://bucket"
-        server.stop()
+    server.stop()
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket_url(request):
+    """The address of a bucket of each kind."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
