@@ -20,11 +20,11 @@ SETTINGS = {
 class WeightsAndBiases:
     """One run of W&B. A resumed run has the id of its first start, and therefore continues the same record."""
 
-    def __init__(self, folder: Path, config: dict, kind: str, identity: str, name: str):
+    def __init__(self, folder: Path, config: dict, kind: str, identity: str, name: str = ""):
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=identity,
-            name=name,
+            name=name or str(folder),
             job_type=kind,
             dir=str(folder),
             config=config,
