@@ -8,19 +8,20 @@ that a sum over a large array reaches in the same run, bound the time of a step 
 """
 
 import argparse
-import resource
+import json
 import statistics
 import time
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 from peer import transformers_model
 from report import write
 
-from igpt.model import ImageGPT, ModelConfig, count_params
+from igpt.bandwidth import bytes_to_draw, memory_bandwidth
+from igpt.model import ImageGPT, ModelConfig
 from igpt.sample import Sampling, image_keys, sample_tokens
 
 MODELS = {
@@ -28,27 +29,6 @@ MODELS = {
     "width 128": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=512, seq_len=256),
     "width 512": ModelConfig(width=512, depth=4, num_heads=8, vocab_size=512, seq_len=1024),
 }
-
-
-def bandwidth() -> float:
-    """The bytes per second that a sum reads from an array of 256 MB, which no cache of the processor holds: the best
-    of five."""
-    array, total = jnp.ones(64 * 2**20), jax.jit(jnp.sum)
-    total(array).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        total(array).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return array.nbytes / min(seconds)
-
-
-def bytes_per_image_set(config: ModelConfig, batch_size: int) -> int:
-    """What T steps must read in float32: all parameters but the tables, and keys and values of earlier positions."""
-    tables = (config.vocab_size + 1 + config.seq_len) * config.width
-    filled = config.seq_len * (config.seq_len + 1) // 2
-    cache = filled * batch_size * config.depth * config.width * 2
-    return 4 * ((count_params(config) - tables) * config.seq_len + cache)
 
 
 def with_random_head(config: ModelConfig) -> ImageGPT:
@@ -91,7 +71,7 @@ def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int, name
     model, keys, nothing = with_random_head(config), image_keys(0, batch_size), np.zeros((batch_size, 0), np.int32)
     runs = {"ours": lambda: sample_tokens(model, nothing, keys, Sampling(top_k=top_k))}
     runs |= peers(config, batch_size, top_k, names)
-    first, failed, seconds, speeds = {}, {}, {}, [bandwidth()]
+    first, failed, seconds, speeds = {}, {}, {}, [memory_bandwidth()]
     for name, run in list(runs.items()):
         try:
             first[name] = timed(run if name == "ours" else lambda run=run: run(16))  # compiles, or warms up
@@ -101,11 +81,11 @@ def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int, name
     for _ in range(repeats):
         for name, run in runs.items():
             seconds.setdefault(name, []).append(timed(run))
-        speeds.append(bandwidth())
+        speeds.append(memory_bandwidth())
     tokens = batch_size * config.seq_len
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {name: [a / b for a, b in zip(times, seconds["ours"], strict=True)] for name, times in seconds.items()}
-    bound = bytes_per_image_set(config, batch_size) / statistics.median(speeds)
+    bound = bytes_to_draw(config, batch_size, 1, config.seq_len + 1) / statistics.median(speeds)
     return {
         "tokens_per_s": {name: tokens / median for name, median in medians.items()},
         "images_per_s": {name: batch_size / median for name, median in medians.items()},
@@ -120,6 +100,16 @@ def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int, name
     }
 
 
+def merged(path: str, rows: list[dict]) -> list[dict]:
+    """The rows of the JSON file `path`, if there is one, with `rows` in place of those of the same model and batch."""
+
+    def case(row: dict) -> tuple:
+        return list(MODELS).index(row["model"]), row["batch_size"]
+
+    earlier = json.loads(Path(path).read_text())["rows"] if Path(path).exists() else []
+    return sorted([row for row in earlier if case(row) not in map(case, rows)] + rows, key=case)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
@@ -128,6 +118,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=("dynamic", "static", "compiled"), default=["dynamic", "static"])
+    parser.add_argument("--merge", action="store_true", help="keep the other models and batches of --out")
     args = parser.parse_args()
 
     rows = []
@@ -139,11 +130,9 @@ def main() -> None:
             rates = ", ".join(f"{who} {rate:.0f}" for who, rate in found["tokens_per_s"].items())
             bound = f"bound {found['bound_tokens_per_s']:.0f} at {found['bandwidth_gb_per_s']:.1f} GB/s"
             print(f"{name}, {batch_size} images: tokens/s {rates}; {bound}: {found['share_of_bound']:.0%}", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    settings = {"top_k": args.top_k, "repeats": args.repeats, "peak_gib_of_the_process": peak}
-    write(
-        args.out, {"what": "unconditional sampling, float32, medians of alternating runs"} | settings | {"rows": rows}
-    )
+            rows[-1] |= {"top_k": min(args.top_k, config.vocab_size), "repeats": args.repeats}
+    what = "unconditional sampling, float32, medians of alternating runs; each row is a run of this command"
+    write(args.out, {"what": what, "rows": merged(args.out, rows) if args.merge else rows})
 
 
 if __name__ == "__main__":

@@ -108,8 +108,10 @@ def attend_to_cache(
     """Attention of one query per sequence, at `position`, to the cached keys and values of positions 0..position."""
     scores = jnp.einsum("bnk,bntk->bnt", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bnt,bntk->bnk", weights, values)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    mixed = jnp.einsum("bnt,bntk->bnk", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    # Division of K numbers instead of T weights saves a pass over them.
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)
 
 
 def resolve_backend(name: str, device, dtype: str, heads: int, head_size: int, seq_len: int) -> str:

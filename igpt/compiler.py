@@ -16,13 +16,23 @@ MAX_BYTES = 1 << 30  # of all kept programs; the ones that were not used for the
 # On CPUs, XLA gives sums and elementwise functions to a library, too, and writes arrays to memory for it. With products
 # alone, a training step takes 20 % less processor time (docs/decisions.md).
 FOR_STEPS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}}
+# Drawing a token has products with few columns. The library is slower if it also takes what surrounds them.
+FOR_TOKENS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}}
 # For a function that runs once, LLVM's optimisation takes longer than it saves.
 FOR_ONE_RUN = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 def step_options(platform: str) -> dict | None:
     """The compiler's options for a function that runs thousands of times, without those that this XLA lacks."""
-    options = FOR_STEPS.get(platform)
+    return _known(FOR_STEPS.get(platform))
+
+
+def token_options(platform: str) -> dict | None:
+    """The compiler's options for a function that draws one token after the other."""
+    return _known(FOR_TOKENS.get(platform))
+
+
+def _known(options: dict | None) -> dict | None:
     return options if options and _are_known(tuple(options.items())) else None
 
 

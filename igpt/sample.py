@@ -21,7 +21,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
+from igpt.bandwidth import Clock
 from igpt.command import Parser, add_shared, at_least
+from igpt.compiler import token_options
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
 from igpt.decode import KVCache, decode, decoder_of, grow, prefill
@@ -82,15 +84,21 @@ def image_keys(seed: int, num: int, first: int = 0) -> Array:
 
 
 def sample_tokens(
-    model: ImageGPT, prefix: Integer[np.ndarray, "B P"], keys: Array, sampling: Sampling = Sampling()
+    model: ImageGPT,
+    prefix: Integer[np.ndarray, "B P"],
+    keys: Array,
+    sampling: Sampling = Sampling(),
+    clock: Clock | None = None,
 ) -> Int[Array, "B T"]:
     """Continues each row of `prefix` to T tokens; P = 0 samples whole images. One compiled program draws all tokens.
+
+    A `clock` counts them and their time.
 
     Raises UserError if a token is no palette id of the model, and for a network that cannot continue the prefix: one of
     BERT's, or P = 0 for a network without SOS.
     """
     inputs, before = inputs_of(model, prefix), int(model.config.sos)
-    return continue_inputs(model, inputs, model.config.seq_len + before, keys, sampling)[:, before:]
+    return continue_inputs(model, inputs, model.config.seq_len + before, keys, sampling, clock)[:, before:]
 
 
 def inputs_of(model: ImageGPT, prefix: Integer[np.ndarray, "B P"]) -> Integer[np.ndarray, "B I"]:
@@ -111,7 +119,12 @@ def inputs_of(model: ImageGPT, prefix: Integer[np.ndarray, "B P"]) -> Integer[np
 
 
 def continue_inputs(
-    model: ImageGPT, inputs: Integer[np.ndarray, "B P"], stop: int, keys: Array, sampling: Sampling
+    model: ImageGPT,
+    inputs: Integer[np.ndarray, "B P"],
+    stop: int,
+    keys: Array,
+    sampling: Sampling,
+    clock: Clock | None = None,
 ) -> Int[Array, "B stop"]:
     """Continues rows of inputs (tokens, after the SOS if the model reads one) to `stop` entries, at most T + 1.
 
@@ -122,7 +135,12 @@ def continue_inputs(
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
     lengths = segments(padded.shape[1], model.config.seq_len)
-    return _generate(graph, params, padded, given, stop, keys, *sampling.rules, lengths)[:, :stop]
+    arguments = graph, params, padded, given, stop, keys, *sampling.rules, lengths
+    if clock is None:
+        return generator()(*arguments)[:, :stop]
+    generator().lower(*arguments).compile()  # the call below finds the program, so that no compilation is timed
+    with clock.times(model.config, len(inputs), given, stop):
+        return jax.block_until_ready(generator()(*arguments))[:, :stop]
 
 
 def padded_length(length: int, most: int) -> int:
@@ -130,7 +148,13 @@ def padded_length(length: int, most: int) -> int:
     return min(1 << (length - 1).bit_length(), most)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", *STATIC_RULES, "lengths"))
+@functools.cache
+def generator() -> Callable:
+    """The compiled function that draws all tokens, with the compiler's options for this platform."""
+    static, options = ("graph", *STATIC_RULES, "lengths"), token_options(jax.default_backend())
+    return jax.jit(_generate, static_argnames=static, compiler_options=options)
+
+
 def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p, lengths):
     model = nnx.merge(graph, params)
     decoder = decoder_of(model)
@@ -219,13 +243,22 @@ def kth_largest(x: Float[Array, "B V"], k: int) -> Float[Array, "B 1"]:
     return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ jnp.int32(2**31 - 1), found), x.dtype)
 
 
-def sample_images(pretrained: Pretrained, num: int, seed=0, sampling=Sampling(), batch_size=64) -> np.ndarray:
-    """Samples `num` unconditional images, uint8 [num, H, W, 3]."""
-    return _in_batches(pretrained, np.zeros((num, 0), np.int32), seed, sampling, batch_size)
+def sample_images(
+    pretrained: Pretrained, num: int, seed=0, sampling=Sampling(), batch_size=64, clock: Clock | None = None
+) -> np.ndarray:
+    """Samples `num` unconditional images, uint8 [num, H, W, 3]. A `clock` counts the tokens and their time."""
+    return _in_batches(pretrained, np.zeros((num, 0), np.int32), seed, sampling, batch_size, clock)
 
 
 def complete_images(
-    pretrained: Pretrained, images: np.ndarray, keep: float, num: int, seed=0, sampling=Sampling(), batch_size=64
+    pretrained: Pretrained,
+    images: np.ndarray,
+    keep: float,
+    num: int,
+    seed=0,
+    sampling=Sampling(),
+    batch_size=64,
+    clock: Clock | None = None,
 ) -> np.ndarray:
     """Samples `num` continuations, uint8 [N, num, H, W, 3], of the upper part of each image, uint8 [N, H, W, 3].
 
@@ -233,7 +266,7 @@ def complete_images(
     """
     tokens = pretrained.palette.encode(images)
     given = tokens[:, : kept_rows(keep, tokens.shape[1])].reshape(len(images), -1)
-    finished = _in_batches(pretrained, np.repeat(given, num, axis=0), seed, sampling, batch_size)
+    finished = _in_batches(pretrained, np.repeat(given, num, axis=0), seed, sampling, batch_size, clock)
     return finished.reshape(len(images), num, *images.shape[1:])
 
 
@@ -244,7 +277,7 @@ def kept_rows(keep: float, rows: int) -> int:
     return min(round(keep * rows), rows - 1)
 
 
-def _in_batches(pretrained, prefix, seed, sampling, batch_size) -> np.ndarray:
+def _in_batches(pretrained, prefix, seed, sampling, batch_size, clock) -> np.ndarray:
     """Samples in batches. Rounds `batch_size` up so that all devices of the current mesh get equally many images.
 
     Copies of the last image fill the last batch, so that all batches have one shape and share one compiled program.
@@ -256,7 +289,7 @@ def _in_batches(pretrained, prefix, seed, sampling, batch_size) -> np.ndarray:
     batch_size += -batch_size % batch_shards(jax.sharding.get_abstract_mesh())
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        tokens = np.asarray(sample_tokens(pretrained.model, prefix[rows], keys[rows], sampling))
+        tokens = np.asarray(sample_tokens(pretrained.model, prefix[rows], keys[rows], sampling, clock))
         images.append(pretrained.palette.decode(tokens.reshape(-1, *grid)))
     return np.concatenate(images)[:count]
 
@@ -283,16 +316,20 @@ def run(args) -> None:
         check_writable(args.out)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(args.model, args.step, mesh)
-    options = args.num, args.seed, sampling, args.batch_size
+    clock = Clock()
+    options = args.num, args.seed, sampling, args.batch_size, clock
     with jax.set_mesh(mesh):
         if args.complete:
             images = _images_to_complete(args, pretrained.config.data)
             continuations = complete_images(pretrained, images, args.keep, *options)
+            count = len(images) * args.num
             picture = completion_picture(pretrained.palette, images, args.keep, continuations)
         else:
+            count = args.num
             picture = image_grid(sample_images(pretrained, *options))
     if is_first_process():
         save_png(picture, args.out)
+        print(f"drew {count} images: {clock.speed()}")
         print(f"wrote {args.out}")
 
 

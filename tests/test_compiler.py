@@ -97,6 +97,7 @@ def test_a_program_whose_file_was_cut_off_is_compiled_again(tmp_path):
 
 def test_options_that_this_xla_lacks_are_left_out(monkeypatch):
     assert compiler.step_options("cpu") == compiler.FOR_STEPS["cpu"]
+    assert compiler.token_options("cpu") == compiler.FOR_TOKENS["cpu"]
     monkeypatch.setitem(compiler.FOR_STEPS, "cpu", {"xla_cpu_no_such_option": True})
     assert compiler.step_options("cpu") is None
     assert compiler.step_options("tpu") is None

@@ -10,7 +10,7 @@ from flax import nnx
 from igpt.decode import EQUATIONS, KVCache, by_rows, decode, decoder_of, grow, prefill
 from igpt.errors import UserError
 from igpt.plan.hlo import HloProgram
-from igpt.sample import Sampling, _generate, image_keys, sample_tokens, segments
+from igpt.sample import Sampling, generator, image_keys, sample_tokens, segments
 from tests.helpers import TINY_MODEL, random_model, random_tokens
 
 VARIANTS = [
@@ -62,6 +62,18 @@ def test_a_growing_cache_keeps_its_entries():
         assert after.shape == (2, 3, 8, 7) and not after[:, :, 5:].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_has_the_dtype_of_the_computation(dtype):
+    model = random_model(dataclasses.replace(TINY_MODEL, dtype=dtype))
+
+    def read_two(inputs):
+        _, cache = prefill(model, inputs, 1)
+        return decode(decoder_of(model), inputs[:, 0], jnp.int32(1), grow(cache, 3))[1]
+
+    cache = jax.eval_shape(read_two, jnp.zeros((2, 1), jnp.int32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
+
+
 def test_a_network_without_a_pixel_head_does_not_decode():
     model = random_model(dataclasses.replace(TINY_MODEL, pixel_head=False, num_classes=3))
     with pytest.raises(UserError, match="no pixel head"):
@@ -75,7 +87,7 @@ def compiled_sampler():
     """The program of a sampler whose cache grows to each of LENGTHS, as HLO."""
     graph, params = nnx.split(random_model())
     arguments = params, np.zeros((B, 1), np.int32), 1, T + 1, image_keys(0, B), 1.0
-    return _generate.lower(graph, *arguments, greedy=False, top_k=3, top_p=1.0, lengths=LENGTHS).compile()
+    return generator().lower(graph, *arguments, greedy=False, top_k=3, top_p=1.0, lengths=LENGTHS).compile()
 
 
 def cache_shape(length):
@@ -123,7 +135,7 @@ def test_segments_give_the_same_tokens_as_a_cache_of_full_length(given, stop):
 
     def tokens(*lengths):
         fitting = tuple(length for length in lengths if length > given)
-        return _generate(graph, params, inputs, given + 1, stop, image_keys(1, B), 1.3, lengths=fitting, **options)
+        return generator()(graph, params, inputs, given + 1, stop, image_keys(1, B), 1.3, lengths=fitting, **options)
 
     np.testing.assert_array_equal(tokens(*LENGTHS)[:, :stop], tokens(T)[:, :stop])
 

@@ -16,7 +16,7 @@ from igpt.loss import make_loss
 from igpt.model import ModelConfig
 from igpt.optim import make_optimizer
 from igpt.plan.hlo import COLLECTIVES, HloProgram
-from igpt.sample import _generate
+from igpt.sample import generator
 from igpt.sharding import BATCH, make_mesh
 from igpt.state import abstract_state, make_eval_step, make_train_step
 from tests.helpers import optim_config
@@ -126,7 +126,7 @@ def sampler(*sizes):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     with jax.set_mesh(mesh):
         arguments = abstract.params, np.zeros((B, GIVEN), np.int32), GIVEN, T + 1, keys, 1.0
-        return _generate.lower(graph, *arguments, greedy=False, top_k=0, top_p=1.0, lengths=(T,)).compile()
+        return generator().lower(graph, *arguments, greedy=False, top_k=0, top_p=1.0, lengths=(T,)).compile()
 
 
 def test_the_cache_is_split_by_example_and_by_head():

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -148,11 +149,15 @@ def test_images_are_the_same_on_any_mesh_also_if_it_does_not_divide_them(monkeyp
     assert batches == {8: [8], 4: [4, 4], 2: [4, 4]}[sizes[0] * sizes[1]]
 
 
-def test_the_command_makes_the_same_picture_with_fsdp_and_tensor(tmp_path):
+def test_the_command_makes_the_same_picture_with_fsdp_and_tensor_and_prints_its_speed(tmp_path, capsys):
     run = write_run(tmp_path / "run", source="", steps=(2,), depth=1)
     for name, flags in (("apart", []), ("shared", ["--fsdp=2", "--tensor=2"])):
         run_igpt(["sample", f"--model={run}", "--num=3", f"--out={tmp_path}/{name}.png", *flags])
     assert (tmp_path / "apart.png").read_bytes() == (tmp_path / "shared.png").read_bytes()
+    speeds = re.findall(
+        r"drew 3 images: ([\d,]+) tokens/s; memory bandwidth allows ([\d,]+)\n", capsys.readouterr().out
+    )
+    assert len(speeds) == 2 and all(int(number.replace(",", "")) > 0 for pair in speeds for number in pair)
 
 
 def test_completed_images_keep_their_upper_rows():

@@ -14,7 +14,7 @@ from igpt.api import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTFor
 from igpt.api.forward import forward
 from igpt.errors import UserError
 from igpt.interop import hf_weights, weight_files
-from igpt.sample import _generate
+from igpt.sample import generator
 from tests.helpers import API_SIZES, API_SOS, HF_CLASSES, api_tokens, write_run_config
 
 
@@ -63,12 +63,12 @@ def test_similar_lengths_share_one_compiled_program(causal):
     _, ours = causal
     ours(api_tokens(length=32))
     ours.generate(api_tokens(length=8), max_length=30)
-    compiled = forward._cache_size(), _generate._cache_size()
+    compiled = forward._cache_size(), generator()._cache_size()
     for length in (17, 19, 24, 31):
         ours(api_tokens(length=length))
     for length, stop in ((5, 20), (7, 38), (6, 9)):
         ours.generate(api_tokens(length=length), max_length=stop)
-    assert (forward._cache_size(), _generate._cache_size()) == compiled
+    assert (forward._cache_size(), generator()._cache_size()) == compiled
 
 
 def test_transformers_and_igpt_load_a_saved_model(causal, tmp_path):
