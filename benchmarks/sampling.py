@@ -68,10 +68,11 @@ def timed(run) -> float:
 
 
 def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int, names: list[str]) -> dict:
+    """Trials, in each of which all take one turn: {name: seconds}. What fails is named, and the others go on."""
     model, keys, nothing = with_random_head(config), image_keys(0, batch_size), np.zeros((batch_size, 0), np.int32)
     runs = {"ours": lambda: sample_tokens(model, nothing, keys, Sampling(top_k=top_k))}
     runs |= peers(config, batch_size, top_k, names)
-    first, failed, seconds, speeds = {}, {}, {}, [memory_bandwidth()]
+    first, failed, trials = {}, {}, []
     for name, run in list(runs.items()):
         try:
             first[name] = timed(run if name == "ours" else lambda run=run: run(16))  # compiles, or warms up
@@ -79,35 +80,41 @@ def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int, name
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             del runs[name]
     for _ in range(repeats):
-        for name, run in runs.items():
-            seconds.setdefault(name, []).append(timed(run))
-        speeds.append(memory_bandwidth())
-    tokens = batch_size * config.seq_len
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = {name: [a / b for a, b in zip(times, seconds["ours"], strict=True)] for name, times in seconds.items()}
-    bound = bytes_to_draw(config, batch_size, 1, config.seq_len + 1) / statistics.median(speeds)
+        speed = memory_bandwidth()
+        seconds = {name: timed(run) for name, run in runs.items()}
+        trials.append({"bytes_per_s": max(speed, memory_bandwidth()), "seconds": seconds})
+    return {"first_call_s": first, "did_not_run": failed, "trials": trials}
+
+
+def summary(config: ModelConfig, batch_size: int, trials: list[dict]) -> dict:
+    """Medians over the trials: speeds, ratios of times within a trial, and the share of the bound that ours reaches."""
+    tokens, must_read = batch_size * config.seq_len, bytes_to_draw(config, batch_size, 1, config.seq_len + 1)
+    seconds = {}
+    for trial in trials:
+        for name, took in trial["seconds"].items():
+            seconds.setdefault(name, []).append((took, took / trial["seconds"]["ours"]))
+    speeds = [trial["bytes_per_s"] for trial in trials]
+    shares = [must_read / trial["bytes_per_s"] / trial["seconds"]["ours"] for trial in trials]
     return {
-        "tokens_per_s": {name: tokens / median for name, median in medians.items()},
-        "images_per_s": {name: batch_size / median for name, median in medians.items()},
-        "times_ours": {name: statistics.median(ratio) for name, ratio in ratios.items()},
-        "first_call_s": first,
-        "did_not_run": failed,
+        "tokens_per_s": {name: tokens / statistics.median(t for t, _ in pairs) for name, pairs in seconds.items()},
+        "times_ours": {name: statistics.median(ratio for _, ratio in pairs) for name, pairs in seconds.items()},
+        "number_of_trials": {name: len(pairs) for name, pairs in seconds.items()},
         "bandwidth_gb_per_s": statistics.median(speeds) / 1e9,
-        "bandwidths_gb_per_s": [speed / 1e9 for speed in speeds],
-        "bound_tokens_per_s": tokens / bound,
-        "share_of_bound": bound / medians["ours"],
-        "seconds": seconds,
+        "bound_tokens_per_s": tokens * statistics.median(speeds) / must_read,
+        "share_of_bound": statistics.median(shares),
     }
 
 
 def merged(path: str, rows: list[dict]) -> list[dict]:
-    """The rows of the JSON file `path`, if there is one, with `rows` in place of those of the same model and batch."""
-
-    def case(row: dict) -> tuple:
-        return list(MODELS).index(row["model"]), row["batch_size"]
-
+    """The rows of the JSON file `path`, if there is one, with those of `rows`. Trials of the same case are joined."""
+    cases = {}
     earlier = json.loads(Path(path).read_text())["rows"] if Path(path).exists() else []
-    return sorted([row for row in earlier if case(row) not in map(case, rows)] + rows, key=case)
+    for row in earlier + rows:
+        case = cases.setdefault((row["model"], row["batch_size"]), row | {"trials": []})
+        case["trials"] = case["trials"] + row["trials"]
+        for name in ("first_call_s", "did_not_run"):
+            case[name] = case[name] | row[name]
+    return [row | summary(MODELS[row["model"]], row["batch_size"], row["trials"]) for row in cases.values()]
 
 
 def main() -> None:
@@ -118,20 +125,22 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=("dynamic", "static", "compiled"), default=["dynamic", "static"])
-    parser.add_argument("--merge", action="store_true", help="keep the other models and batches of --out")
+    parser.add_argument("--merge", action="store_true", help="keep the trials of --out, and add to them")
     args = parser.parse_args()
 
     rows = []
     for name in args.models:
         config = MODELS[name]
         for batch_size in args.batch_sizes:
-            found = measure(config, batch_size, min(args.top_k, config.vocab_size), args.repeats, args.peers)
-            rows.append({"model": name, "tokens": config.seq_len, "batch_size": batch_size} | found)
-            rates = ", ".join(f"{who} {rate:.0f}" for who, rate in found["tokens_per_s"].items())
-            bound = f"bound {found['bound_tokens_per_s']:.0f} at {found['bandwidth_gb_per_s']:.1f} GB/s"
-            print(f"{name}, {batch_size} images: tokens/s {rates}; {bound}: {found['share_of_bound']:.0%}", flush=True)
-            rows[-1] |= {"top_k": min(args.top_k, config.vocab_size), "repeats": args.repeats}
-    what = "unconditional sampling, float32, medians of alternating runs; each row is a run of this command"
+            top_k = min(args.top_k, config.vocab_size)
+            found = measure(config, batch_size, top_k, args.repeats, args.peers)
+            row = {"model": name, "tokens": config.seq_len, "batch_size": batch_size, "top_k": top_k} | found
+            row |= summary(config, batch_size, found["trials"])
+            rows.append(row)
+            rates = ", ".join(f"{who} {rate:.0f}" for who, rate in row["tokens_per_s"].items())
+            bound = f"bound {row['bound_tokens_per_s']:.0f} at {row['bandwidth_gb_per_s']:.1f} GB/s"
+            print(f"{name}, {batch_size} images: tokens/s {rates}; {bound}: {row['share_of_bound']:.0%}", flush=True)
+    what = "unconditional sampling, float32, medians of alternating runs"
     write(args.out, {"what": what, "rows": merged(args.out, rows) if args.merge else rows})
 
 
