@@ -141,7 +141,7 @@ def main() -> None:
             bound = f"bound {row['bound_tokens_per_s']:.0f} at {row['bandwidth_gb_per_s']:.1f} GB/s"
             print(f"{name}, {batch_size} images: tokens/s {rates}; {bound}: {row['share_of_bound']:.0%}", flush=True)
     what = "unconditional sampling, float32, medians of alternating runs"
-    write(args.out, {"what": what, "rows": merged(args.out, rows) if args.merge else rows})
+    write(args.out, {"what": what, "top_k": args.top_k, "rows": merged(args.out, rows) if args.merge else rows})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from peer import transformers_model
 from report import write
-from sampling import bandwidth, bytes_per_image_set, timed, with_random_head
+from sampling import timed, with_random_head
 
+from igpt.bandwidth import bytes_to_draw, memory_bandwidth
 from igpt.model import PRESETS, ModelConfig
 from igpt.sample import Sampling, image_keys, sample_tokens
 
@@ -47,13 +48,13 @@ def measure(config: ModelConfig, batch_size: int, top_k: int, repeats: int) -> d
     runs = {"ours": lambda: sample_tokens(model, nothing, keys, Sampling(top_k=top_k))}
     runs["transformers"] = theirs(config, batch_size, top_k)
     first = {name: timed(run) for name, run in runs.items()}  # compiles, or warms up
-    seconds, speeds = {name: [] for name in runs}, [bandwidth()]
+    seconds, speeds = {name: [] for name in runs}, [memory_bandwidth()]
     for _ in range(repeats):
         for name, run in runs.items():
             seconds[name].append(timed(run))
-        speeds.append(bandwidth())
+        speeds.append(memory_bandwidth())
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    bound = bytes_per_image_set(config, batch_size) / 2 / statistics.median(speeds)  # two bytes a number, not four
+    bound = bytes_to_draw(config, batch_size, 1, config.seq_len + 1) / statistics.median(speeds)
     return {
         "images_per_s": {name: batch_size / median for name, median in medians.items()},
         "times_as_fast": statistics.median(
