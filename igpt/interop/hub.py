@@ -21,7 +21,7 @@ WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorc
 
 
 def resolve(
-    ref: str | Path, revision: str | None = None, files: list[str] | None = None, subfolder: str = "", **download
+    ref: str | AnyPath, revision: str | None = None, files: list[str] | None = None, subfolder: str = "", **download
 ) -> AnyPath:
     """Returns the directory of `ref`. A hub id is downloaded, unless it is in the hub's cache.
 

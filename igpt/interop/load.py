@@ -5,7 +5,6 @@ The result is the same for all three, so code that uses a model need not disting
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +44,7 @@ class Pretrained(NamedTuple):
     class_names: tuple[str, ...] | None = None
 
 
-def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
+def load(ref: str | AnyPath, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
     """Loads the model `ref` onto `mesh`, by default onto one device.
 
     step: the checkpoint to load. The default is the newest, or in a fine-tuned run the best on the validation images.
