@@ -13,6 +13,7 @@ from igpt.errors import UserError
 from igpt.model import PRESETS, REMAT, ImageGPT, ModelConfig
 from igpt.plan import compiled
 from igpt.plan.compiled import CHIPS, compile_plan
+from igpt.plan.hlo import HloProgram
 from igpt.sharding import make_mesh
 
 
@@ -243,6 +244,16 @@ def test_every_kind_of_tpu_compiles_the_step_of_every_size_with_our_kernels(comp
     assert 0.02 < first["mfu_causal"] < second["mfu_causal"] < 0.9
     assert first["of_which"]["attention_kernels"] == second["of_which"]["attention_kernels"] > 0
     assert plan["bytes_per_chip"]["peak"] > plan["bytes_per_chip"]["state"]
+
+
+@pytest.mark.tpu_compile
+def test_nothing_copies_queries_keys_or_values_for_our_kernels(compiler, small_config, monkeypatch):
+    programs = []
+    monkeypatch.setattr(compiled, "HloProgram", lambda text: programs.append(HloProgram(text)) or programs[-1])
+    config = small_config(**{"model.width": 128, "model.num_heads": 2, "data.image_size": (16, 16)})
+    assert compile_plan(config, "v5e:2x2")["kernels"]["fused_attention_backward"] == 2
+    moving = [one for one, _ in programs[0] if one.opcode in ("slice", "pad", "concatenate")]
+    assert moving and not [one.line for one in moving if one.shape.startswith("bf16")]  # the others move tokens
 
 
 @pytest.mark.tpu_compile
