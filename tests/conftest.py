@@ -13,9 +13,10 @@ if "gpu" not in sys.argv:  # python -m pytest -m gpu
 # Tests compile much and compute little. Without LLVM's optimisation they take less than half the time. Without MLIR's
 # emitters of fused code and in one piece, a training step then compiles in a fifth of the time (docs/decisions.md).
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-if version("jaxlib").startswith("0.10."):  # XLA aborts at a flag that it does not know
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if "tpu_compile" not in sys.argv:  # libtpu, like XLA, aborts at a flag that it does not know
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+    if version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave the user's cache alone
 
