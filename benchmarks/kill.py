@@ -35,6 +35,7 @@ from report import write
 
 from igpt.files import AnyPath, as_path, is_bucket, remove_tree
 from igpt.run import checkpoint
+from igpt.run.orbax_paths import known_to_orbax
 
 ROOT = Path(__file__).parents[1]
 EVAL_EVERY = 5  # often, so that some kills hit an evaluation
@@ -98,7 +99,7 @@ def read_arrays(workdir: AnyPath, step: int) -> dict:
     found = {}
     with ocp.StandardCheckpointer() as reader:
         for item in ("params", "optimizer"):
-            path = workdir.absolute() / checkpoint.FOLDER / str(step) / item
+            path = known_to_orbax(workdir / checkpoint.FOLDER / str(step) / item)
             shapes = reader.metadata(path).item_metadata.tree
             found[item] = reader.restore(path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
     return found
