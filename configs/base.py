@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
     config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
 
     config.data = data = ConfigDict()
-    # digits | npz:PATH | folder:PATH | tfds:NAME | hf:NAME | tokens:PATH | openai:PREFIX | scattered:..
-    data.source = "digits"
+    # digits | npz:PATH | folder:PATH | tfds:NAME | hf:NAME | tokens:PATH | openai:PREFIX | scattered:SOURCE
+    data.source = "digits"  # where the images come from: docs/data.md
     data.image_size = (8, 8)  # height, width of the images
     data.channels = 1  # 1: grey | 3: colour. Bits per dimension count height x width x channels
     data.validation_fraction = 0.1  # of the images, held out for evaluation, if the source has no validation split
