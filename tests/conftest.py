@@ -70,16 +70,6 @@ def finished_run(run_of_six_steps, tiny_config, tmp_path):
     return shutil.copytree(run_of_six_steps, tmp_path / "run")
 
 
-@pytest.fixture(scope="session")
-def kept_programs(tmp_path_factory):
-    """Variables of a process that keeps its compiled programs for the others, those of all workers of pytest."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    kept = {"ENABLE_COMPILATION_CACHE": "true", "COMPILATION_CACHE_DIR": str(folder / "programs")}
-    kept["PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"  # smaller programs compile as fast as they are read
-    return {f"JAX_{name}": value for name, value in kept.items()}
-
-
 @pytest.fixture
 def write_npz(tmp_path):
     """write_npz(images=..., labels=...) writes a .npz with those arrays and returns its path."""

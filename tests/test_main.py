@@ -52,6 +52,7 @@ REQUIRED = {
     "prepare": ["--source=digits", "--size=8", "--palette=x", "--out=x"],
     "export": ["--model=x", "--out=x"],
     "import": ["--from=x", "--out=x"],
+    "demo": ["--model=x"],
     "plan": ["--config=configs/digits.py", "--topology=v5e:2x2"],
 }
 

@@ -20,7 +20,8 @@ from igpt.errors import UserError
 from igpt.probe import fit, selection
 from igpt.probe.config import ProbeConfig
 from igpt.probe.features import Features, stream_features
-from igpt.probe.fit import fit_probe, neighbours
+from igpt.probe.fit import fit_probe, layers_around
+from igpt.probe.neighbours import neighbours_accuracy
 from igpt.sharding import MeshConfig, make_mesh
 from tests.helpers import GREY_PALETTE, PROBE_HEIGHT, PROBE_WIDTH, ROOT, grey_pictures, probe_config, write_run
 
@@ -70,14 +71,17 @@ def test_every_result_follows_from_the_features(everything):
     arrays, fitted = arrays_of(folder / "features.npz"), results["pretrained"]
     assert [entry["layer"] for entry in fitted["layers"]] == [0, 1, 2, 3]
     for entry in fitted["layers"]:
-        assert entry == {"layer": entry["layer"]} | fit_again(arrays, [entry["layer"]])
+        layer = entry["layer"]
+        train, test = ((arrays[f"{name}_layer_{layer:02d}"], arrays[f"{name}_labels"]) for name in ("train", "test"))
+        votes = neighbours_accuracy(*train, test[0][:, None], test[1], probe_config().neighbours)
+        assert entry == {"layer": layer, "neighbours": votes} | fit_again(arrays, [layer])
     best = fitted["best_layer"]
     assert fitted["layers"][best]["validation_accuracy"] == max(e["validation_accuracy"] for e in fitted["layers"])
     assert fitted["test_accuracy"] == fitted["layers"][best]["test_accuracy"]
     assert results["metrics"]["probe/accuracy_layer_03"] == fitted["layers"][3]["test_accuracy"]
 
     around = results["concatenated"]["layers"]
-    assert around == neighbours(best, 3, [0, 1, 2, 3])
+    assert around == layers_around(best, 3, [0, 1, 2, 3])
     assert results["concatenated"] == {"layers": around} | fit_again(arrays, around)
 
     few = results["few_labels"]
@@ -90,9 +94,14 @@ def test_every_result_follows_from_the_features(everything):
     assert all(len(entry["accuracies"]) == 2 for entry in few["raw_pixels"]) and len(few["raw_pixels"]) == 2
 
 
+def written(folder) -> set:
+    """The names of the files in a folder, without the time in the name of TensorBoard's."""
+    return {path.name.split(".tfevents")[0] for path in folder.iterdir()}
+
+
 def test_results_are_written_and_no_other_file_is_left(everything):
     results, folder = everything
-    assert {path.name for path in folder.iterdir()} == {"probe.json", "probe.png", "features.npz"}
+    assert written(folder) == {"probe.json", "probe.png", "features.npz", "metrics.jsonl", "events.out"}
     assert json.loads((folder / "probe.json").read_text()) == json.loads(json.dumps(results))
     assert results["class_names"] == ("dark", "medium", "light")
     printed = eval_probe.table(results)
@@ -248,7 +257,7 @@ def test_the_results_are_written_before_features_fill_the_disk(monkeypatch, trai
     config = probe_config(layers=(1,), features_out=str(tmp_path / "features.npz"))
     with pytest.raises(UserError, match="features_out=.* cannot be written: No space left"):
         eval_probe.run(config, trained, tmp_path / "probe")
-    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"probe.json", "probe.png"}
+    assert written(tmp_path / "probe") == {"probe.json", "probe.png", "metrics.jsonl", "events.out"}
     assert [path.name for path in tmp_path.iterdir()] == ["probe"]
 
 
