@@ -7,7 +7,6 @@ Images go in as PIL images or arrays of bytes, and come out as arrays of bytes. 
 `igpt predict` call the same functions, so that the same seed gives the same bytes.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from igpt.probe.features import stream_features
 from igpt.probe.selection import chosen_layers
 from igpt.sample import Sampling, complete_images, sample_images
 from igpt.sharding import batch_shards, one_device
+from igpt.track.lines import records
 
 
 class Run(Pretrained):
@@ -115,13 +115,7 @@ class Run(Pretrained):
 
     def metrics(self) -> list[dict]:
         """The records of the run's metrics.jsonl, in the order of training. [] if there are none."""
-        path, found = self.path and self.path / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path and path.is_file() else ():
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # a killed run may leave an incomplete line
-                continue
-        return found
+        return records(self.path) if self.path else []
 
     def prepared(self, images, preprocess: str | None = None) -> UInt8[np.ndarray, "N H W 3"]:
         """PIL images or arrays of any size as the model reads them. `preprocess` None: as in the run's evaluation."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from igpt.data.examples import SPLITS, ArrayImages, DecodedTokens, EncodedImages, Images, Source
 from igpt.data.scattered import ScatteredImages
+from igpt.data.settings import SCATTER
 
 SIZED = 10_000  # files of a folder whose sizes are looked up, which takes a second on a slow network file system
 SAMPLED = 64  # rows of tokens that are read from each split
@@ -68,7 +69,7 @@ def differences(there: dict, here: dict, files_there: dict[str, str], files_here
 def _content(images: Images) -> Iterable:
     match images:
         case ScatteredImages():
-            options = {name: value for name, value in vars(images.settings).items() if name.startswith("scatter_")}
+            options = {name: getattr(images.settings, name) for name in SCATTER}
             own = [repr((sorted(options.items()), images.shape, images.key)), images.rows]
             pictures = [] if images.backgrounds is None else [images.backgrounds]
             return [*_content(images.small), *own, *pictures]

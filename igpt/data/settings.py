@@ -15,6 +15,8 @@ CHOICES = {
     "on_unreadable": ("stop", "skip"),
 }
 
+SCATTER = ("scatter_scale", "scatter_color", "scatter_background", "scatter_copies")  # fields of scattered:SOURCE
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -77,8 +79,8 @@ class DataConfig:
             raise UserError(
                 f"data.scatter_scale is {self.scatter_scale}; give (smallest, largest), such as '(0.8,1.2)'"
             )
-        plain = (self.scatter_scale, self.scatter_color, self.scatter_background, self.scatter_copies)
-        if plain != ((1.0, 1.0), False, "", 1) and not self.source.startswith("scattered:"):
+        plain = all(getattr(self, name) == getattr(DataConfig, name) for name in SCATTER)
+        if not plain and not self.source.startswith("scattered:"):
             raise UserError(f"data.scatter_* is set, but data.source is {self.source}; use scattered:{self.source}")
         if self.source.startswith("scattered:") and self.preprocess != "none":
             problem = f"data.preprocess is {self.preprocess}, but scattered images are placed, not resized"

@@ -1,7 +1,6 @@
 """What a run measured and drew, as its directory tells: the figures and the pictures of a model card."""
 
 import contextlib
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 from igpt.errors import UserError
 from igpt.files import AnyPath, read_json
 from igpt.plots import check_drawing, loss_curve
+from igpt.track.lines import records
 
 CLASSES, DRAWING = "image-classification", "unconditional-image-generation"  # tasks, as the hub calls them
 PICTURES = ("samples.png", "curves.png", "confusion.png", "probe.png")
@@ -83,14 +83,11 @@ def _results(path: AnyPath, step: int) -> dict:
 
 def _records(directory: AnyPath, step: int) -> dict[int, dict[str, float]]:
     """The finite metrics of metrics.jsonl by step, up to `step`. If a run repeated a step, its last values count."""
-    found, path = {}, directory / "metrics.jsonl"
-    with contextlib.suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave an incomplete line
-                record = json.loads(line)
-                if record["step"] <= step:
-                    numbers = {name: value for name, value in record.items() if _is_number(value)}
-                    found.setdefault(record["step"], {}).update(numbers)
+    found = {}
+    for record in records(directory):
+        if record["step"] <= step:
+            numbers = {name: value for name, value in record.items() if _is_number(value)}
+            found.setdefault(record["step"], {}).update(numbers)
     return found
 
 

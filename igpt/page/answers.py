@@ -16,6 +16,7 @@ from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.pictures import Pictures
+from igpt.probe.neighbours import unit
 from igpt.rows import completed_rows, sampled_rows
 from igpt.sample import Sampling
 from igpt.trained import Run
@@ -112,11 +113,6 @@ class Answers:
             return ""
         label = int(self.train.labels[np.array([index])][0])
         return full_names(self.names, label + 1)[label] if self.names else str(label)
-
-
-def unit(features: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def check_number(num: int) -> None:

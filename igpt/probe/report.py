@@ -1,13 +1,13 @@
 """What a probe prints and writes: a table for the terminal, probe.json, probe.png, and metrics for trackers."""
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
 from igpt.errors import UserError
 from igpt.files import AnyPath, is_bucket, write_json
 from igpt.plots import probe_curve
+from igpt.track.lines import records
 from igpt.track.trackers import Trackers
 
 
@@ -23,14 +23,8 @@ def check_features_out(name: str, workdir: AnyPath) -> None:
 
 def validation_loss(directory: AnyPath, step: int) -> dict:
     """Returns {"validation_loss": ...} if the training run logged the loss at this step, otherwise {}."""
-    found = {}
-    with contextlib.suppress(OSError, ValueError):
-        for line in (directory / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave an incomplete line
-                record = json.loads(line)
-                if record["step"] == step:
-                    found["validation_loss"] = record["eval/loss"]
-    return found
+    found = [x["eval/loss"] for x in records(directory) if x["step"] == step and "eval/loss" in x]
+    return {"validation_loss": found[-1]} if found else {}
 
 
 def metrics_of_layers(fitted: dict, name: str = "accuracy_layer") -> dict:

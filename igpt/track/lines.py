@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from igpt.files import write_text
+from igpt.files import AnyPath, write_text
 
 SYNC_SECONDS = 30  # how often the file is synced to disk
 NAME = "metrics.jsonl"
@@ -37,6 +37,18 @@ class JsonLines:
         """Closes the file. It ignores OSError, because an earlier write has already reported a full disk."""
         with contextlib.suppress(OSError):
             self.file.close()
+
+
+def records(folder: AnyPath) -> list[dict]:
+    """The records of DIR/metrics.jsonl in their order. [] if it is missing. Incomplete lines are passed over."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (folder / NAME).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # a killed run may leave an incomplete line
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    found.append(record)
+    return found
 
 
 def _drop_records_after(path: Path, step: int, repeats_evaluation: bool) -> None:
