@@ -7,7 +7,8 @@ python benchmarks/kill.py --workdir=gs://bucket/kills --emulator --steps=60 --ki
 A run on eight CPU devices (data 2 x fsdp 2 x tensor 2, dropout, evaluations, checkpoints) is killed and restarted, 30
 times in all; a run of two processes 10 times; a run that receives SIGTERM 20 times. When a run finishes earlier, a new
 one starts. Every run must finish with the parameters, optimizer state, progress and losses of an undisturbed run, byte
-for byte. The moments come from a seed, but what a process does at a moment is up to chance.
+for byte. A seed says after how many further steps and how much later a run is killed, every fifth time while it starts;
+what a process does at that moment is up to chance.
 
 With --workdir, the killed runs live there, for instance in a bucket; the undisturbed one stays on the local disk.
 --emulator starts a server on loopback that stands in for Google's (tests/gcs_server.py) or Amazon's (moto).
@@ -116,9 +117,21 @@ def phase(workdir: AnyPath) -> str:
     return "during an evaluation" if found[-1]["step"] % EVAL_EVERY == 0 and "eval/loss" not in found[-1] else "between"
 
 
-def kill_runs(
-    folder: AnyPath, whole, steps: int, processes: int, kills: int, patience: float, rng: random.Random
-) -> dict:
+def await_moment(workdir: AnyPath, process: subprocess.Popen, rng: random.Random) -> None:
+    """Waits for a moment to kill: while the run starts (one in five), or within 0.5 s of a random further step."""
+    if rng.random() < 0.2:
+        more, later = 0, rng.uniform(0.5, 8.0)
+    else:
+        more, later = rng.randint(1, 25), rng.uniform(0.0, 0.5)
+    wanted = len(records(workdir)) + more
+    while process.poll() is None and len(records(workdir)) < wanted:
+        time.sleep(0.01)
+    deadline = time.monotonic() + later
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def kill_runs(folder: AnyPath, whole, steps: int, processes: int, kills: int, rng: random.Random) -> dict:
     """Kills and restarts runs until there were `kills`, and counts finished runs that differ from `whole`."""
     phases, ended, differing, run = Counter(), 0, 0, 0
     while sum(phases.values()) < kills:
@@ -127,9 +140,7 @@ def kill_runs(
         while True:
             running = start(workdir, steps, processes)
             if sum(phases.values()) < kills:
-                deadline = time.monotonic() + rng.uniform(0.5, patience)
-                while time.monotonic() < deadline and running[0].poll() is None:
-                    time.sleep(0.01)
+                await_moment(workdir, running[0], rng)
                 if running[0].poll() is None:
                     phases[phase(workdir)] += 1
                     for process in rng.sample(running, len(running)):
@@ -243,9 +254,9 @@ def main() -> None:
             finish(folder / f"whole-{processes}", args.steps, processes)
             whole[processes] = outcome(folder / f"whole-{processes}", args.steps)
         if args.kills:
-            results["one process, 8 devices"] = kill_runs(place, whole[1], args.steps, 1, args.kills, 20.0, rng)
+            results["one process, 8 devices"] = kill_runs(place, whole[1], args.steps, 1, args.kills, rng)
         if args.kills_of_two:
-            killed = kill_runs(place, whole[2], args.steps, 2, args.kills_of_two, 40.0, rng)
+            killed = kill_runs(place, whole[2], args.steps, 2, args.kills_of_two, rng)
             results["two processes of 4 devices"] = killed
         if args.signals:
             results["SIGTERM"] = terminate_runs(place, whole[1], args.steps, args.signals, rng)

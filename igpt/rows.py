@@ -7,7 +7,6 @@ drawing pauses.
 import functools
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Integer, UInt8
@@ -21,6 +20,7 @@ from igpt.sample import (
     advance,
     begin,
     draw_tokens,
+    for_tokens,
     image_keys,
     inputs_of,
     kept_rows,
@@ -54,14 +54,16 @@ def _rows(pretrained, prefix: Integer[np.ndarray, "B P"], seed, sampling) -> Ite
     given, most = inputs.shape[1], model.config.seq_len
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, most) - given)])
     graph, params = nnx.split(model)
-    tokens, cache = _begin(graph, params, padded, given, keys, *sampling.rules)
+    begin_rows = for_tokens(_begin, ("graph", *STATIC_RULES))
+    advance_rows = for_tokens(_advance, ("graph", *STATIC_RULES, "length"))
+    tokens, cache = begin_rows(graph, params, padded, given, keys, *sampling.rules)
     first = given
     for row in range(prefix.shape[1] // width, height):
         last = (row + 1) * width + before - 1  # the input before the row's last token
         for length in segments(padded.shape[1], most):
             if first < min(length, last):
                 end = min(length, last)
-                tokens, cache = _advance(graph, params, tokens, cache, first, end, keys, *sampling.rules, length)
+                tokens, cache = advance_rows(graph, params, tokens, cache, first, end, keys, *sampling.rules, length)
                 first = end
         drawn = np.asarray(tokens)[:, before : before + height * width].reshape(-1, height, width)
         images = pretrained.palette.decode(np.where(np.arange(height)[:, None] <= row, drawn, 0))
@@ -69,13 +71,11 @@ def _rows(pretrained, prefix: Integer[np.ndarray, "B P"], seed, sampling) -> Ite
         yield images.view(Pictures)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", *STATIC_RULES))
 def _begin(graph, params, inputs, given, keys, temperature, greedy, top_k, top_p):
     draw = functools.partial(draw_tokens, shard_batch(keys), temperature, greedy, top_k, top_p)
     return begin(nnx.merge(graph, params), shard_batch(inputs), given, draw)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", *STATIC_RULES, "length"))
 def _advance(graph, params, tokens, cache, first, last, keys, temperature, greedy, top_k, top_p, length):
     draw = functools.partial(draw_tokens, keys, temperature, greedy, top_k, top_p)
     return advance(decoder_of(nnx.merge(graph, params)), tokens, cache, first, last, length, draw)

@@ -148,11 +148,15 @@ def padded_length(length: int, most: int) -> int:
     return min(1 << (length - 1).bit_length(), most)
 
 
-@functools.cache
 def generator() -> Callable:
-    """The compiled function that draws all tokens, with the compiler's options for this platform."""
-    static, options = ("graph", *STATIC_RULES, "lengths"), token_options(jax.default_backend())
-    return jax.jit(_generate, static_argnames=static, compiler_options=options)
+    """The compiled function that draws all tokens."""
+    return for_tokens(_generate, ("graph", *STATIC_RULES, "lengths"))
+
+
+@functools.cache
+def for_tokens(function: Callable, static: tuple[str, ...]) -> Callable:
+    """`function`, compiled with the options for drawing on this platform. `static` names its static arguments."""
+    return jax.jit(function, static_argnames=static, compiler_options=token_options(jax.default_backend()))
 
 
 def _generate(graph, params, inputs, given, stop, keys, temperature, greedy, top_k, top_p, lengths):
