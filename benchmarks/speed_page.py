@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GIB = 2**30
+GIB, MIB = 1 << 30, 1 << 20
 UNBROKEN = dict(break_long_words=False, break_on_hyphens=False)
 
 PAGE = """\
@@ -25,6 +25,13 @@ makes this page from those files.
 ## Sampling
 
 {sampling}
+
+## Features
+
+The middle layer of {features_depth} layers, width {features_width}, {features_images} images of 1,024 tokens
+(`benchmarks/features.py`, `benchmarks/results/features_cpu.json`): {features_ours:.1f} s, with transformers
+{features_peer:.1f} s, {features_ratio:.1f} times as long. The call needs {features_mib:,.0f} MiB of memory,
+transformers' {features_peer_mib:,.0f}: it computes the layers above, too, and keeps all hidden states.
 
 ## Start
 
@@ -40,9 +47,6 @@ Beside transformers' ImageGPT in PyTorch (`benchmarks/training.py`, `benchmarks/
 Above 1, ours is faster. All contestants of a case are in memory at once and take turns:
 
 {training}
-
-So ours is not faster on this CPU yet. Single trials gave up to 1.5 times eager's speed; the machine's noise
-is large.
 
 Causal attention, forward and backward, with the `chunked` back end takes {attention_time} of the
 reference's time. It takes {attention_memory} of its memory. The shapes are those of iGPT-S, M, L and L at
@@ -90,11 +94,6 @@ An L-sized Hugging Face directory ({weights:.2f} GB) is imported in {import_seco
 {import_peak:.1f} GB of memory (`benchmarks/import_memory.py`, `benchmarks/results/import_memory.json`).
 """
 
-OLD_SAMPLING = """\
-8 images at a time, with the KV cache (`benchmarks/results/sampling_cpu.json`, in images/s). These figures
-are of the sampler before its cache grew in segments, by an earlier `benchmarks/sampling.py`; the present
-one was not measured yet:
-"""
 SAMPLING = """\
 With the KV cache, top-k {top_k} (`benchmarks/sampling.py`, `benchmarks/results/sampling_cpu.json`). The
 bound is the time to read all parameters and the filled part of the cache at the bandwidth that the same run
@@ -155,11 +154,7 @@ def share(value: float) -> str:
 
 def sampling() -> str:
     results = read("sampling_cpu.json")
-    rows, source = results["rows"], ("ours", "transformers", "without_cache")
-    if "tokens_per_s" not in rows[0]:
-        head = ["images", "ours", "transformers' ImageGPT", "ours without a cache"]
-        cells = [[row["model"].split(", ")[1], *(speed(row["images_per_s"][name]) for name in source)] for row in rows]
-        return f"{OLD_SAMPLING}\n{table(head, cells)}"
+    rows = results["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["tokens_per_s"]))
     head = ["model", "images", *(f"{name}, tokens/s" for name in names), "share of the bound"]
     cells = [
@@ -252,7 +247,7 @@ def page() -> str:
     chunked = [row for row in read("attention_cpu.json")["rows"] if row["backend"] == "chunked" and row["chunk"] == 256]
     rows, imported = read("processor_cpu.json")["rows"], read("import_memory.json")
     results, solvers = read("data_cpu.json"), read("probe_cpu.json")["quickstart"]["processor_seconds"]
-    compared = [row for row in rows if "tokens" in row]
+    compared, features = [row for row in rows if "tokens" in row], read("features_cpu.json")
     slower = results["training_step"]["slower_by"]
     unmeasured = "a GPU or a TPU" if not (RESULTS / "training_gpu.json").exists() else "a TPU"
 
@@ -263,6 +258,14 @@ def page() -> str:
     filled = PAGE.format(
         unmeasured=f"**Nothing has been measured on {unmeasured} yet.**",
         sampling=sampling(),
+        features_depth=features["shape"]["depth"],
+        features_width=features["shape"]["width"],
+        features_images=features["shape"]["batch_size"],
+        features_ours=features["median_s"]["ours"],
+        features_peer=features["median_s"]["transformers"],
+        features_ratio=features["times_ours"]["transformers"],
+        features_mib=features["memory_bytes"]["ours"]["of_the_call"] / MIB,
+        features_peer_mib=features["memory_bytes"]["transformers"]["of_the_call"] / MIB,
         cold_step=starts["cold"]["first_step"],
         warm_step=starts["warm"]["first_step"],
         cold_sample=starts["cold"]["sample"],
