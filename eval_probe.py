@@ -56,6 +56,8 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     check_batch_size("batch_size", config.batch_size, 1, mesh)
     if config.solver == "sgd":
         check_batch_size("sgd.batch_size", config.sgd.batch_size, 1, mesh)
+    if config.pool.startswith("attention"):
+        check_batch_size("attention.batch_size", config.attention.batch_size, 1, mesh)
 
     # Find the model and open the images.
     directory = resolve(ref)

@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.labels_per_class = ()  # also probe the best layer with so few labels per class. The paper uses 4, 25 and 400
     config.subsets = 5  # random subsets for each of these numbers, with seeds 0, 1, ...
     config.eval_masks = 5  # BERT: masks per image, which vote on its class; 0: nothing is masked
-    config.pool = "mean"  # how positions become one feature: mean, as in the paper | grid:G: means of G x G parts
+    # mean: of all positions, as in the paper | grid:G: means of G x G parts | attention: a weighted mean, whose weights
+    # a learnt query gives | attention:H: H such means. With attention, features take T times the disk.
+    config.pool = "mean"
     config.neighbours = 20  # also let so many most similar training images vote, layer by layer; 0: no
     config.features_out = ""  # a .npz to write the features to
     config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
@@ -37,6 +39,11 @@ def get_config() -> ConfigDict:
     sgd.steps = 2000
     sgd.batch_size = 256
     sgd.weight_decay = 0.0  # times half the squared norm; 1 / (C N) is equivalent to L-BFGS's C
+    config.attention = attention = ConfigDict()  # AdamW, for pool=attention
+    attention.learning_rates = (0.01, 0.003, 0.001)  # at the start of a cosine; chosen on the validation split
+    attention.steps = 500
+    attention.batch_size = 128
+    attention.weight_decay = 0.1  # decoupled, on the classifier's kernel
 
     config.mesh = mesh = ConfigDict()  # as in configs/base.py
     mesh.data = -1

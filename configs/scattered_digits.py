@@ -19,4 +19,9 @@ def get_config() -> ConfigDict:
     config.data.scatter_copies = 20
     config.data.pad = 0  # the places are augmentation enough
     config.data.augment_probability = 1.0
+
+    config.train.steps = 1000
+    config.train.eval_every = 250
+    config.train.sample_every = 500
+    config.train.checkpoint_every = 250
     return config

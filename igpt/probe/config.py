@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice, make_section
@@ -19,10 +20,17 @@ class SGD:
     steps: int
     batch_size: int
     weight_decay: float
+    section: ClassVar[str] = "sgd."
 
     def __post_init__(self):
-        check_at_least(self, "sgd.", steps=1, batch_size=1, weight_decay=0.0)
-        check_positive("sgd.learning_rates", self.learning_rates)
+        check_at_least(self, self.section, steps=1, batch_size=1, weight_decay=0.0)
+        check_positive(f"{self.section}learning_rates", self.learning_rates)
+
+
+class AdamW(SGD):
+    """The settings of AdamW, for pool="attention"."""
+
+    section: ClassVar[str] = "attention."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +58,19 @@ class ProbeConfig:
     inverse_penalties: tuple[float, ...]
     max_iter: int
     sgd: SGD
+    attention: AdamW
     mesh: MeshConfig
     track: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self):
         zero_or_more = dict(seed=0, train_images=0, concatenate=0, eval_masks=0, neighbours=0)
-        cells_of(self.pool)
+        kind, _ = kind_of(self.pool)
         check_at_least(self, "", **zero_or_more, batch_size=1, subsets=1, max_iter=1)
         check_names(self.track)
         check_choice(self, "", solver=("auto", "newton", "lbfgs", "sgd"))
+        if kind == "attention" and self.solver != "auto":
+            problem = f"solver is {self.solver!r}, but pool={self.pool} is trained with AdamW (config.attention)"
+            raise UserError(f"{problem}; set solver=auto, or pool=mean")
         check_positive("inverse_penalties", self.inverse_penalties)
         if self.labels_per_class and min(self.labels_per_class) < 1:
             raise UserError(f"labels_per_class is {self.labels_per_class}; give numbers of 1 or more, such as '(4,25)'")
@@ -68,11 +80,13 @@ class ProbeConfig:
         """The settings of a config file. Raises UserError for a field that is missing, unknown or out of range."""
         if isinstance(config, cls):
             return config
-        if missing := [name for name in ("sgd", "mesh", "solver") if name not in config]:
+        if missing := [name for name in ("sgd", "attention", "mesh", "solver") if name not in config]:
             raise UserError(f"this is no probe configuration: it has no {', '.join(missing)}; see {EXAMPLE}")
         sgd = make_section(SGD, "sgd.", config["sgd"], EXAMPLE)
+        attention = make_section(AdamW, "attention.", config["attention"], EXAMPLE)
         mesh = make_section(MeshConfig, "mesh.", config["mesh"], EXAMPLE)
-        return make_section(cls, "", dict(config.items()) | {"sgd": sgd, "mesh": mesh}, EXAMPLE)
+        sections = {"sgd": sgd, "attention": attention, "mesh": mesh}
+        return make_section(cls, "", dict(config.items()) | sections, EXAMPLE)
 
     def flat(self) -> dict:
         """All fields in one dict: {"mesh.data": -1, "seed": 1}."""
@@ -83,12 +97,16 @@ class ProbeConfig:
         return flat
 
 
-def cells_of(pool: str) -> int:
-    """The G of pool="grid:G", or 0 for "mean". Raises UserError for another text."""
-    kind, _, cells = pool.partition(":")
-    if pool != "mean" and not (kind == "grid" and cells.isdecimal() and int(cells) > 0):
-        raise UserError(f"pool is {pool!r}; choose mean, or grid:G for the means of G x G parts, such as grid:2")
-    return int(cells or 0)
+def kind_of(pool: str) -> tuple[str, int]:
+    """("mean", 0), ("grid", G) of "grid:G", ("attention", 1), or ("attention", H) of "attention:H". Else UserError."""
+    kind, colon, number = pool.partition(":")
+    counts = number.isdecimal() and int(number) > 0
+    if not (pool in ("mean", "attention") or (kind in ("grid", "attention") and counts)):
+        raise UserError(
+            f"pool is {pool!r}; choose mean, grid:G for the means of G x G parts, such as grid:2, attention, or "
+            "attention:H for H learnt queries"
+        )
+    return kind, int(number) if colon else int(kind == "attention")
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from igpt.compiler import one_run_options
 from igpt.data.batches import Drops, eval_batches
@@ -22,7 +22,7 @@ from igpt.files import AnyPath, is_bucket, whole
 from igpt.interop.load import Pretrained
 from igpt.loss import masks_of
 from igpt.model import ImageGPT, grid_pool
-from igpt.probe.config import cells_of
+from igpt.probe.config import kind_of
 from igpt.sharding import process_rows, replicate, shardings
 from igpt.state import run_batches
 
@@ -41,29 +41,36 @@ def stream_features(
 ) -> FeatureBatches:
     """Yields the features f^l of `layers` (default: all) and the labels of each batch, with one forward pass per batch.
 
-    `pool` is a field of ProbeConfig. With `drops` (for BERT), each image is masked in M ways, otherwise M is 1.
+    `pool` is a field of ProbeConfig. For "attention" nothing is pooled: D is T times the width. With `drops` (for
+    BERT), each image is masked in M ways, otherwise M is 1.
     Unreadable images are skipped. Every process reads only its own rows of a batch, but yields the features of all.
     """
     graph, params = nnx.split(model)
     layers = tuple(range(model.config.depth + 1) if layers is None else layers)
     batches = eval_batches(split, tokenizer, batch_size, process_rows(batch_size, mesh), drops)
-    cells = cells_of(pool)
-    shape = tokenizer.grid(*split.images.shape[1:3]) if cells else (0, 0)
-    step = functools.partial(_features, graph, layers=layers, shape=shape, cells=cells)
+    shape = tokenizer.grid(*split.images.shape[1:3])
+    step = functools.partial(_features, graph, layers=layers, shape=shape, pool=pool)
     with jax.set_mesh(mesh):
         for features, labels, mask in run_batches(step, params, batches, batch_size, mesh):
             yield features[mask > 0], labels[mask > 0]
 
 
 # Compiled once for all splits and checkpoints.
-@functools.partial(jax.jit, static_argnames=("graph", "layers", "shape", "cells"))
-def _features(graph, params, batch, layers, shape, cells):
+@functools.partial(jax.jit, static_argnames=("graph", "layers", "shape", "pool"))
+def _features(graph, params, batch, layers, shape, pool):
     """Features [B, l, M, d], labels [B] and mask [B] of a whole batch, replicated on all devices."""
     model = nnx.merge(graph, params)
-    pooling = functools.partial(grid_pool, shape=shape, cells=cells) if cells else None
+    kind, cells = kind_of(pool)
+    grid = functools.partial(grid_pool, shape=shape, cells=cells)
+    pooling = {"mean": None, "grid": grid, "attention": every_position}[kind]
     under_masks = [model.features(batch["tokens"], layers, keep, pooling) for keep in masks_of(batch)]
     features = jnp.transpose(jnp.stack(under_masks), (2, 1, 0, 3))
     return replicate(features), replicate(batch["label"]), replicate(batch["mask"])
+
+
+def every_position(normed: Float[Array, "B T D"]) -> Float[Array, "B TD"]:
+    """All positions of an image, one after the other, instead of their mean."""
+    return normed.astype(jnp.float32).reshape(len(normed), -1)
 
 
 def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
@@ -81,20 +88,34 @@ def untrained(pretrained: Pretrained, seed: int, mesh: Mesh) -> Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The features of a split by layer, float32 [N, M, D] in memory or in a file, and its labels, int32 [N]."""
+    """The features of a split by layer, float32 [N, M, D] in memory or in a file, and its labels, int32 [N].
+
+    If nothing was pooled, `positions` is T, and D is T times the width.
+    """
 
     layers: dict[int, Float[np.ndarray, "N M D"]]
     labels: Int[np.ndarray, "N"]
+    positions: int = 1
 
     def take(self, indices: Int[np.ndarray, "n"]) -> "Features":
         """Returns the features of the images `indices`, in memory."""
-        return Features({layer: rows[indices] for layer, rows in self.layers.items()}, self.labels[indices])
+        layers = {layer: rows[indices] for layer, rows in self.layers.items()}
+        return Features(layers, self.labels[indices], self.positions)
+
+    def mean(self, layer: int) -> Float[np.ndarray, "N M d"]:
+        """The features of a layer, as the mean over positions if they were not pooled."""
+        rows = self.layers[layer]
+        return rows if self.positions == 1 else self._by_position(rows).mean(axis=2)
 
     def joined(self, layers: Sequence[int]) -> Float[np.ndarray, "N M lD"]:
         """Concatenates the features of `layers` in memory. The features of a single layer are not copied."""
         if len(layers) == 1:
             return self.layers[layers[0]]
-        return np.concatenate([self.layers[layer] for layer in layers], axis=-1)
+        parts = [self._by_position(self.layers[layer]) for layer in layers]
+        return np.concatenate(parts, axis=-1).reshape(*parts[0].shape[:2], -1)
+
+    def _by_position(self, rows: Float[np.ndarray, "N M D"]) -> Float[np.ndarray, "N M T d"]:
+        return rows.reshape(*rows.shape[:2], self.positions, -1)
 
 
 def scratch_folder(workdir: AnyPath) -> tempfile.TemporaryDirectory:
@@ -112,7 +133,7 @@ def scratch_folder(workdir: AnyPath) -> tempfile.TemporaryDirectory:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}; name a writable place") from None
 
 
-def keep_features(stream: FeatureBatches, layers: Sequence[int], folder: Path) -> Features:
+def keep_features(stream: FeatureBatches, layers: Sequence[int], folder: Path, positions: int = 1) -> Features:
     """Writes batches of the features of `layers` to a new folder, one file for each layer.
 
     Memory does not grow with the number of images. Raises UserError if the disk is full or not writable.
@@ -130,7 +151,7 @@ def keep_features(stream: FeatureBatches, layers: Sequence[int], folder: Path) -
         raise UserError(f"cannot write features to {folder}: {error.strerror}; name another --workdir") from None
     shape = (sum(map(len, labels)), *rows.shape[2:])
     maps = {layer: np.memmap(path, np.float32, "r", shape=shape) for layer, path in zip(layers, paths, strict=True)}
-    return Features(maps, np.concatenate(labels))
+    return Features(maps, np.concatenate(labels), positions)
 
 
 def raw_pixels(split: Split, channels: int, batch_size: int = 1024) -> FeatureBatches:

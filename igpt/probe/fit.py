@@ -15,9 +15,10 @@ from igpt.data.batches import Drops
 from igpt.data.examples import SPLITS, Source, few_labels
 from igpt.interop.load import Pretrained
 from igpt.loss import vote, wilson_interval
-from igpt.probe.config import ProbeConfig
+from igpt.probe.attentive import AttentiveClassifiers, fit_attentive
+from igpt.probe.config import ProbeConfig, kind_of
 from igpt.probe.features import Features, keep_features, raw_pixels, stream_features
-from igpt.probe.logistic import fit_lbfgs, fit_sgd
+from igpt.probe.logistic import Classifiers, fit_lbfgs, fit_sgd
 from igpt.probe.neighbours import neighbours_accuracy
 from igpt.probe.newton import fit_newton
 from igpt.progress import progress_bar
@@ -39,22 +40,15 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
     """Fits classifiers on the training split, chooses one by its validation accuracy, and tests it on the test split.
 
     Concatenates the features of `layers`. Fits one classifier for each C (Newton's method, L-BFGS) or learning rate
-    (SGD). If several are equally accurate, the smallest C or rate is chosen. Training has one mask; in other splits,
-    the predictions under all masks of an image vote. An example counts as wrong if its class does not occur in
+    (SGD, AdamW). If several are equally accurate, the smallest C or rate is chosen. Training has one mask; in other
+    splits, the predictions under all masks of an image vote. An example counts as wrong if its class does not occur in
     training, or if the classifier diverged. Returns the solver, the chosen C or rate, the accuracies, and the 95 %
     interval of the test accuracy.
     """
     train, validation, test = ((part.joined(layers), part.labels) for part in parts)
     classes, targets = np.unique(train[1], return_inverse=True)
     examples = train[0][:, 0], targets.astype(np.int32), len(classes)
-    solver = solver_for(config, *examples[0].shape, len(classes))
-    if solver in ("newton", "lbfgs"):
-        name, values = "C", sorted(config.inverse_penalties)
-        settings = (*examples, values, config.max_iter)
-        classifiers = fit_newton(*settings) if solver == "newton" else fit_lbfgs(*settings, mesh)
-    else:
-        name, values = "learning_rate", tuple(sorted(config.sgd.learning_rates))
-        classifiers = fit_sgd(*examples, dataclasses.replace(config.sgd, learning_rates=values), config.seed, mesh)
+    solver, name, values, classifiers = fit_classifiers(examples, parts[0].positions, config, mesh)
 
     def correct(features, labels) -> Bool[np.ndarray, "R N"]:
         masks = range(features.shape[1])
@@ -72,10 +66,34 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
     return chosen | {"interval": wilson_interval(hits, count)}
 
 
+def fit_classifiers(
+    examples: tuple, positions: int, config: ProbeConfig, mesh: Mesh
+) -> tuple[str, str, tuple[float, ...], Classifiers | AttentiveClassifiers]:
+    """Fits `examples` (features, labels, number of classes). Returns the solver, what it varies, the values, the fits.
+
+    The values ascend. With more than one position, the classifiers pool by attention.
+    """
+    solver = solver_for(config, *examples[0].shape, examples[2]) if positions == 1 else "adamw"
+    if solver in ("newton", "lbfgs"):
+        values = tuple(sorted(config.inverse_penalties))
+        settings = (*examples, values, config.max_iter)
+        return solver, "C", values, fit_newton(*settings) if solver == "newton" else fit_lbfgs(*settings, mesh)
+    settings = config.sgd if solver == "sgd" else config.attention
+    values = tuple(sorted(settings.learning_rates))
+    settings = dataclasses.replace(settings, learning_rates=values)
+    if solver == "sgd":
+        return solver, "learning_rate", values, fit_sgd(*examples, settings, config.seed, mesh)
+    _, queries = kind_of(config.pool)
+    fits = fit_attentive(*examples, positions, queries, settings, config.seed, mesh)
+    return solver, "learning_rate", values, fits
+
+
 def solver_settings(config: ProbeConfig) -> dict:
     """The settings of the features and of `fit_probe`, as they are written to probe.json."""
     settings = dict(kind=config.solver, inverse_penalties=config.inverse_penalties, max_iter=config.max_iter)
     settings |= vars(config.sgd) | {"seed": config.seed, "pool": config.pool, "neighbours": config.neighbours}
+    if kind_of(config.pool)[0] == "attention":
+        settings["attention"] = dataclasses.asdict(config.attention)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
@@ -104,13 +122,15 @@ class Probe:
             stream_features(model, split, pretrained.palette, config.batch_size, self.mesh, layers, masks, config.pool)
             for split, masks in zip(self.source.splits().values(), drops, strict=True)
         ]
-        return self._kept("features", streams, self.layers)
+        positions = model.config.seq_len if kind_of(config.pool)[0] == "attention" else 1
+        return self._kept("features", streams, self.layers, positions)
 
-    def _kept(self, kind: str, streams: list, layers: list[int]) -> list[Features]:
+    def _kept(self, kind: str, streams: list, layers: list[int], positions: int = 1) -> list[Features]:
         for old in self.folder.glob(f"{kind}.*"):  # NFS keeps mapped files, so the new folder has another name
             shutil.rmtree(old, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{kind}.", dir=self.folder))
-        return [keep_features(stream, layers, folder / name) for name, stream in zip(SPLITS, streams, strict=True)]
+        named = zip(SPLITS, streams, strict=True)
+        return [keep_features(stream, layers, folder / name, positions) for name, stream in named]
 
     def fit(self, parts: list[Features], layers: list[int]) -> dict:
         """See `fit_probe`."""
@@ -120,7 +140,7 @@ class Probe:
         """The test accuracy of the votes of `config.neighbours` training images: see `neighbours_accuracy`."""
         if not self.config.neighbours:
             return {}
-        train, _, test = ((part.layers[layer], part.labels) for part in parts)
+        train, _, test = ((part.mean(layer), part.labels) for part in parts)
         return {"neighbours": neighbours_accuracy(train[0][:, 0], train[1], *test, self.config.neighbours)}
 
     def fit_layers(self, parts: list[Features], title: str) -> dict:

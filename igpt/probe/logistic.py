@@ -5,6 +5,7 @@ classifiers. Dims: N examples, D features, C classes.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,7 @@ class Scale(NamedTuple):
         constant = std <= 1e-6 * np.abs(mean + shift)
         return cls((mean + shift).astype(np.float32), np.where(constant, 1.0, std).astype(np.float32))
 
-    def __call__(self, rows: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+    def __call__(self, rows: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
         return np.asarray((rows - self.mean) / self.std)  # asarray turns rows of a memory map into a plain array
 
 
@@ -147,24 +148,33 @@ def fit_sgd(
     over the mesh, and each process reads its own rows of them.
     """
     check_batch_size("sgd.batch_size", sgd.batch_size, 1, mesh)
-    scale, order = Scale.of(features), EpochOrder(len(features), seed)
-    rates, mine = np.asarray(sgd.learning_rates, np.float32), process_rows(sgd.batch_size, mesh)
+    scale, rates = Scale.of(features), np.asarray(sgd.learning_rates, np.float32)
     shapes = (len(rates), features.shape[1], num_classes), (len(rates), num_classes)
     # Parameters and momentum, from a jitted function: a process cannot copy arrays to devices of another process.
     zeros = jax.jit(lambda: tuple(map(jnp.zeros, shapes)), out_shardings=NamedSharding(mesh, P()))
     carry = zeros(), zeros()
     with jax.set_mesh(mesh):
-        for start in range(0, sgd.steps, STEPS_AT_ONCE):
-            numbers = np.arange(start, min(start + STEPS_AT_ONCE, sgd.steps))
-            indices = order[np.arange(numbers[0] * sgd.batch_size, (numbers[-1] + 1) * sgd.batch_size)]
-            indices = indices.reshape(len(numbers), sgd.batch_size)[:, mine]
-            wanted, back = np.unique(indices, return_inverse=True)  # sorted: reading a file in its own order is faster
-            rows = scale(features[wanted])[back.reshape(indices.shape)]
-            decay = np.asarray(0.5 * (1 + np.cos(np.pi * numbers / sgd.steps)), np.float32)
-            batches = to_devices({"rows": rows, "labels": labels[indices]}, sgd.batch_size, mesh, axis=1)
-            carry = _descend(carry, *batches.values(), decay, rates, np.float32(sgd.weight_decay))
+        for batches in several_batches(features, labels, scale, sgd, seed, mesh, STEPS_AT_ONCE):
+            carry = _descend(carry, *batches, rates, np.float32(sgd.weight_decay))
     (kernel, bias), _ = carry
     return Classifiers(kernel, bias, scale, np.isfinite(np.asarray(bias)).all(axis=1))
+
+
+def several_batches(features, labels, scale, settings: SGD, seed: int, mesh: Mesh, at_once: int) -> Iterator[tuple]:
+    """Yields the batches of `at_once` steps: scaled rows [steps, n, ...], labels [steps, n], and a cosine [steps].
+
+    The rows and labels are on the devices. The cosine falls from 1 to 0, and multiplies the learning rate.
+    """
+    order, mine = EpochOrder(len(features), seed), process_rows(settings.batch_size, mesh)
+    for start in range(0, settings.steps, at_once):
+        numbers = np.arange(start, min(start + at_once, settings.steps))
+        indices = order[np.arange(numbers[0] * settings.batch_size, (numbers[-1] + 1) * settings.batch_size)]
+        indices = indices.reshape(len(numbers), settings.batch_size)[:, mine]
+        wanted, back = np.unique(indices, return_inverse=True)  # sorted: reading a file in its own order is faster
+        rows = scale(features[wanted])[back.reshape(indices.shape)]
+        decay = np.asarray(0.5 * (1 + np.cos(np.pi * numbers / settings.steps)), np.float32)
+        batches = to_devices({"rows": rows, "labels": labels[indices]}, settings.batch_size, mesh, axis=1)
+        yield *batches.values(), decay
 
 
 @functools.partial(jax.jit, donate_argnums=0)

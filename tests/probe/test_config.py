@@ -6,15 +6,17 @@ from configs import digits, probe_digits
 from igpt.errors import UserError
 from igpt.probe.config import SGD, ProbeConfig
 
+SECTIONS = ("sgd", "attention", "mesh")
+
 
 def test_every_field_of_the_config_file_is_a_field_of_the_class():
     config = probe_digits.get_config()
     typed = ProbeConfig.of(config)
     values = dataclasses.asdict(typed)
-    nested = {f"{part}.{name}": value for part in ("sgd", "mesh") for name, value in values.pop(part).items()}
+    nested = {f"{part}.{name}": value for part in SECTIONS for name, value in values.pop(part).items()}
     del nested["mesh.dcn_data"]  # a probe uses one slice
-    given = {name: value for name, value in config.to_dict().items() if name not in ("sgd", "mesh")}
-    given |= {f"{part}.{name}": value for part in ("sgd", "mesh") for name, value in config[part].items()}
+    given = {name: value for name, value in config.to_dict().items() if name not in SECTIONS}
+    given |= {f"{part}.{name}": value for part in SECTIONS for name, value in config[part].items()}
     assert values | nested == given
     assert isinstance(typed.sgd, SGD) and typed.sgd.steps == 2000
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -71,5 +73,5 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one():
 
 
 def test_a_training_configuration_is_refused():
-    with pytest.raises(UserError, match="no probe configuration: it has no sgd, solver"):
+    with pytest.raises(UserError, match="no probe configuration: it has no sgd, attention, solver"):
         ProbeConfig.of(digits.get_config())

@@ -58,6 +58,16 @@ def test_grid_pooling_gives_the_mean_of_each_part_of_the_image():
         streamed(model, split, palette, pool="grid:4")
 
 
+def test_attention_gets_every_position_whose_mean_is_the_pooled_feature(tmp_path):
+    model, (palette, split) = random_model(), random_split()
+    features, labels = streamed(model, split, palette, pool="attention")
+    positions = TINY_MODEL.seq_len
+    kept = keep_features([(features, labels)], range(TINY_MODEL.depth + 1), tmp_path / "kept", positions)
+    means = np.stack([kept.mean(layer) for layer in kept.layers], axis=1)
+    assert features.shape[-1] == positions * TINY_MODEL.width
+    np.testing.assert_allclose(means[:, :, 0], at_once(model, split, palette), atol=1e-5)
+
+
 def test_eight_devices_stream_the_same_as_one():
     model, (palette, split) = random_model(), random_split()
     features, labels = streamed(model, split, palette, batch_size=8, mesh=make_mesh(2, 2, 2))

@@ -1,0 +1,71 @@
+"""Draws the findings of benchmarks/study.py, one panel each."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def draw(found: dict, path: str) -> None:
+    """Draws the findings, one panel each, and writes the picture as PNG."""
+    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for panel, draw_panel in zip(axes.flat, (draw_layers, draw_checkpoints, draw_tuning, draw_few_labels), strict=True):
+        draw_panel(panel, found)
+        panel.grid(alpha=0.3)
+        panel.set_visible(panel.has_data())
+    figure.savefig(path, dpi=120)
+
+
+def draw_line(panel, x, entries: list[dict], label: str, **style) -> None:
+    """Means in percent, with their intervals if all have one."""
+    means = 100 * np.array([entry["mean"] for entry in entries])
+    (line,) = panel.plot(x, means, "o-", label=label, **style)
+    if all(entry["interval"] for entry in entries):
+        low, high = 100 * np.array([entry["interval"] for entry in entries]).T
+        panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=line.get_color())
+
+
+def draw_layers(panel, found: dict) -> None:
+    if by_layer := found.get("1 accuracy by layer"):
+        draw_line(panel, by_layer["layers"], by_layer["pretrained"], "next pixels", color="tab:blue")
+        draw_line(panel, by_layer["layers"], by_layer["random_init"], "random initialisation", color="tab:gray")
+        if bert := found.get("3 next pixels against BERT"):
+            draw_line(panel, by_layer["layers"], bert["bert_layers"], "BERT", color="tab:green")
+        panel.axhline(100 * by_layer["raw_pixels"]["mean"], color="tab:orange", linestyle="--", label="raw pixels")
+        panel.set_xticks(by_layer["layers"])
+        panel.legend()
+    panel.set(title="linear probe by layer", xlabel="layer", ylabel="test accuracy (%)")
+
+
+def draw_checkpoints(panel, found: dict) -> None:
+    if over_time := found.get("2 accuracy against validation loss"):
+        for seed, points in enumerate(over_time["step, validation loss, test accuracy"]):
+            _, losses, accuracies = np.array(points).T
+            panel.plot(losses, 100 * accuracies, "o-", label=f"seed {seed}")
+        panel.invert_xaxis()
+        panel.legend()
+    panel.set(title="best layer of a run's checkpoints", xlabel="validation loss (nats a token)", ylabel="accuracy (%)")
+
+
+def draw_tuning(panel, found: dict) -> None:
+    if tuning := found.get("4 fine-tuning"):
+        names = list(tuning["test_accuracy"])
+        means = [100 * tuning["test_accuracy"][name]["mean"] for name in names]
+        panel.barh(names, means, color="tab:blue", alpha=0.6)
+        for row, name in enumerate(names):
+            values = tuning["test_accuracy"][name]["values"]
+            panel.plot(100 * np.array(values), [row] * len(values), "k.")
+        panel.set_xlim(min(means) - 5, 100)
+    panel.set(title="fine-tuning", xlabel="test accuracy (%)")
+
+
+def draw_few_labels(panel, found: dict) -> None:
+    if few := found.get("5 few labels"):
+        for name, label in (("features", "probe on features"), ("raw_pixels", "on raw pixels"), ("scratch", "scratch")):
+            rows = [row for row in few["rows"] if name in row]
+            if rows:
+                draw_line(panel, [row["labels_per_class"] for row in rows], [row[name] for row in rows], label)
+        panel.set_xscale("log")
+        panel.set_xticks(counts := [row["labels_per_class"] for row in few["rows"]], counts, minor=False)
+        panel.minorticks_off()
+        panel.legend()
+    panel.set(title="few labels", xlabel="labels a class", ylabel="test accuracy (%)")

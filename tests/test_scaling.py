@@ -1,0 +1,105 @@
+"""The scaling study finds the optimum of curves that are known, and its intervals contain it."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers import ROOT
+
+ALPHA, BETA = 0.34, 0.28  # Hoffmann et al. 2022 fit the first and the second to text
+COSTS = (1e15, 4e15, 1.6e16, 6.4e16)
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    """The modules of benchmarks/scaling.py."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import scaling
+    import scaling_fit
+
+    return scaling, scaling_fit
+
+
+def best_size(cost: float) -> float:
+    """The N that minimises 400 / N^alpha + 400 / D^beta, where cost = 6 N D."""
+    return (ALPHA / BETA * (cost / 6) ** BETA) ** (1 / (ALPHA + BETA))
+
+
+def runs(cost: float, noise: float = 0.0, seed: int = 0, offset: float = 1.0, count: int = 7) -> list[dict]:
+    """Runs with sizes around the best one; `offset` moves them all."""
+    rng, found = np.random.default_rng(seed), []
+    for factor in np.geomspace(0.3, 3.3, count):
+        n = offset * factor * best_size(cost)
+        d = cost / (6 * n)
+        loss = 1.5 + 400 / n**ALPHA + 400 / d**BETA + noise * rng.normal()
+        found.append({"parameters": n, "tokens": d, "loss": loss, "accuracy": 1 - loss / 100})
+    return found
+
+
+def test_the_best_sizes_and_the_exponents_of_a_known_law_are_found(scaling):
+    _, scaling_fit = scaling
+    found = scaling_fit.fit({cost: runs(cost) for cost in COSTS}, "loss", samples=50)
+    for row in found["budgets"]:
+        n = best_size(row["flops"])
+        assert row["inside"] and row["parameters"]["value"] == pytest.approx(n, rel=0.06)
+        assert row["tokens"]["value"] == pytest.approx(row["flops"] / 6 / n, rel=0.06)
+        assert row["tokens_per_parameter"]["value"] == pytest.approx(row["flops"] / 6 / n**2, rel=0.12)
+    exponents = found["exponents"]
+    assert exponents["parameters"]["value"] == pytest.approx(BETA / (ALPHA + BETA), abs=0.01)
+    assert exponents["tokens"]["value"] == pytest.approx(ALPHA / (ALPHA + BETA), abs=0.01)
+
+
+def test_accuracy_has_its_optimum_where_it_is_highest(scaling):
+    _, scaling_fit = scaling
+    by_loss, by_accuracy = (
+        scaling_fit.fit({cost: runs(cost) for cost in COSTS}, metric, samples=20) for metric in ("loss", "accuracy")
+    )
+    for one, other in zip(by_loss["budgets"], by_accuracy["budgets"], strict=True):
+        assert one["parameters"]["value"] == pytest.approx(other["parameters"]["value"])
+
+
+def test_95_percent_intervals_contain_the_truth_about_as_often(scaling):
+    _, scaling_fit = scaling
+    hits = []
+    for seed in range(40):
+        budgets = {cost: runs(cost, noise=0.01, seed=100 * seed + i) for i, cost in enumerate(COSTS)}
+        exact = scaling_fit.fit({cost: runs(cost) for cost in COSTS}, "loss", samples=2)
+        noisy = scaling_fit.fit(budgets, "loss", samples=200, seed=seed)
+        for row, true in zip(noisy["budgets"], exact["budgets"], strict=True):
+            low, high = row["parameters"]["interval"]
+            hits.append(low <= true["parameters"]["value"] <= high)
+    assert 0.88 <= np.mean(hits) <= 0.995
+
+
+def test_an_optimum_outside_the_sizes_is_the_nearest_size_and_says_so(scaling):
+    _, scaling_fit = scaling
+    budgets = {cost: runs(cost, offset=12.0) for cost in COSTS}  # all too large
+    found = scaling_fit.fit(budgets, "loss", samples=20)
+    for row in found["budgets"]:
+        smallest = budgets[row["flops"]][0]["parameters"]
+        assert not row["inside"] and row["share_inside"] < 0.5
+        assert row["parameters"]["value"] == pytest.approx(smallest)
+    hill = np.array([0.0, 1.0, 2.0, 2.5])
+    assert scaling_fit.optimum(hill, -(hill**2)) == (2.5, False)  # a parabola that opens downwards has no minimum
+
+
+def test_too_few_sizes_are_refused(scaling):
+    _, scaling_fit = scaling
+    with pytest.raises(SystemExit, match="a budget has 3 sizes"):
+        scaling_fit.fit({1e15: runs(1e15, count=3)}, "loss")
+
+
+def test_a_run_spends_its_budget(scaling):
+    module, _ = scaling
+    args = module.parser().parse_args(["--workdir=a", "--out=b"])
+    for cost in args.budgets:
+        for size in args.sizes:
+            run = module.plan_run(cost, size, args)
+            width, depth = map(int, size.split("x"))
+            # 6 N D for products, and 12 T D / 2 a layer and token for attention.
+            flops = run["tokens"] * (6 * run["parameters"] + 6 * 256 * width * depth)
+            assert flops == pytest.approx(cost, rel=0.06)
+            assert run["fields"]["optim.warmup_steps"] <= run["steps"] // 2
+    with pytest.raises(SystemExit, match="pay 0 steps of 512x8"):
+        module.plan_run(1e9, "512x8", args)
