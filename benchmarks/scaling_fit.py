@@ -26,9 +26,7 @@ def optimum(log_n: np.ndarray, values: np.ndarray) -> tuple[float, bool]:
 def parabola(log_n: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The coefficients (a, b, c) of a x^2 + b x + c, by least squares."""
     if len(set(log_n)) < LEAST_SIZES:
-        raise SystemExit(
-            f"a budget has {len(set(log_n))} sizes; a parabola and its residuals need {LEAST_SIZES} or more"
-        )
+        raise SystemExit(f"a budget has {len(set(log_n))} sizes; a parabola needs {LEAST_SIZES} or more")
     centre = log_n.mean()  # keeps the squares small
     a, b, c = np.polyfit(log_n - centre, values, 2)
     return np.array([a, b - 2 * a * centre, a * centre**2 - b * centre + c])
