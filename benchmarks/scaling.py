@@ -29,7 +29,7 @@ from igpt.config import Config
 from igpt.flops import train_flops_per_image
 from igpt.model import ModelConfig, count_params
 
-BUDGETS = (5e10, 1e11, 2e11, 4e11)
+BUDGETS = (4e10, 8e10, 1.6e11, 3.2e11)
 SIZES = ("16x1", "24x1", "24x2", "32x3", "48x4")
 
 

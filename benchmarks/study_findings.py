@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+TUNED = ("joint", "classes", "scratch", "long_scratch", "bert_joint")  # fine-tuned runs, and those from scratch
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of runs
 
 
@@ -33,6 +34,29 @@ def best_layer(results: dict, key: str = "pretrained") -> dict:
     return next(layer for layer in results[key]["layers"] if layer["layer"] == results[key]["best_layer"])
 
 
+def best_layers(probes: list[dict]) -> dict:
+    """The layers that validation chose, over seeds, beside the raw pixels, whose interval is that of one run.
+
+    `disjoint` tells whether the interval of the network lies above those of the raw pixels and of untrained networks.
+    Nearest neighbours vote on the same layers.
+    """
+    found = {
+        f"best_{name}": {
+            "linear": over_runs(best_layer(probe, key)["test_accuracy"] for probe in probes),
+            "layers": [best_layer(probe, key)["layer"] for probe in probes],
+        }
+        for name, key in (("pretrained", "pretrained"), ("untrained", "random_init"))
+    }
+    if all("neighbours" in best_layer(probe) for probe in probes):
+        found["best_pretrained"]["neighbours"] = over_runs(best_layer(probe)["neighbours"] for probe in probes)
+        found["neighbours_of_raw_pixels"] = over_runs(probe["raw_pixels"]["neighbours"] for probe in probes)
+    found["raw_pixels_interval"] = probes[0]["raw_pixels"]["interval"]
+    ours, untrained = (found[f"best_{name}"]["linear"]["interval"] for name in ("pretrained", "untrained"))
+    if ours:
+        found["disjoint"] = ours[0] > max(found["raw_pixels_interval"][1], untrained[1])
+    return found
+
+
 def findings(study) -> dict:
     """Each of the five findings whose runs exist."""
     found = {}
@@ -53,13 +77,16 @@ def findings(study) -> dict:
                 for key in curves
             },
             "best_layers": [layer["layer"] for layer in best],
+            **best_layers(probes),
             "test_intervals_of_the_best": [layer["interval"] for layer in best],
             "raw_pixels": over_runs(probe["raw_pixels"]["test_accuracy"] for probe in probes),
             "middle_beats_last": beats(best, [probe["pretrained"]["layers"][-1] for probe in probes]),
             "beats_raw_pixels": beats(best, [probe["raw_pixels"] for probe in probes]),
             "beats_random_init": beats(best, [best_layer(probe, "random_init") for probe in probes]),
-            "concatenated": over_runs(probe["concatenated"]["test_accuracy"] for probe in probes),
         }
+        if "concatenated" in probes[0]:
+            joined = over_runs(probe["concatenated"]["test_accuracy"] for probe in probes)
+            found["1 accuracy by layer"]["concatenated"] = joined
     with_checkpoints = study.read("autoregressive", "probes/probe.json")
     if with_checkpoints:
         points = [
@@ -75,7 +102,7 @@ def findings(study) -> dict:
             "rank_correlation": correlations,
             "holds": "yes" if high < 0 else "no" if low > 0 else "undecided",
         }
-    tuned = {name: study.read(name, "finetune.json") for name in ("joint", "classes", "scratch", "bert_joint")}
+    tuned = {name: study.read(name, "finetune.json") for name in TUNED}
     accuracy = {name: over_runs(run["test_accuracy"] for run in runs) for name, runs in tuned.items() if runs}
     if probes and bert_probes:
         bert_best = [best_layer(probe) for probe in bert_probes]
@@ -89,6 +116,11 @@ def findings(study) -> dict:
             "fine-tuned": {name: accuracy[run] for name, run in (("next pixels", "joint"), ("BERT", "bert_joint"))
                            if run in accuracy},
         }  # fmt: skip
+    if "long_scratch" in accuracy and "joint" in accuracy:
+        found["4 fine-tuning against scratch at equal compute"] = {
+            "what": "training from scratch for as many steps as pretraining and fine-tuning took together",
+            "pretrained_beats_long_scratch": beats(tuned["joint"], tuned["long_scratch"]),
+        }
     if {"joint", "classes", "scratch"} <= accuracy.keys():
         found["4 fine-tuning"] = {
             "paper": "the joint loss beats classes only, and fine-tuning beats the probe and training from scratch",

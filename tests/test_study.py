@@ -1,0 +1,87 @@
+"""The studies run each part once, and say that a finding holds only if intervals allow it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Makes the modules of benchmarks/ importable."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+
+@pytest.fixture
+def study(benchmarks, tmp_path, monkeypatch):
+    """Runs of which every command is kept in a list and leaves its folder."""
+    from runs import Runs
+
+    commands = []
+
+    def run(command, check):
+        commands.append(command[1:])
+        (workdir,) = [part.removeprefix("--workdir=") for part in command if part.startswith("--workdir=")]
+        (tmp_path / workdir).mkdir(parents=True)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return lambda **options: (Runs("set", tmp_path, **options), commands)
+
+
+def test_a_part_that_has_finished_is_not_run_again(study):
+    for _ in range(2):
+        runs, commands = study(seeds=2)
+        runs.train("autoregressive_0", "configs/digits.py", **{"train.steps": 7})
+        runs.probe("autoregressive_0", layers=(1, 2))
+    assert [command[0] for command in commands] == ["train.py", "eval_probe.py"]
+    assert "--config.train.steps=7" in commands[0] and "--config.layers=(1, 2)" in commands[1]
+    assert set(runs.seconds()) == {"autoregressive_0", "autoregressive_0/probe"}
+
+
+def test_only_the_parts_with_a_name_are_run(study):
+    runs, commands = study(only="^joint|/probe$")
+    for name in ("autoregressive_0", "joint_0", "not_joint_0"):
+        runs.train(name, "configs/digits.py")
+    runs.probe("autoregressive_0")
+    runs.probe("autoregressive_0", "probes")
+    assert [command[0] for command in commands] == ["train.py", "eval_probe.py"] and "joint_0" in commands[0][2]
+
+
+def test_intervals_over_seeds_are_students(benchmarks):
+    from study_findings import over_runs
+
+    found = over_runs([1, 2, 3])
+    assert found["mean"] == 2 and found["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
+    assert over_runs([0.5])["interval"] is None
+
+
+def probe_of(trained, untrained, raw):
+    """The part of a probe.json that the first finding reads."""
+
+    def layer(accuracy, number=0):
+        fit = dict(test_accuracy=accuracy, interval=[accuracy - 0.05, accuracy + 0.05], neighbours=accuracy)
+        return fit | dict(layer=number, converged=True)
+
+    def network(accuracy):
+        layers = [layer(0.1, 0), layer(accuracy, 1)]
+        return dict(best_layer=1, test_accuracy=accuracy, layers=layers)
+
+    return dict(pretrained=network(trained), random_init=network(untrained), raw_pixels=layer(raw))
+
+
+@pytest.mark.parametrize(("untrained", "raw", "disjoint"), [(0.5, 0.34, True), (0.84, 0.34, False), (0.5, 0.82, False)])
+def test_features_are_above_the_baselines_only_if_the_intervals_are_disjoint(study, tmp_path, untrained, raw, disjoint):
+    from study_findings import findings
+
+    runs, _ = study(seeds=3)
+    for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+        folder = tmp_path / f"set_autoregressive_{seed}" / "probe"
+        folder.mkdir(parents=True)
+        (folder / "probe.json").write_text(json.dumps(probe_of(0.85 + shift, untrained + shift, raw)))
+    found = findings(runs)["1 accuracy by layer"]
+    assert found["disjoint"] is disjoint and found["best_layers"] == [1, 1, 1]
+    assert found["raw_pixels_interval"] == pytest.approx([raw - 0.05, raw + 0.05])
+    assert found["best_pretrained"]["linear"]["mean"] == pytest.approx(0.85)
