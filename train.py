@@ -1,4 +1,4 @@
-"""Pretrain an Image GPT, or fine-tune one to classify.
+"""Pretrain an Image GPT, fine-tune one to classify, or train a VQ-VAE that makes its tokens.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
     python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-ft
@@ -28,6 +28,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from igpt import finetune
+from igpt.codes import Codes
 from igpt.command import Parser
 from igpt.compiler import keep_programs
 from igpt.config import Config
@@ -37,12 +38,10 @@ from igpt.data.examples import SPLITS, Source
 from igpt.data.palette_fit import fit
 from igpt.data.sources import open_source
 from igpt.errors import reported
-from igpt.files import check_workdir, storage_errors
+from igpt.files import as_path, check_workdir, storage_errors
 from igpt.interop import load
 from igpt.interop.hub import resolve
-from igpt.loss import bits_per_dim
-from igpt.palette import Palette
-from igpt.plots import check_drawing, image_grid, palette_picture
+from igpt.plots import check_drawing, palette_picture
 from igpt.run import checkpoint
 from igpt.run.changes import parse_changes
 from igpt.run.cluster import add_process_arguments, exists, is_first_process, join_from
@@ -52,17 +51,18 @@ from igpt.run.journal import Journal
 from igpt.run.preemption import PreemptedError, StopSignal
 from igpt.run.profile import Profile
 from igpt.run.summary import describe, farewell
-from igpt.sample import sample_images
 from igpt.sharding import check_batch_size, process_rows, to_devices
 from igpt.state import TrainProgram, TrainState, build_program, run_batches
+from igpt.tasks import TASKS
+from igpt.tokenizer import Bytes, Tokenizer, check_same, find_tokenizer
 from igpt.track.trackers import Trackers
 from igpt.trained import Run
 
 
 def run(
     config: ConfigDict | Config, workdir: str | Path, start_over: bool = False, allowed: Collection[str] = ()
-) -> Run:
-    """Trains until step config.train.steps. Returns the trained model, after fine-tuning the best one.
+) -> Run | Codes:
+    """Trains until step config.train.steps. Returns the trained model, after fine-tuning the best, or the VQ-VAE.
 
     `allowed` names what may differ from the run that is resumed: see the flag --change. Raises UserError for a mistake
     in the input, before it writes any file of the run, and for an unreadable image, when it reads the image. Raises
@@ -75,7 +75,7 @@ def run(
         return pretrain(config, RunDirectory(workdir, config, start_over, allowed, lock), trackers)
 
 
-def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run:
+def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run | Codes:
     """Trains in a fresh or a resumed run directory, which no other program uses. Returns and raises like `run`."""
     train, mesh = config.train, config.mesh.make()
     if config.objective.classification:
@@ -84,27 +84,27 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run:
     # `program` holds shapes, shardings and the compiled step functions. `igpt plan` compiles the same functions.
     program = build_program(config, mesh)
 
-    # The palette turns the source's images into tokens. The seed and the step determine every batch.
+    # The tokenizer turns the source's images into tokens. The seed and the step determine every batch.
     source = finetune.labelled(run.same_images(open_source(config.data)), config, *known_classes(config, run))
-    palette = choose_palette(config, run, source)
-    batches = training_batches(config, source, palette, mesh)
+    tokenizer = choose_tokenizer(config, run, source)
+    batches = training_batches(config, source, tokenizer, mesh)
 
     # Initial values come from 1. this run's newest undamaged checkpoint; 2. config.init_from; 3. random initialisation.
     state, origin = starting_state(config, run, program)
-    wait_for_compiler = compile_ahead(config, run, program, batches, source, palette)
+    wait_for_compiler = compile_ahead(config, run, program, batches, source, tokenizer)
 
     # From here on the run writes files.
-    opened = run.opened(palette, finetune.output_names(source, config))
+    opened = run.opened(tokenizer, finetune.output_names(source, config))
     with StopSignal() as signal, opened as checkpoints, storage_errors(run.path), jax.set_mesh(mesh):
-        describe(run.path, origin, config, program.model, state, mesh, source, palette)
+        describe(run.path, origin, config, program.model, state, mesh, source, tokenizer)
         started = time.perf_counter()
         trackers.open(config.flat(), run.first_step, run.evaluation_is_missing)
-        if trackers.others and not run.is_resumed:
-            trackers.picture(0, "palette", drawn_palette(palette, source))
+        if trackers.others and tokenizer.file and not run.is_resumed:
+            trackers.picture(0, tokenizer.kind, drawn_tokenizer(tokenizer, source))
         profile = Profile(run.path, train.profile_at, train.steps)
         skipped = int(state.opt_state.skipped)
         with Journal(run, checkpoints, trackers, program.model, source, skipped) as journal, profile:
-            evaluator = Evaluator(config, run, program, source, palette, journal, signal)
+            evaluator = Evaluator(config, run, program, source, tokenizer, journal, signal)
             step, last_step = run.first_step, run.last_step
             if run.evaluation_is_missing:  # an earlier start was stopped before or during the evaluation
                 evaluator(state.params, step)
@@ -145,14 +145,16 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run:
     evaluation = evaluator.latest
     is_tested = step == run.first_step and not evaluation and exists(run.path / "finetune.json")
     if config.objective.classification and source.test.labels is not None and not is_tested:
-        evaluation |= test_classifier(config, run, program, source, palette, trackers, step)
-    farewell(run, step, evaluation, time.perf_counter() - started, source)
+        evaluation |= test_classifier(config, run, program, source, tokenizer, trackers, step)
+    seconds, last = time.perf_counter() - started, step
     params, names = state.params, finetune.output_names(source, config)
     if config.objective.classification:  # the best checkpoint, which `igpt.load` would load
         with storage_errors(run.path):
             params, step = checkpoint.restore_params(run.path, program.abstract.params)
-    trained = load.Pretrained(config, nnx.merge(program.graph, params), palette, step, names)
-    return Run.of(trained, run.path, evaluation)
+    model = nnx.merge(program.graph, params)
+    result = TASKS[config.program].result(run.path, load.Pretrained(config, model, tokenizer, step, names), evaluation)
+    farewell(run, last, evaluation, seconds, source)
+    return result
 
 
 def known_classes(config: Config, run: RunDirectory) -> tuple[tuple[str, ...] | None, str]:
@@ -162,49 +164,56 @@ def known_classes(config: Config, run: RunDirectory) -> tuple[tuple[str, ...] | 
     return load.class_names_of(resolve(config.init_from)) if config.init_from else None, f"init_from={config.init_from}"
 
 
-def choose_palette(config: Config, run: RunDirectory, source: Source) -> Palette:
-    """The first palette that exists: the resumed run's, init_from's, palette.path's, the source tokens', or a new fit.
+def choose_tokenizer(config: Config, run: RunDirectory, source: Source) -> Tokenizer:
+    """The first tokenizer that exists: the resumed run's, init_from's, the named one, the tokens', a new palette.
 
-    Raises UserError if the palette has a wrong size, or if palette.path or the tokens have another one than init_from.
+    config.tokenizer names a VQ-VAE, palette.path a palette. Raises UserError if the tokenizer does not fit the model's
+    vocabulary and length, or if the named one or the tokens' is another than that of the run or of init_from.
     """
-    resumed, init_from, path = run.palette(), config.init_from, config.palette.path
+    if config.program == "vqvae":
+        return Bytes()
+    resumed, init_from, path = run.tokenizer(), config.init_from, config.palette.path
+    name = f"palette.path={path}" if config.tokenizer == "palette" else f"tokenizer={config.tokenizer}"
+    if config.tokenizer != "palette":
+        path = config.tokenizer
+    # A resumed run has its own copy. A VQ-VAE that is still at its old place must not have changed since.
+    is_read = path and (not resumed or (config.tokenizer != "palette" and exists(as_path(path))))
+    named = find_tokenizer(path) if is_read else None
     if resumed:
-        origin, palette = run.path, resumed
+        origin, tokenizer = run.path, resumed
+        check_same(tokenizer, origin, named, name)
     elif init_from:
-        origin, palette = init_from, load.palette_of(resolve(init_from))
-        load.check_same_palette(
-            palette, f"init_from={origin}", Palette.load(path) if path else None, f"palette.path={path}"
-        )
-        load.check_same_palette(palette, f"init_from={origin}", source.palette, f"data.source={source.name}")
-    elif path:
-        origin, palette = path, Palette.load(path)
-    elif source.palette is not None:
-        origin, palette = source.name, source.palette
+        origin, tokenizer = init_from, load.tokenizer_of(resolve(init_from))
+        check_same(tokenizer, f"init_from={origin}", named, name)
+        check_same(tokenizer, f"init_from={origin}", source.tokenizer, f"data.source={source.name}")
+    elif named is not None:
+        origin, tokenizer = path, named
+    elif source.tokenizer is not None:
+        origin, tokenizer = source.name, source.tokenizer
     else:
         palette = fit(source.train.images, config.palette.colors, config.seed, config.palette.max_pixels)
         return run.same_palette(palette)
-    load.check_palette_size(palette, config, origin)
-    return palette
+    load.check_fits(tokenizer, config, origin)
+    return tokenizer
 
 
-def drawn_palette(palette: Palette, source: Source, count: int = 8) -> np.ndarray:
-    """Draws the palette's colours, and images of the validation split before and after quantisation."""
+def drawn_tokenizer(tokenizer: Tokenizer, source: Source, count: int = 8) -> np.ndarray:
+    """Draws the colours of a palette, and images of the validation split before and after quantisation."""
     before = source.validation.images[:count]
-    after = palette.decode(palette.encode(before))
-    return palette_picture(palette.decode(np.arange(palette.vocab_size)), before, after)
+    return palette_picture(tokenizer.colors, before, tokenizer.decode(tokenizer.encode(before)))
 
 
-def training_batches(config: Config, source: Source, palette: Palette, mesh) -> TrainBatches:
+def training_batches(config: Config, source: Source, tokenizer: Tokenizer, mesh) -> TrainBatches:
     """This process's rows of every training batch."""
     batch_size = config.train.batch_size
     check_batch_size("train.eval_batch_size", config.train.eval_batch_size, 1, mesh)
     drops = None if config.model.causal else Drops(config.objective.drop_rate, 1, config.seed)
     rows = process_rows(batch_size, mesh)
     augmentation = Augmentation.of(config.data)
-    return TrainBatches(source.train, palette, batch_size, config.seed, augmentation, rows, drops)
+    return TrainBatches(source.train, tokenizer, batch_size, config.seed, augmentation, rows, drops)
 
 
-def compile_ahead(config: Config, run: RunDirectory, program: TrainProgram, batches: TrainBatches, source, palette):
+def compile_ahead(config: Config, run: RunDirectory, program: TrainProgram, batches: TrainBatches, source, tokenizer):
     """Starts to compile the steps for the run's first batch, unless it is finished: see `TrainProgram.compile_ahead`.
 
     The returned function waits until they are ready.
@@ -213,7 +222,7 @@ def compile_ahead(config: Config, run: RunDirectory, program: TrainProgram, batc
         return lambda: None
     train, mesh = config.train, program.mesh
     rows = process_rows(train.eval_batch_size, mesh)
-    held_out = next(eval_batches(source.validation, palette, train.eval_batch_size, rows, evaluation_drops(config)))
+    held_out = next(eval_batches(source.validation, tokenizer, train.eval_batch_size, rows, evaluation_drops(config)))
     first = to_devices(batches[run.first_step], train.batch_size, mesh)
     return program.compile_ahead(first, to_devices(held_out, train.eval_batch_size, mesh))
 
@@ -249,7 +258,7 @@ class Evaluator:
     run: RunDirectory
     program: TrainProgram
     source: Source
-    palette: Palette
+    tokenizer: Tokenizer
     journal: Journal
     signal: StopSignal
     latest: dict = dataclasses.field(default_factory=dict)
@@ -262,7 +271,7 @@ class Evaluator:
         train, progress, improved = self.config.train, self.run.progress, False
         if progress.evaluated_step < step and train.is_due(step, train.eval_every):
             with self.journal.doing("evaluating"):
-                metrics = evaluate(self.config, self.program, params, self.source, self.palette, self.signal)
+                metrics = evaluate(self.config, self.program, params, self.source, self.tokenizer, self.signal)
             if metrics is None:
                 return False
             self.latest, progress.evaluated_step = metrics, step
@@ -271,34 +280,31 @@ class Evaluator:
                 improved = progress.note(step, metrics["eval/accuracy"])
             if self.run.has_ended_early:
                 self.journal.print(f"step {step}: no better accuracy in {train.patience} evaluations: training ends")
-        draws = train.num_samples and self.config.model.sos and self.config.objective.generative
-        if draws and train.is_due(step, train.sample_every) and not self.signal.requested():
+        if train.num_samples and train.is_due(step, train.sample_every) and not self.signal.requested():
             with self.journal.doing("drawing"):
-                model = load.Pretrained(self.config, nnx.merge(self.program.graph, params), self.palette)
-                self.journal.sampled(step, image_grid(sample_images(model, train.num_samples, self.config.seed)))
+                model = load.Pretrained(self.config, nnx.merge(self.program.graph, params), self.tokenizer)
+                picture = TASKS[self.config.program].picture(model, self.source)
+            if picture is not None:
+                self.journal.sampled(step, picture)
         return improved or self.run.has_ended_early
 
 
-def evaluate(config: Config, program: TrainProgram, params: dict, source: Source, palette, signal) -> dict | None:
+def evaluate(config: Config, program: TrainProgram, params: dict, source: Source, tokenizer, signal) -> dict | None:
     """Returns the metrics eval/..., which are means over all validation images, or None if SIGTERM interrupts it."""
     batch_size, mesh, sums = config.train.eval_batch_size, program.mesh, []
     rows = process_rows(batch_size, mesh)
-    batches = eval_batches(source.validation, palette, batch_size, rows, evaluation_drops(config))
+    batches = eval_batches(source.validation, tokenizer, batch_size, rows, evaluation_drops(config))
     for sums_of_batch in run_batches(program.eval_step, params, batches, batch_size, mesh):
         sums.append(sums_of_batch)
         if signal.requested():
             return None
     count = sum(number for _, number in sums)
-    metrics = {f"eval/{name}": float(sum(values[name] for values, _ in sums) / count) for name in sums[0][0]}
-    if config.model.causal and config.objective.generative:
-        nats = metrics.get("eval/generative_loss", metrics["eval/loss"])
-        bits = bits_per_dim(nats, program.model, *source.image_size, source.channels)
-        metrics["eval/bits_per_dim"] = bits
-    return metrics
+    means = {name: sum(values[name] for values, _ in sums) / count for name in sums[0][0]}
+    return {f"eval/{name}": value for name, value in program.eval_metrics(means, tokenizer.bits_name).items()}
 
 
 def test_classifier(
-    config: Config, run: RunDirectory, program: TrainProgram, source: Source, palette, trackers: Trackers, step: int
+    config: Config, run: RunDirectory, program: TrainProgram, source: Source, tokenizer, trackers: Trackers, step: int
 ) -> dict:
     """Returns the metric test/accuracy of the best checkpoint. Writes finetune.json and confusion.png.
 
@@ -307,7 +313,7 @@ def test_classifier(
     with storage_errors(run.path):
         params, best = checkpoint.restore_params(run.path, program.abstract.params)
         drops, batch_size = evaluation_drops(config), config.train.eval_batch_size
-        counts = finetune.confusion(program.graph, params, source, palette, drops, batch_size, program.mesh)
+        counts = finetune.confusion(program.graph, params, source, tokenizer, drops, batch_size, program.mesh)
         images = {name: len(getattr(source, name)) for name in SPLITS}
         accuracy = run.progress.best_accuracy
         details = {"source": source.name, "images": images, "step": best, "validation_accuracy": accuracy}
@@ -322,7 +328,7 @@ def parser() -> Parser:
     """Returns the parser of all flags except --config."""
     parser = Parser("train.py", __doc__)
     parser.add_argument(
-        "--workdir", required=True, help="where the run lives: config, palette, checkpoints, metrics, samples"
+        "--workdir", required=True, help="where the run lives: config, tokenizer, checkpoints, metrics, samples"
     )
     parser.add_argument("--start_over", action="store_true", help="rename an earlier run and train from step 0")
     parser.add_argument(

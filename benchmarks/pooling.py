@@ -92,7 +92,7 @@ def main() -> None:
         fitted("raw pixels", probe.pixels(), 0)
         histograms = []
         for split in source.splits().values():
-            tokens = np.asarray(shapes.palette.encode(split.read(np.arange(len(split)))[0]))
+            tokens = np.asarray(shapes.tokenizer.encode(split.read(np.arange(len(split)))[0]))
             of_each = np.asarray(by_cells(side, fine)(jax.nn.one_hot(tokens.reshape(len(split), -1), 16)))
             histograms.append(Features({0: of_each[:, None]}, split.labels))
         for grid in GRIDS:

@@ -151,7 +151,7 @@ def quickstart(ref: str, repeats: int) -> dict:
         splits = open_source(pretrained.config.data).splits()
         parts = [
             keep_features(
-                stream_features(pretrained.model, split, pretrained.palette, 64, mesh), layers, Path(folder, name)
+                stream_features(pretrained.model, split, pretrained.tokenizer, 64, mesh), layers, Path(folder, name)
             ).take(np.arange(len(split)))
             for name, split in splits.items()
         ]

@@ -46,7 +46,7 @@ def main() -> None:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     probe = json.loads((workdir / "probe" / "probe.json").read_text())
     (out / "digits_probe.png").write_bytes((workdir / "probe" / "probe.png").read_bytes())
-    palette, source = load(workdir).palette, open_source(digits.get_config().data)
+    palette, source = load(workdir).tokenizer, open_source(digits.get_config().data)
     training = palette.encode(source.train.images).reshape(len(source.train), -1)
     write(
         str(out / "digits.json"),

@@ -12,6 +12,9 @@ def get_config() -> ConfigDict:
     config.init_from = ""  # start from its weights and palette: a run directory, a Hugging Face directory or a hub id
     config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
 
+    config.program = "igpt"  # what is trained: igpt: the transformer | vqvae: a tokenizer for it (docs/vqvae.md)
+    config.tokenizer = "palette"  # palette | PATH: the run of a VQ-VAE, with its vqvae.codes and vqvae.stride below
+
     config.data = data = ConfigDict()
     # digits | npz:PATH | folder:PATH | tfds:NAME | hf:NAME | tokens:PATH | openai:PREFIX | scattered:SOURCE
     data.source = "digits"  # where the images come from: docs/data.md
@@ -44,6 +47,17 @@ def get_config() -> ConfigDict:
     palette.path = ""  # a .npy of centres [V, 3] in [-1, 1]; empty: the source's own, or k-means on its images
     palette.colors = 512  # V
     palette.max_pixels = 1_000_000  # pixels that k-means samples
+
+    config.vqvae = vqvae = ConfigDict()
+    vqvae.codes = 512  # V, rows of the codebook
+    vqvae.stride = 4  # pixels of a code's side: 2 | 4 | 8
+    vqvae.width = 64  # channels of the convolutions; half of it next to the image
+    vqvae.code_width = 64  # channels of a code
+    vqvae.residual_blocks = 2  # in the encoder, and in the decoder
+    vqvae.residual_width = 32  # channels inside a residual block
+    vqvae.commitment = 0.25  # weight of the loss that keeps latents near their codes
+    vqvae.decay = 0.99  # of the moving averages that the codebook consists of
+    vqvae.revive_below = 0.1  # a code with a smaller share of the mean usage becomes a latent of the batch
 
     config.model = model = ConfigDict()
     model.width = 512  # D, channels of a position

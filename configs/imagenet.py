@@ -2,6 +2,7 @@
 
     python train.py --config=configs/imagenet.py:s --workdir=runs/imagenet-s --config.palette.path=kmeans_centers.npy
     python train.py --config=configs/imagenet.py:l:bert ...    the BERT objective
+    python train.py --config=configs/imagenet.py:l48vq ...     48 x 48 codes of a VQ-VAE of 192 x 192 pixels
 
 palette.path is OpenAI's file, or your own file from `igpt palette`. Without it, the run fits a palette at its start.
 
@@ -20,6 +21,10 @@ Expected results, from Chen et al. 2020 (tables 2 and 3) and OpenAI's README. No
     l:bert: its probe is 6 points below l, fine-tuned it reaches 66.5 % (section 4.6). OpenAI measured the losses with
     its own palette.
 
+    l48vq: 69.0 % with the features of 11 layers, by the paper's first version. Train runs/imagenet-vqvae first, with
+    --config=configs/imagenet.py:vqvae, and prepare its codes with igpt prepare: docs/vqvae.md. The widths of that
+    VQ-VAE are our choice, because the paper says nothing about them.
+
 Cost: 6 x parameters x tokens, without attention, is 60 EFLOP for s, 358 for m, 1,070 for l, 2,400 for l48 and 21,400
 for xl. One H100 at 40 % of its bfloat16 peak of 989 TFLOP/s takes 2, 10, 31, 71 and 630 days. OpenAI needed about 2,500
 V100-days for l.
@@ -35,6 +40,7 @@ from igpt.errors import UserError
 from igpt.model import PRESETS
 
 SIDE = {"s": 32, "m": 32, "l": 32, "l48": 48, "xl": 64}
+SIDE_OF_CODES, CODES, STRIDE = 192, 4096, 4
 # Table 5 prints ten times l's rate for l48, which looks like a misprint: use a lower one if the loss rises.
 LEARNING_RATE = {"s": 3e-3, "m": 3e-3, "l": 1e-3, "l48": 1e-2, "xl": 3e-4}
 BERT_LEARNING_RATE = {"s": 1e-2, "m": 3e-3, "l": 1e-3}
@@ -42,10 +48,18 @@ TRAIN_IMAGES = 1_229_920  # 96 % of 1,281,167
 
 
 def get_config(argument: str = "s") -> ConfigDict:
+    if argument == "vqvae":
+        return _vqvae()
+    if argument == "l48vq":
+        config = get_config("l48")
+        config.tokenizer = "runs/imagenet-vqvae"
+        return _of_codes(config)
     size, _, objective = argument.partition(":")
     bert = objective == "bert"
     if size not in PRESETS or objective not in ("", "bert") or argument.endswith(":"):
-        raise UserError(f"configs/imagenet.py:{argument}: choose {', '.join(PRESETS)}, or add :bert, as in l:bert")
+        raise UserError(
+            f"configs/imagenet.py:{argument}: choose {', '.join(PRESETS)}, l48vq, vqvae, or add :bert, as in l:bert"
+        )
     if bert and size not in BERT_LEARNING_RATE:
         raise UserError(
             f"configs/imagenet.py:{argument}: the paper has BERT for {', '.join(BERT_LEARNING_RATE)} only; choose one, "
@@ -81,4 +95,21 @@ def get_config(argument: str = "s") -> ConfigDict:
     # Weights and Adam's moments take 12 bytes per parameter: 16 GB for l, 82 GB for xl. fsdp splits them over devices.
     # These are the smallest sensible numbers; on more devices, mesh.data uses the rest.
     config.mesh.fsdp = {"s": 1, "m": 1, "l": 4, "l48": 4, "xl": 8}[size]
+    return config
+
+
+def _of_codes(config: ConfigDict) -> ConfigDict:
+    config.data.image_size = (SIDE_OF_CODES, SIDE_OF_CODES)
+    config.vqvae.codes, config.vqvae.stride = CODES, STRIDE
+    return config
+
+
+def _vqvae() -> ConfigDict:
+    config = _of_codes(get_config("s"))
+    config.program = "vqvae"
+    config.vqvae.width, config.vqvae.residual_width, config.vqvae.code_width = 256, 128, 64
+    config.optim.learning_rate, config.optim.b2 = 3e-4, 0.99
+    config.optim.warmup_steps = 1000
+    config.train.steps = 200_000
+    config.train.num_samples = 8
     return config

@@ -5,6 +5,7 @@ data/settings.py, ModelConfig in model.py, OptimConfig in optim.py, MeshConfig i
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from igpt.attention import resolve_backend
@@ -15,6 +16,7 @@ from igpt.model import ModelConfig
 from igpt.optim import OptimConfig
 from igpt.sharding import MeshConfig, all_devices
 from igpt.track.names import check_names
+from igpt.vqvae import VQConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ class TrainConfig:
 SECTIONS = {
     "data": DataConfig,
     "palette": PaletteConfig,
+    "vqvae": VQConfig,
     "model": ModelConfig,
     "objective": ObjectiveConfig,
     "optim": OptimConfig,
@@ -105,15 +108,21 @@ class Config:
     seed: int = 0
     init_from: str = ""
     track: tuple[str, ...] = ("tensorboard",)
+    program: str = "igpt"
+    tokenizer: str = "palette"
+    vqvae: VQConfig = dataclasses.field(default_factory=VQConfig)
 
     def __post_init__(self):
         check_at_least(self, "", seed=0)
+        check_choice(self, "", program=("igpt", "vqvae"))
         check_names(self.track)
         objective, model = self.objective, self.model
         if not model.causal and not 0.0 < objective.drop_rate < 1.0:
             raise UserError(f"objective.drop_rate is {objective.drop_rate}; BERT drops a share between 0 and 1")
         if self.train is not None:
             self._check_heads()
+        if self.program == "vqvae":
+            self._check_vqvae()
 
     def _check_heads(self) -> None:
         """Raises UserError for a loss without head, a classifier without a loss, or `patience` without a classifier."""
@@ -135,6 +144,19 @@ class Config:
                 "train.patience=0, or objective.classification=1"
             )
 
+    def _check_vqvae(self) -> None:
+        """Raises UserError for a field that the training of a VQ-VAE cannot follow."""
+        self.vqvae.grid(*self.data.image_size)
+        named = {"init_from": self.init_from, "objective.classification": self.objective.classification}
+        for name, value in named.items():
+            if value:
+                raise UserError(
+                    f"{name} is {value}, but program=vqvae starts from scratch and learns no classes; empty it"
+                )
+        if self.train and self.train.accumulate != 1:
+            problem = f"train.accumulate is {self.train.accumulate}; a VQ-VAE's codebook follows whole batches"
+            raise UserError(f"{problem}: set train.accumulate=1 and a smaller train.batch_size")
+
     @classmethod
     def of(cls, values: "Mapping | Config", trains: bool = False) -> "Config":
         """Makes a Config from a ConfigDict or a nested dict. Returns a Config unchanged.
@@ -151,8 +173,11 @@ class Config:
         fields = dict(values.items())
         for name in (name for name in SECTIONS if name in fields and name != "model"):
             fields[name] = make_section(SECTIONS[name], f"{name}.", fields[name])
-        height, width = fields["data"].image_size  # one token for each pixel
-        derived = dict(vocab_size=fields["palette"].colors, seq_len=height * width)
+        vqvae = fields["vqvae"] = dataclasses.replace(fields.get("vqvae", VQConfig()), channels=fields["data"].channels)
+        vocab_size, grid = fields["palette"].colors, fields["data"].image_size  # a palette has a token for each pixel
+        if fields.get("tokenizer", "palette") != "palette":
+            vocab_size, grid = vqvae.codes, vqvae.grid(*grid)
+        derived = dict(vocab_size=vocab_size, seq_len=math.prod(grid))
         model = fields["model"]
         given = dict(model.items()) | derived if hasattr(model, "items") else model
         fields["model"] = make_section(ModelConfig, "model.", given)
@@ -180,6 +205,10 @@ class Config:
         """Nested dicts, as in config.json, without the fields of the model that `of` and `network` determine."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         fields["model"] = {k: v for k, v in fields["model"].items() if k not in DERIVED}
+        del fields["vqvae"]["channels"]
+        if fields["program"] == "igpt" and fields["tokenizer"] == "palette":  # the configuration has no VQ-VAE
+            for name in ("program", "tokenizer", "vqvae"):
+                del fields[name]
         return fields
 
     def flat(self) -> dict:

@@ -25,11 +25,12 @@ from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import check_workdir, write_json
 from igpt.interop.hub import resolve
-from igpt.interop.load import Pretrained, check_same_palette, data_settings, load, outline
+from igpt.interop.load import Pretrained, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
 from igpt.run import cluster
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate
 from igpt.state import run_batches
+from igpt.tokenizer import check_same
 from igpt.track.trackers import Trackers
 
 
@@ -60,7 +61,7 @@ def evaluate(
 
     drops = None if model.causal else Drops(objective.drop_rate, masks)
     rows = process_rows(batch_size, mesh)
-    batches = (batch for part in splits for batch in eval_batches(part, pretrained.palette, batch_size, rows, drops))
+    batches = (batch for part in splits for batch in eval_batches(part, pretrained.tokenizer, batch_size, rows, drops))
     with jax.set_mesh(mesh):
         parts = list(run_batches(losses_of_images, params, batches, batch_size, mesh))
     real = np.concatenate([part["mask"] for part in parts]) > 0
@@ -71,7 +72,9 @@ def evaluate(
         results["loss"] = float(losses.mean())
         results["standard_error"] = float(losses.std() / np.sqrt(len(losses)))
         if model.causal:
-            results["bits_per_dim"] = bits_per_dim(results["loss"], model, *data.image_size, data.channels)
+            results[pretrained.tokenizer.bits_name] = bits_per_dim(
+                results["loss"], model, *data.image_size, data.channels
+            )
     if classifies:
         correct = int(each["accuracy"].sum())
         results["classification_loss"] = float(each["classification_loss"].mean())
@@ -133,7 +136,7 @@ def run(args) -> None:
     if not settings.source:
         raise UserError(f"{args.model} was not trained here, so that its images are not known; give --source")
     source = with_classes(open_source(settings, whole=args.split == "all"), shapes.class_names, args.model)
-    check_same_palette(shapes.palette, args.model, source.palette, f"--source={source.name}")
+    check_same(shapes.tokenizer, args.model, source.tokenizer, f"--source={source.name}")
     splits = [*source.splits().values()] if args.split == "all" else [source.splits()[args.split]]
     if shapes.model.config.num_classes and all(split.labels is not None for split in splits):
         check_classes(splits, shapes.model.config.num_classes)

@@ -20,11 +20,11 @@ from igpt.data.classes import full_names, with_classes
 from igpt.data.examples import Source, check_labels, few_labels
 from igpt.files import AnyPath, write_json
 from igpt.loss import masks_of, vote, wilson_interval
-from igpt.palette import Palette
 from igpt.plots import confusion_picture
 from igpt.run.cluster import is_first_process
 from igpt.sharding import process_rows, replicate
 from igpt.state import run_batches
+from igpt.tokenizer import Tokenizer
 
 
 def labelled(source: Source, config: Config, names: Sequence[str] | None = None, whose: str | AnyPath = "") -> Source:
@@ -53,7 +53,7 @@ def confusion(
     graph: nnx.GraphDef,
     params: dict,
     source: Source,
-    palette: Palette,
+    tokenizer: Tokenizer,
     drops: Drops | None,
     batch_size: int,
     mesh: Mesh,
@@ -68,7 +68,7 @@ def confusion(
         true = jax.nn.one_hot(batch["label"], C) * batch["mask"][:, None]
         return replicate(jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes, C), C), precision="highest"))
 
-    batches = eval_batches(source.test, palette, batch_size, process_rows(batch_size, mesh), drops)
+    batches = eval_batches(source.test, tokenizer, batch_size, process_rows(batch_size, mesh), drops)
     with jax.set_mesh(mesh):
         counts = run_batches(count, params, batches, batch_size, mesh)
         return sum(np.asarray(one).astype(np.int64) for one in counts)

@@ -1,6 +1,7 @@
 """Adam and its schedule as in the paper (Chen et al. 2020, section 3.3), and a guard that skips non-finite steps."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,8 +37,13 @@ class OptimConfig:
         check_choice(self, "optim.", schedule=("cosine", "constant"))
 
 
-def make_optimizer(optim: OptimConfig, steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """Returns the guarded optimizer for `steps` updates, and its schedule (update number -> learning rate)."""
+def make_optimizer(
+    optim: OptimConfig, steps: int, around: Callable = lambda adam: adam
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    """Returns the guarded optimizer for `steps` updates, and its schedule (update number -> learning rate).
+
+    `around` may wrap Adam in another transformation, inside the guard.
+    """
     peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
     if optim.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, steps - warmup)
@@ -52,7 +58,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> tuple[optax.GradientTransf
 
     adam = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=is_kernel)
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
-    return guarded(optax.chain(*clip, adam)), schedule
+    return guarded(around(optax.chain(*clip, adam))), schedule
 
 
 class GuardState(NamedTuple):
@@ -66,16 +72,18 @@ class GuardState(NamedTuple):
 def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Leaves parameters and moments unchanged if the loss or a gradient is not finite.
 
-    `update` needs the keyword `loss`. (optax.apply_if_finite applies bad updates after many errors; this never does.)
+    `update` needs the keyword `loss`, and gives the others to `inner`. (optax.apply_if_finite applies bad updates after
+    many errors; this never does.)
     """
+    inner = optax.with_extra_args_support(inner)
 
     def init(params):
         zero = jnp.zeros((), jnp.int32)
         return GuardState(inner.init(params), zero, zero)
 
-    def update(grads, state, params=None, *, loss, **_):
+    def update(grads, state, params=None, *, loss, **others):
         good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        updates, inner_state = inner.update(grads, state.inner, params)
+        updates, inner_state = inner.update(grads, state.inner, params, **others)
 
         def where_good(new, old):
             return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)

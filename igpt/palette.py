@@ -6,6 +6,8 @@ A palette is V centres in [-1, 1]^3, where byte b stands for b / 127.5 - 1. A to
 centre. Images are [..., H, W, 3] uint8 and tokens are [..., H, W] integers; a reshape gives the raster order.
 """
 
+import functools
+import hashlib
 import warnings
 
 import numpy as np
@@ -20,6 +22,9 @@ class Palette:
 
     Warns if the centres fill only a part of [-1, 1] that other units fill: then they may be of those units.
     """
+
+    file, kind, noun, bits_name = "palette.npy", "palette", "colours", "bits_per_dim"  # see igpt/tokenizer.py
+    place, is_per_pixel, uses_all_cores = "pixel", True, False
 
     def __init__(self, centers: np.ndarray):
         centers = np.asarray(centers)
@@ -39,6 +44,23 @@ class Palette:
     @property
     def vocab_size(self) -> int:
         return len(self.centers)
+
+    @property
+    def colors(self) -> np.ndarray:
+        """The colours as bytes, uint8 [V, 3]."""
+        return self.decode(np.arange(self.vocab_size))
+
+    @property
+    def content(self) -> np.ndarray:
+        return self.centers
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.centers.tobytes()).hexdigest()
+
+    def fields(self, path) -> dict:
+        """The fields of a configuration whose network reads these tokens, from the tokenizer at `path`."""
+        return {"palette.colors": self.vocab_size}
 
     @property
     def channels(self) -> int:

@@ -34,12 +34,15 @@ def image_grid(images: np.ndarray, columns: int = 0, min_side: int = 64, gap: in
     return picture
 
 
-def palette_picture(colors: np.ndarray, before: np.ndarray, after: np.ndarray, columns: int = 32) -> np.ndarray:
+def palette_picture(colors: np.ndarray | None, before: np.ndarray, after: np.ndarray, columns: int = 32) -> np.ndarray:
     """Draws the colours, uint8 [V, 3], and below them images [N, H, W, 3] before and after quantisation.
 
     Each row has `columns` colours. The rows are sorted from dark to light, and the colours in a row by hue.
+    Without colours, only the images.
     """
     images = image_grid(np.concatenate([before, after]), columns=len(before), min_side=128)
+    if colors is None:
+        return images
     columns = min(columns, len(colors))
     colors = colors[np.argsort(colors @ (0.299, 0.587, 0.114), kind="stable")]  # brightness: the luma of ITU-R BT.601
     rows = [colors[start : start + columns] for start in range(0, len(colors), columns)]

@@ -53,7 +53,7 @@ def predict(
         return replicate(jnp.where(batch["mask"][:, None] > 0, shares, jnp.nan))
 
     drops = None if pretrained.model.config.causal else Drops(pretrained.config.objective.drop_rate, masks)
-    batches = eval_batches(split, pretrained.palette, batch_size, process_rows(batch_size, mesh), drops)
+    batches = eval_batches(split, pretrained.tokenizer, batch_size, process_rows(batch_size, mesh), drops)
     with jax.set_mesh(mesh):
         return np.concatenate([*run_batches(probabilities, params, batches, batch_size, mesh)])[: len(split)]
 

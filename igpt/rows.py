@@ -41,14 +41,14 @@ def completed_rows(
     pretrained: Pretrained, image: UInt8[np.ndarray, "H W 3"], keep: float, num: int, seed: int = 0, sampling=Sampling()
 ) -> Iterator[Pictures]:
     """Yields the continuations of `complete_images` for one image [num, H, W, 3] after each row."""
-    tokens = pretrained.palette.encode(image[None])
+    tokens = pretrained.tokenizer.encode(image[None])
     given = tokens[:, : kept_rows(keep, tokens.shape[1])].reshape(1, -1)
     return _rows(pretrained, np.repeat(given, num, axis=0), seed, sampling)
 
 
 def _rows(pretrained, prefix: Integer[np.ndarray, "B P"], seed, sampling) -> Iterator[Pictures]:
     """Yields the images after each row that is drawn, as one batch."""
-    height, width = pretrained.palette.grid(*pretrained.config.data.image_size)
+    height, width = pretrained.tokenizer.grid(*pretrained.config.data.image_size)
     model, keys = pretrained.model, image_keys(seed, len(prefix))
     inputs, before = inputs_of(model, prefix), int(model.config.sos)
     given, most = inputs.shape[1], model.config.seq_len
@@ -66,7 +66,7 @@ def _rows(pretrained, prefix: Integer[np.ndarray, "B P"], seed, sampling) -> Ite
                 tokens, cache = advance_rows(graph, params, tokens, cache, first, end, keys, *sampling.rules, length)
                 first = end
         drawn = np.asarray(tokens)[:, before : before + height * width].reshape(-1, height, width)
-        images = pretrained.palette.decode(np.where(np.arange(height)[:, None] <= row, drawn, 0))
+        images = pretrained.tokenizer.decode(np.where(np.arange(height)[:, None] <= row, drawn, 0))
         images[:, images.shape[1] * (row + 1) // height :] = UNDRAWN
         yield images.view(Pictures)
 

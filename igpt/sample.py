@@ -31,11 +31,11 @@ from igpt.errors import UserError
 from igpt.fields import LARGEST_SEED
 from igpt.interop.load import Pretrained, load
 from igpt.model import ImageGPT
-from igpt.palette import Palette
 from igpt.plots import check_writable, image_grid, save_png
 from igpt.run.cluster import add_process_arguments, is_first_process, join_from
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 from igpt.token_ids import checked_ids
+from igpt.tokenizer import Tokenizer
 
 GREEDY = 1e-30  # logits divided by a smaller temperature overflow float32, and draws become NaN
 SEGMENTS = 8  # more of them save little reading: 1/8 of the longest cache is read in vain on average
@@ -266,9 +266,9 @@ def complete_images(
 ) -> np.ndarray:
     """Samples `num` continuations, uint8 [N, num, H, W, 3], of the upper part of each image, uint8 [N, H, W, 3].
 
-    `keep` is the fraction of rows that is given. The model samples at least one row.
+    `keep` is the fraction of rows of tokens that is given. The model samples at least one row.
     """
-    tokens = pretrained.palette.encode(images)
+    tokens = pretrained.tokenizer.encode(images)
     given = tokens[:, : kept_rows(keep, tokens.shape[1])].reshape(len(images), -1)
     finished = _in_batches(pretrained, np.repeat(given, num, axis=0), seed, sampling, batch_size, clock)
     return finished.reshape(len(images), num, *images.shape[1:])
@@ -286,7 +286,7 @@ def _in_batches(pretrained, prefix, seed, sampling, batch_size, clock) -> np.nda
 
     Copies of the last image fill the last batch, so that all batches have one shape and share one compiled program.
     """
-    grid = pretrained.palette.grid(*pretrained.config.data.image_size)
+    grid = pretrained.tokenizer.grid(*pretrained.config.data.image_size)
     count, images = len(prefix), []
     keys = image_keys(seed, count)
     batch_size = min(batch_size, count)
@@ -294,7 +294,7 @@ def _in_batches(pretrained, prefix, seed, sampling, batch_size, clock) -> np.nda
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         tokens = np.asarray(sample_tokens(pretrained.model, prefix[rows], keys[rows], sampling, clock))
-        images.append(pretrained.palette.decode(tokens.reshape(-1, *grid)))
+        images.append(pretrained.tokenizer.decode(tokens.reshape(-1, *grid)))
     return np.concatenate(images)[:count]
 
 
@@ -327,13 +327,14 @@ def run(args) -> None:
             images = _images_to_complete(args, pretrained.config.data)
             continuations = complete_images(pretrained, images, args.keep, *options)
             count = len(images) * args.num
-            picture = completion_picture(pretrained.palette, images, args.keep, continuations)
+            picture = completion_picture(pretrained.tokenizer, images, args.keep, continuations)
+            note = kept_note(pretrained.tokenizer, images.shape[1:3], args.keep)
         else:
-            count = args.num
+            count, note = args.num, ""
             picture = image_grid(sample_images(pretrained, *options))
     if is_first_process():
         save_png(picture, args.out)
-        print(f"drew {count} images: {clock.speed()}")
+        print(f"drew {count} images: {clock.speed()}{note}")
         print(f"wrote {args.out}")
 
 
@@ -346,14 +347,23 @@ def _images_to_complete(args, data) -> np.ndarray:
     return open_source(data).test.images[: args.images]
 
 
-def completion_picture(palette: Palette, images: np.ndarray, keep: float, continuations: np.ndarray) -> np.ndarray:
+def kept_note(tokenizer: Tokenizer, size: tuple[int, int], keep: float) -> str:
+    """Says which pixels were given, if a row of tokens is more than a row of pixels. Otherwise ""."""
+    rows, height = tokenizer.grid(*size)[0], size[0]
+    kept = kept_rows(keep, rows)
+    pixels = f"the upper {kept * height // rows} of {height} rows of pixels"
+    return "" if rows == height else f"\ngiven: {pixels}, as {kept} of {rows} rows of {tokenizer.noun}"
+
+
+def completion_picture(tokenizer: Tokenizer, images: np.ndarray, keep: float, continuations: np.ndarray) -> np.ndarray:
     """One row for each image: its given upper part, its continuations, and the original.
 
-    images: uint8 [N, H, W, 3]; they are drawn in the palette's colours, as the model reads them. continuations:
+    images: uint8 [N, H, W, 3]; they are drawn as the model reads them, in the palette's colours. continuations:
     [N, num, H, W, 3], the result of `complete_images` for these images and `keep`.
     """
-    originals = palette.decode(palette.encode(images))
-    given = originals.copy()
-    given[:, kept_rows(keep, images.shape[1]) :] = 255
+    originals = tokenizer.decode(tokenizer.encode(images))
+    given, height = originals.copy(), images.shape[1]
+    rows = tokenizer.grid(*images.shape[1:3])[0]
+    given[:, kept_rows(keep, rows) * height // rows :] = 255
     rows = np.concatenate([given[:, None], continuations, originals[:, None]], axis=1)
     return image_grid(rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1])

@@ -4,6 +4,7 @@ train.py runs this program. `igpt plan` compiles the same program for devices th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -14,13 +15,15 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from igpt import vqvae
 from igpt.attention import check_dropout
 from igpt.compiler import one_run_options, step_options
 from igpt.config import Config
-from igpt.loss import make_loss
+from igpt.loss import bits_per_dim, make_loss
 from igpt.model import ImageGPT, ModelConfig
 from igpt.optim import make_optimizer
 from igpt.sharding import check_batch_size, shard_batch, shardings, to_devices
+from igpt.vqvae import VQConfig
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +39,14 @@ class TrainState:
 class TrainProgram(NamedTuple):
     """The program of a configuration on a mesh. No field holds arrays."""
 
-    model: ModelConfig  # each "auto" is already replaced by a choice for the mesh's devices
+    model: ModelConfig | VQConfig  # each "auto" is already replaced by a choice for the mesh's devices
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformationExtraArgs
     abstract: TrainState  # shapes and shardings instead of arrays
     train_step: Callable  # (state, batch) -> (state, metrics); the old state is donated
     eval_step: Callable  # (params, batch) -> (sums over the batch, number of examples)
     mesh: Mesh
+    eval_metrics: Callable  # (means of the evaluation, name of bits per dimension) -> metrics
 
     def create_state(self, seed: int) -> TrainState:
         """Makes a new state. Each leaf is initialised on the devices that hold it."""
@@ -66,15 +70,65 @@ def build_program(config: Config, mesh: Mesh) -> TrainProgram:
     """Builds the program of a training configuration. Raises UserError if the configuration does not fit the mesh."""
     train = config.train
     check_batch_size("train.batch_size", train.batch_size, train.accumulate, mesh)
+    return {"igpt": _igpt_program, "vqvae": _vqvae_program}[config.program](config, mesh)
+
+
+def _igpt_program(config: Config, mesh: Mesh) -> TrainProgram:
+    train, data, objective = config.train, config.data, config.objective
     model = config.network(mesh.devices.flat[0])
     check_dropout(model.attention, model.attention_dropout)
     optimizer, schedule = make_optimizer(config.optim, train.steps)
     graph, abstract = abstract_state(model, optimizer, mesh)
-    loss = make_loss(graph, config.objective.generative, config.objective.classification)
+    loss = make_loss(graph, objective.generative, objective.classification)
     dropout_seed = config.seed if model.has_dropout else None
     platform = mesh.devices.flat[0].platform
     train_step = make_train_step(loss, optimizer, schedule, abstract, train.accumulate, dropout_seed, platform)
-    return TrainProgram(model, graph, optimizer, abstract, train_step, make_eval_step(loss), mesh)
+
+    def eval_metrics(means: dict, bits_name: str) -> dict:
+        metrics = {name: float(mean) for name, mean in means.items()}
+        if model.causal and objective.generative:
+            nats = metrics.get("generative_loss", metrics["loss"])
+            metrics[bits_name] = bits_per_dim(nats, model, *data.image_size, data.channels)
+        return metrics
+
+    return TrainProgram(model, graph, optimizer, abstract, train_step, make_eval_step(loss), mesh, eval_metrics)
+
+
+def _vqvae_program(config: Config, mesh: Mesh) -> TrainProgram:
+    """The program of a VQ-VAE. Its batches have the bytes of images, [B, H W 3], as tokens."""
+    model, size = config.vqvae, config.data.image_size
+    around = functools.partial(vqvae.with_codebook, config=model)
+    optimizer, schedule = make_optimizer(config.optim, config.train.steps, around)
+    graph, abstract = abstract_state(model, optimizer, mesh)
+
+    def passed(params, batch):
+        network = nnx.merge(graph, params)
+        forward = vqvae.forward(network, batch["tokens"].reshape(-1, *size, 3))
+        return vqvae.losses_of(network, forward), forward
+
+    def train_step(state: TrainState, batch: dict):
+        def mean_loss(params):
+            losses, forward = passed(params, batch)
+            means = jax.tree.map(jnp.mean, losses)
+            return means["loss"], (means, forward)
+
+        grads, (means, forward) = jax.grad(mean_loss, has_aux=True)(state.params)
+        seen = {"latents": forward.latents.reshape(-1, model.code_width), "codes": forward.codes.reshape(-1)}
+        seen["key"] = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        state, metrics = _updated(state, grads, means, optimizer, schedule, **seen)
+        used = {
+            "perplexity": vqvae.perplexity(vqvae.shares(seen["codes"], model)),
+            "revived": state.opt_state.inner[1].revived,
+        }
+        return state, metrics | {f"train/{name}": value for name, value in used.items()}
+
+    def of_images(params, batch):
+        losses, forward = passed(params, batch)
+        return losses | {"share": jax.vmap(lambda codes: vqvae.shares(codes.reshape(-1), model))(forward.codes)}
+
+    step = _jitted(train_step, abstract, mesh.devices.flat[0].platform)
+    metrics = lambda means, bits_name: vqvae.eval_metrics(means)  # noqa: E731
+    return TrainProgram(model, graph, optimizer, abstract, step, make_eval_step(of_images), mesh, metrics)
 
 
 def _compile(step: Callable, state: Any, batch: dict, mesh: Mesh) -> None:
@@ -82,9 +136,12 @@ def _compile(step: Callable, state: Any, batch: dict, mesh: Mesh) -> None:
         step.lower(state, batch).compile()
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh):
+NETWORKS = {ModelConfig: ImageGPT, vqvae.VQConfig: vqvae.VQVAE}
+
+
+def abstract_state(config: ModelConfig | VQConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh):
     """Returns (graph, abstract TrainState): the shapes and shardings of a new or restored state."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: ImageGPT(config, nnx.Rngs(0))))
+    graph, params = nnx.split(nnx.eval_shape(lambda: NETWORKS[type(config)](config, nnx.Rngs(0))))
     state = jax.eval_shape(lambda params: _fresh(params, optimizer), nnx.to_pure_dict(params))
     return graph, with_shardings(state, mesh)
 
@@ -98,12 +155,14 @@ def with_shardings(tree, mesh: Mesh | AbstractMesh):
     )
 
 
-def create_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def create_state(
+    config: ModelConfig | VQConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
     """Makes a new state on the devices of the mesh. No device ever holds more than its own shards."""
     _, abstract = abstract_state(config, optimizer, mesh)
 
     def create():
-        return _fresh(nnx.to_pure_dict(nnx.state(ImageGPT(config, nnx.Rngs(seed)))), optimizer)
+        return _fresh(nnx.to_pure_dict(nnx.state(NETWORKS[type(config)](config, nnx.Rngs(seed)))), optimizer)
 
     options = one_run_options(mesh.devices.flat[0].platform)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -143,14 +202,23 @@ def make_train_step(
             means, grads = loss_and_grads(state.params, batch, key)
         else:
             means, grads = _averaged(loss_and_grads, state.params, batch, key, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=means["loss"])
-        metrics = {f"train/{name}": mean for name, mean in means.items()} | {
-            "train/grad_norm": optax.tree.norm(grads),
-            "train/learning_rate": jnp.asarray(schedule(state.opt_state.updates)),
-            "train/skipped": opt_state.skipped,
-        }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return _updated(state, grads, means, optimizer, schedule)
 
+    return _jitted(train_step, abstract, platform)
+
+
+def _updated(state: TrainState, grads, means: dict, optimizer, schedule, **others) -> tuple[TrainState, dict]:
+    """The state after an update, and its metrics. The optimizer also reads `others`."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=means["loss"], **others)
+    metrics = {f"train/{name}": mean for name, mean in means.items()} | {
+        "train/grad_norm": optax.tree.norm(grads),
+        "train/learning_rate": jnp.asarray(schedule(state.opt_state.updates)),
+        "train/skipped": opt_state.skipped,
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _jitted(train_step: Callable, abstract: TrainState, platform: str) -> Callable:
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = step_options(platform)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, None), compiler_options=options)
@@ -181,7 +249,11 @@ def make_eval_step(loss: Callable) -> Callable:
 
     def eval_step(params, batch):
         values = loss(params, batch)
-        return {name: jnp.sum(value * batch["mask"]) for name, value in values.items()}, jnp.sum(batch["mask"])
+
+        def of_real(value):  # [B], or [B, V] -> [V]
+            return jnp.sum(value * jnp.expand_dims(batch["mask"], tuple(range(1, value.ndim))), axis=0)
+
+        return {name: of_real(value) for name, value in values.items()}, jnp.sum(batch["mask"])
 
     return jax.jit(eval_step)
 

@@ -99,7 +99,7 @@ class Run(Pretrained):
         split = Split(ArrayImages(images), np.zeros(len(images), np.int32))
         batch_size = min(batch_size, len(images))
         batch_size += -batch_size % batch_shards(self.mesh)
-        stream = stream_features(self.model, split, self.palette, batch_size, self.mesh, tuple(wanted))
+        stream = stream_features(self.model, split, self.tokenizer, batch_size, self.mesh, tuple(wanted))
         features = np.concatenate([rows[:, :, 0] for rows, _ in stream])  # [N, l, D]
         return features[:, 0] if isinstance(layers, int) else np.moveaxis(features, 1, 0)
 
@@ -134,8 +134,8 @@ class Run(Pretrained):
         what = f"{model.num_classes} classes" if model.num_classes else "causal" if model.causal else "BERT"
         where = f" {self.path}" if self.path else ""
         return (
-            f"<igpt.Run{where}, step {self.step}: {height} x {width} pixels of {model.vocab_size} colours, {what}, "
-            f"width {model.width}, depth {model.depth}, {count:,} parameters>"
+            f"<igpt.Run{where}, step {self.step}: {height} x {width} pixels of {model.vocab_size} "
+            f"{self.tokenizer.noun}, {what}, width {model.width}, depth {model.depth}, {count:,} parameters>"
         )
 
 

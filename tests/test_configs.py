@@ -32,13 +32,17 @@ def get_config(name: str, *arguments: str):
     ("name", "arguments"),
     [(name, ()) for name in TRAINABLE]
     + [(name, (size,)) for name in ("imagenet", "finetune_imagenet") for size in (*PRESETS, *BERT)]
+    + [("imagenet", (name,)) for name in ("l48vq", "vqvae")]
     + [("finetune_cifar10", (size,)) for size in ("s:cifar100", "m:stl10", "l")],
 )
 def test_a_shipped_config_builds_its_whole_state_abstractly(name, arguments):
     config = Config.of(get_config(name, *arguments), trains=True)
     state = build_program(config, config.mesh.make()).abstract
     assert config.train.eval_batch_size % 8 == 0
-    assert state.params["head"]["kernel"].shape == (config.model.width, config.palette.colors)
+    if config.program == "vqvae":
+        assert state.params["codebook"].shape == (config.vqvae.codes, config.vqvae.code_width)
+        return
+    assert state.params["head"]["kernel"].shape == (config.model.width, config.model.vocab_size)
     assert ("classifier" in state.params) == name.startswith("finetune_")
 
 

@@ -218,7 +218,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint(joint, images):
     pretrained = igpt.load(workdir)
     assert pretrained.step == results["step"] == best and results["validation_accuracy"] == accuracies[best]
     source = sources.open_source(pretrained.config.data)
-    tokens = pretrained.palette.encode(source.test.images[:]).reshape(24, -1)
+    tokens = pretrained.tokenizer.encode(source.test.images[:]).reshape(24, -1)
     counts = np.zeros((3, 3), int)
     np.add.at(counts, (source.test.labels, np.argmax(pretrained.model.classify(jnp.asarray(tokens)), axis=-1)), 1)
     assert results["confusion"] == counts.tolist() and counts.sum() == results["images"]["test"] == 24
@@ -242,7 +242,7 @@ def test_bert_s_masks_vote_on_the_class_of_a_test_image(bert):
     assert "eval/bits_per_dim" not in evaluation and "export" not in output and "igpt sample" not in output
     pretrained = igpt.load(workdir)
     source = sources.open_source(pretrained.config.data)
-    tokens = pretrained.palette.encode(source.test.images[:]).reshape(24, -1)
+    tokens = pretrained.tokenizer.encode(source.test.images[:]).reshape(24, -1)
     keep = Drops(0.8, masks=3, seed=5).of_images(np.arange(24), 35)
     votes = np.stack(
         [np.argmax(pretrained.model.classify(jnp.asarray(tokens), jnp.asarray(keep[:, m])), axis=-1) for m in range(3)],

@@ -25,7 +25,7 @@ def pictures(named_run, tmp_path):
     for path, image in zip(paths, images, strict=False):
         Image.fromarray(image).save(path)
     pretrained = igpt.load(run)
-    tokens = pretrained.palette.encode(images[:9, ..., None].repeat(3, -1)).reshape(9, -1)
+    tokens = pretrained.tokenizer.encode(images[:9, ..., None].repeat(3, -1)).reshape(9, -1)
     logits = np.asarray(pretrained.model.classify(jnp.asarray(tokens)), np.float64)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     return paths, shares / shares.sum(1, keepdims=True)

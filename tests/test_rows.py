@@ -43,7 +43,7 @@ def test_samples_grow_by_a_row_and_end_as_if_drawn_at_once():
 @pytest.mark.parametrize("fields", [{}, {"sos": False}], ids=str)
 def test_completions_begin_below_the_given_rows(fields):
     ours = pretrained(**fields)
-    image = ours.palette.decode(np.random.default_rng(0).integers(0, 11, (HEIGHT, WIDTH)))
+    image = ours.tokenizer.decode(np.random.default_rng(0).integers(0, 11, (HEIGHT, WIDTH)))
     states = list(completed_rows(ours, image, 0.4, 4, 1, SAMPLING))
     np.testing.assert_array_equal(states[-1], complete_images(ours, image[None], 0.4, 4, 1, SAMPLING)[0])
     assert len(states) == HEIGHT - 2 and (states[0][:, 3:] == UNDRAWN).all()

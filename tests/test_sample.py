@@ -162,7 +162,7 @@ def test_the_command_makes_the_same_picture_with_fsdp_and_tensor_and_prints_its_
 
 def test_completed_images_keep_their_upper_rows():
     ours = pretrained()
-    images = ours.palette.decode(np.random.default_rng(0).integers(0, 11, (2, 3, 4)))
+    images = ours.tokenizer.decode(np.random.default_rng(0).integers(0, 11, (2, 3, 4)))
     finished = complete_images(ours, images, keep=0.67, num=5)
     assert finished.shape == (2, 5, 3, 4, 3)
     np.testing.assert_array_equal(finished[:, :, :2], np.repeat(images[:, None, :2], 5, axis=1))
@@ -170,7 +170,7 @@ def test_completed_images_keep_their_upper_rows():
 
 
 def test_a_completion_row_shows_given_rows_continuations_and_original(monkeypatch):
-    palette = pretrained().palette
+    palette = pretrained().tokenizer
     images = palette.decode(np.random.default_rng(0).integers(0, 11, (2, 3, 4)))
     continuations = np.zeros((2, 5, 3, 4, 3), np.uint8)
     monkeypatch.setattr(sample, "image_grid", lambda cells, columns: cells.reshape(-1, columns, *cells.shape[1:]))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import train
-from igpt import state
+from igpt import state, tasks
 from igpt.config import Config
+from igpt.data.examples import Source
 from igpt.errors import UserError
 from tests.helpers import ROOT, losses, records
 
@@ -56,11 +57,11 @@ def test_bert_learns_dropped_pixels_from_ln_v_down_and_draws_no_samples(tiny_con
 def test_only_a_network_with_sos_draws_samples_while_it_trains(tiny_config, monkeypatch, fields, draws):
     tiny_config.model.update(fields)
     drawn = []
-    monkeypatch.setattr(train.load, "Pretrained", lambda *_: None)
     monkeypatch.setattr(train.nnx, "merge", lambda *_: None)
-    monkeypatch.setattr(train, "sample_images", lambda *_: drawn.append(1) or np.zeros((3, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(tasks, "sample_images", lambda *_: drawn.append(1) or np.zeros((3, 8, 8, 3), np.uint8))
     run = SimpleNamespace(progress=SimpleNamespace(evaluated_step=6), has_ended_early=False)
     config, others = Config.of(tiny_config, trains=True), [mock.MagicMock(**{"requested.return_value": False})] * 5
+    others[1] = mock.MagicMock(spec=Source)
     train.Evaluator(config, run, *others)({}, step=6)
     assert len(drawn) == draws
 

@@ -70,7 +70,7 @@ def test_predictions_are_those_of_the_command(named_run, tmp_path):
 
 def test_features_are_those_of_the_network(run):
     images = run.sample(3)
-    tokens = run.palette.encode(images).reshape(3, -1)
+    tokens = run.tokenizer.encode(images).reshape(3, -1)
     expected = jax.jit(lambda model, tokens: model.features(tokens))(run.model, tokens)
     np.testing.assert_allclose(run.features(images), expected, atol=1e-5)
     np.testing.assert_allclose(run.features(images, 1, batch_size=2), expected[1], atol=1e-5)

@@ -112,7 +112,14 @@ class TrainBatches:
             raise UserError(f"train.batch_size is {batch_size}, but there are only {count} training images; lower it")
         self.split, self.tokenizer, self.batch_size = split, tokenizer, batch_size
         self.seed, self.augmentation, self.rows, self.drops = seed, augmentation, rows, drops
-        self.black = int(tokenizer.encode(np.zeros((1, 1, 3), np.uint8)).item())
+        self.stores_tokens, self.black = split.holds_tokens_of(tokenizer), 0
+        if self.stores_tokens and tokenizer.is_per_pixel:
+            self.black = int(tokenizer.encode(np.zeros((1, 1, 3), np.uint8)).item())
+        elif self.stores_tokens and (augmentation.pad or augmentation.flip):
+            raise UserError(
+                f"the images are stored as {tokenizer.noun} of a {tokenizer.kind}: those of a shifted or mirrored "
+                "image are others. Set data.pad=0 and data.flip=False, or learn from the images themselves"
+            )
         self.order = EpochOrder(len(split), seed)
 
     def __getitem__(self, step: int) -> dict:
@@ -120,7 +127,7 @@ class TrainBatches:
         # The second number of a seed makes order (0), augmentation (1), crops (2) and masks (3, 4) independent;
         # scattered images that are read for evaluation have 5.
         rng = np.random.default_rng((self.seed, 1, step))
-        if self.split.holds_tokens_of(self.tokenizer):
+        if self.stores_tokens:
             grids = self.split.images.grids(indices)
             tokens = self.augmentation(grids, rng, self.rows, self.batch_size, self.black)
         else:

@@ -1,4 +1,4 @@
-"""Reads examples by index from memory, from encoded image files, or from mapped files of palette tokens."""
+"""Reads examples by index from memory, from encoded image files, or from mapped files of tokens."""
 
 import abc
 import dataclasses
@@ -12,7 +12,7 @@ from PIL import Image
 
 from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.errors import UserError
-from igpt.palette import Palette
+from igpt.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 
@@ -23,7 +23,7 @@ class Images(abc.ABC):
     dtype = np.dtype(np.uint8)
     shape: tuple[int, int, int, int]
     draws = 3  # random numbers for each image that `read` takes in training
-    palette: Palette | None = None  # set if the images are stored as tokens, which `grids` returns
+    tokenizer: Tokenizer | None = None  # set if the images are stored as tokens, which `grids` returns
     unreadable: Mapping[int, str] = MappingProxyType({})  # index -> the reason why the image cannot be read
 
     @abc.abstractmethod
@@ -113,28 +113,28 @@ class EncodedImages(Images):
 
 
 class DecodedTokens(Images):
-    """Images that are stored as palette tokens [N, H W], such as in a mapped file, and decoded each time they are read.
+    """Images that are stored as tokens [N, T], such as in a mapped file, and decoded each time they are read.
 
-    Raises UserError, which names `path`, if a token that is read is not in the palette.
+    Raises UserError, which names `path`, if a token that is read is none of the tokenizer.
     """
 
-    def __init__(self, tokens, palette: Palette, path: str, image_size: tuple[int, int]):
-        self.tokens, self.palette, self.path = tokens, palette, path
+    def __init__(self, tokens, tokenizer: Tokenizer, path: str, image_size: tuple[int, int]):
+        self.tokens, self.tokenizer, self.path = tokens, tokenizer, path
         self.shape = (len(tokens), *image_size, 3)
 
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return self.palette.decode(self.grids(indices)), indices
+        return self.tokenizer.decode(self.grids(indices)), indices
 
     def take(self, indices: np.ndarray) -> "DecodedTokens":
-        return DecodedTokens(self.tokens[indices], self.palette, self.path, self.shape[1:3])
+        return DecodedTokens(self.tokens[indices], self.tokenizer, self.path, self.shape[1:3])
 
     def grids(self, index) -> np.ndarray:
-        """Returns the tokens without decoding them, int32 [..., H, W]."""
+        """Returns the tokens without decoding them, int32 [..., h, w]."""
         tokens = self.tokens[index]
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.palette.vocab_size):
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.tokenizer.vocab_size):
             found = f"tokens run from {tokens.min()} to {tokens.max()}"
-            raise UserError(f"{self.path}: {found}; its palette has 0..{self.palette.vocab_size - 1}")
-        return tokens.astype(np.int32).reshape(*tokens.shape[:-1], *self.shape[1:3])
+            raise UserError(f"{self.path}: {found}; its {self.tokenizer.kind} has 0..{self.tokenizer.vocab_size - 1}")
+        return tokens.astype(np.int32).reshape(*tokens.shape[:-1], *self.tokenizer.grid(*self.shape[1:3]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +166,11 @@ class Split:
 
     def holds_tokens_of(self, tokenizer) -> bool:
         """Whether the images are stored as tokens of `tokenizer`, so that they need not be encoded."""
-        palette = self.images.palette
-        return palette is not None and np.array_equal(palette.centers, getattr(tokenizer, "centers", None))
+        stored = self.images.tokenizer
+        return stored is not None and stored.digest == getattr(tokenizer, "digest", None)
 
     def encode(self, tokenizer, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens [n, H, W] for evaluation, and the indices of the images that were read: see `Images.read`."""
+        """Returns tokens [n, h, w] for evaluation, and the indices of the images that were read: see `Images.read`."""
         if self.holds_tokens_of(tokenizer):
             return self.images.grids(indices), indices
         images, used = self.read(indices)
@@ -231,7 +231,7 @@ def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[n
 class Source:
     """A data set with its three splits.
 
-    `channels` is 1 if the images are grey, although their arrays are RGB. `palette` is None unless the images are
+    `channels` is 1 if the images are grey, although their arrays are RGB. `tokenizer` is None unless the images are
     stored as tokens. `class_names[i]` is the name of class i; None: the classes have numbers only.
     """
 
@@ -240,7 +240,7 @@ class Source:
     validation: Split
     test: Split
     channels: int
-    palette: Palette | None = None
+    tokenizer: Tokenizer | None = None
     class_names: tuple[str, ...] | None = None
 
     def splits(self) -> dict[str, Split]:

@@ -77,7 +77,7 @@ def _content(images: Images) -> Iterable:
             return [np.array(images.shape), images.array]
         case DecodedTokens():
             rows = np.linspace(0, len(images) - 1, SAMPLED).astype(int)
-            return [images.palette.centers, images.tokens[rows].astype(np.int64)]
+            return [images.tokenizer.content, images.tokens[rows].astype(np.int64)]
         case EncodedImages() if hasattr(images.files, "identity"):
             return [images.files.identity, np.asarray(images.indices, np.int64)]
         case EncodedImages():  # arrays with names for messages

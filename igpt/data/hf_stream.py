@@ -24,7 +24,7 @@ from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
 from igpt.files import read_json, write_json
-from igpt.palette import Palette
+from igpt.tokenizer import Tokenizer
 
 AT_ONCE = 256  # most rows that are decoded and encoded at once
 SAVE_EVERY = 4096  # rows between two saved states
@@ -122,16 +122,15 @@ def _count(part, split: str, data: Data, source: str) -> int:
 
 
 class Staged:
-    """What has been read of a stream: tokens uint16 [N, T], labels int32 [N], and whether each image was readable."""
+    """What has been read of a stream: tokens uint16 [N, length], labels int32 [N], which images were readable."""
 
-    def __init__(self, folder: Path, stream: Stream):
+    def __init__(self, folder: Path, stream: Stream, length: int):
         self.folder, self.stream = folder, stream
-        height, width = stream.settings.image_size
-        self.kinds = {"tokens": (np.uint16, height * width), "readable": (np.uint8, 1), "labels": (np.int32, 1)}
+        self.kinds = {"tokens": (np.uint16, length), "readable": (np.uint8, 1), "labels": (np.int32, 1)}
         if stream.data.label is None:
             del self.kinds["labels"]
 
-    def fill(self, palette: Palette, threads: int, advance) -> None:
+    def fill(self, tokenizer: Tokenizer, threads: int, advance) -> None:
         """Reads what is missing, and calls `advance` with numbers of rows. UserError if the stream has other rows."""
         self.folder.mkdir(exist_ok=True)
         path = self.folder / PROGRESS
@@ -141,7 +140,7 @@ class Staged:
             files = {kind: stack.enter_context(self._opened(kind, progress["done"])) for kind in self.kinds}
             pool = stack.enter_context(ThreadPoolExecutor(threads))
             for i, split in enumerate(self.stream.counts):
-                self._fill_split(split, i, files, progress, palette, pool, advance)
+                self._fill_split(split, i, files, progress, tokenizer, pool, advance)
 
     def _opened(self, kind: str, done: int):
         """A file of the stage, cut to the rows that the saved state knows."""
@@ -150,7 +149,7 @@ class Staged:
         file.truncate(done * width * np.dtype(dtype).itemsize)
         return file
 
-    def _fill_split(self, split: str, i: int, files: dict, progress: dict, palette: Palette, pool, advance) -> None:
+    def _fill_split(self, split: str, i: int, files: dict, progress: dict, tokenizer: Tokenizer, pool, advance) -> None:
         start, end = (int(row) for row in self.stream.starts[i : i + 2])
         if progress["done"] >= end:
             return
@@ -160,7 +159,7 @@ class Staged:
         for contents, labels in self.stream.batches(split, progress["done"] - start, progress["state"], size):
             images, readable = self._decoded(contents, progress, pool)
             written = {
-                "tokens": palette.encode(images).reshape(len(images), -1),
+                "tokens": tokenizer.encode(images).reshape(len(images), -1),
                 "readable": readable,
                 "labels": labels,
             }
@@ -206,7 +205,7 @@ class Staged:
             os.fsync(file.fileno())
         write_json(self.folder / PROGRESS, progress)
 
-    def source(self, palette: Palette) -> Source:
+    def source(self, tokenizer: Tokenizer) -> Source:
         """The rows that were read, as a source that gives their tokens."""
         shapes = {kind: (self.stream.total, width) for kind, (_, width) in self.kinds.items()}
         arrays = {
@@ -216,13 +215,13 @@ class Staged:
         reasons = read_json(self.folder / PROGRESS)["reasons"]
         splits = []
         for rows in self.stream.parts:
-            images = StagedImages(arrays["tokens"], palette, str(self.folder), self.stream.settings.image_size, rows)
+            images = StagedImages(arrays["tokens"], tokenizer, str(self.folder), self.stream.settings.image_size, rows)
             images.readable = arrays["readable"][:, 0]
             images.unreadable = {i: reasons[str(row)] for i, row in enumerate(rows.tolist()) if str(row) in reasons}
             labels = None if "labels" not in arrays else arrays["labels"][:, 0][rows]
             splits.append(StagedSplit(images, labels))
         settings, names = self.stream.settings, self.stream.data.class_names
-        return Source(settings.source, *splits, settings.channels, palette, names)
+        return Source(settings.source, *splits, settings.channels, tokenizer, names)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -231,8 +230,8 @@ class Staged:
 class StagedImages(DecodedTokens):
     """The rows `rows` of tokens in the order of the stream."""
 
-    def __init__(self, tokens, palette: Palette, path: str, image_size: tuple[int, int], rows: np.ndarray):
-        super().__init__(tokens, palette, path, image_size)
+    def __init__(self, tokens, tokenizer: Tokenizer, path: str, image_size: tuple[int, int], rows: np.ndarray):
+        super().__init__(tokens, tokenizer, path, image_size)
         self.rows, self.shape = rows, (len(rows), *self.shape[1:])
 
     def grids(self, index) -> np.ndarray:

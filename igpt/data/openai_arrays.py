@@ -33,7 +33,7 @@ def open_openai(prefix: str) -> Source:
         images = DecodedTokens(tokens, palette, path, (side, side))
         images[:1000]  # raises now if the palette is of another data set; other tokens are checked when read
         splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
-    return Source(f"openai:{prefix}", *splits, channels=palette.channels, palette=palette)
+    return Source(f"openai:{prefix}", *splits, channels=palette.channels, tokenizer=palette)
 
 
 def _map_tokens(path: str) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""Writes any source once as palette tokens, two bytes per pixel. Training then maps the tokens from disk.
+"""Writes any source once as tokens, two bytes each. Training then maps the tokens from disk.
 
     igpt prepare --source=folder:photos --size=32 --palette=palette.npy --out=photos-32
+    igpt prepare --source=folder:photos --size=32 --tokenizer=runs/photos-vqvae --out=photos-codes
     python train.py --config.data.source=tokens:photos-32 ...
 
-A prepared directory contains prepared.json (what was prepared, and how), palette.npy, and the shards of each split:
+A prepared directory contains prepared.json (what was prepared, and how), palette.npy or
+vqvae.safetensors, and the shards of each split:
 SPLIT-00000.tokens.npy uint16 [n, T] and, if the source has labels, SPLIT-00000.labels.npy int32 [n]. The file
 SPLIT-00000.unreadable.txt lists skipped images. After an interruption, the same command writes only the missing shards.
 Images are preprocessed as for evaluation: --preprocess=crop takes the centre, never a random crop.
@@ -15,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -31,20 +34,20 @@ from igpt.command import Parser, at_least
 from igpt.data.classes import class_counts
 from igpt.data.examples import SPLITS, ArrayImages, Source
 from igpt.data.fingerprint import fingerprint as fingerprint_of_images
-from igpt.data.prepared import PLAN, count_shards, fingerprint, map_shard, open_prepared, shard_path, shard_rows
+from igpt.data.prepared import PLAN, count_shards, grid_of, map_shard, open_prepared, shard_path, shard_rows
 from igpt.data.settings import DataConfig
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
 from igpt.files import read_json, whole, write_array, write_json, write_text
 from igpt.lock import Lock
-from igpt.palette import Palette
 from igpt.progress import progress_bar
+from igpt.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
 
 
 def prepare(
-    settings: dict, palette_path: str, out: str, shard_images: int = 8192, workers: int = 1, stream: bool = False
+    settings: dict, tokenizer_path: str, out: str, shard_images: int = 8192, workers: int = 1, stream: bool = False
 ) -> dict:
     """Writes a source to `out`. `settings` are fields of DataConfig. Returns the images per split and "unreadable".
 
@@ -52,7 +55,7 @@ def prepare(
     Raises UserError if `out` contains anything other than this source prepared in the same way: nothing is overwritten.
     Raises InUseError if another program prepares `out`.
     """
-    palette, folder = Palette.load(palette_path), Path(out)
+    tokenizer, folder = find_tokenizer(tokenizer_path), Path(out)
     if stream:
         from igpt.data.hf_stream import Stream
 
@@ -70,61 +73,64 @@ def prepare(
     plan = {
         "format": 1,
         "data": json.loads(json.dumps(settings)),
-        "palette_sha256": fingerprint(palette),
-        "vocab_size": palette.vocab_size,
+        "palette_sha256": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
         "shard_images": shard_images,
         "images": images,
         "labels": labelled,
         "images_sha256": digest,
     } | ({"class_names": list(class_names)} if class_names else {})
     plan |= {"stream": True} if stream else {}
+    if (grid := list(tokenizer.grid(*plan["data"]["image_size"]))) != plan["data"]["image_size"]:
+        plan["grid"] = grid
     try:
-        _begin(folder, plan, palette)
+        _begin(folder, plan, tokenizer)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
 
     with Lock(folder, frees_at_sigterm=True):
         if stream:
-            _write_streamed(rows, palette, plan, folder, workers)
+            _write_streamed(rows, tokenizer, plan, folder, workers)
         else:
-            _write_missing(source, palette, plan, folder, workers)
+            _write_missing(source, tokenizer, plan, folder, workers)
     total = sum(plan["images"].values())
     return plan["images"] | {"unreadable": total - sum(map(len, open_prepared(out).splits().values()))}
 
 
-def _write_missing(source: Source, palette: Palette, plan: dict, folder: Path, workers: int) -> None:
+def _write_missing(source: Source, tokenizer: Tokenizer, plan: dict, folder: Path, workers: int) -> None:
     """Writes the shards that are missing, with a progress bar over the images."""
     shards = [(name, number) for name in SPLITS for number in range(count_shards(plan, name))]
     missing = [shard for shard in shards if not _is_finished(folder, *shard, plan)]
     total, left = sum(plan["images"].values()), sum(len(shard_rows(plan, *shard)) for shard in missing)
     # One process encodes images in memory quickly, and each further process would need its own copy of them.
-    workers = 1 if isinstance(source.train.images, ArrayImages) else min(workers, len(missing))
+    is_fast = isinstance(source.train.images, ArrayImages) or tokenizer.uses_all_cores
+    workers = 1 if is_fast else min(workers, len(missing))
     with progress_bar(total=total, initial=total - left, unit="image", smoothing=0.1) as bar:
         if workers > 1:
             _write_in_processes(missing, workers, bar, folder)
         else:
             for shard in missing:
-                _write_shard(source, palette, plan, folder, *shard, bar.update)
+                _write_shard(source, tokenizer, plan, folder, *shard, bar.update)
 
 
-def _write_streamed(rows, palette: Palette, plan: dict, folder: Path, threads: int) -> None:
+def _write_streamed(rows, tokenizer: Tokenizer, plan: dict, folder: Path, threads: int) -> None:
     """Reads a stream into folder/stream, writes the shards from there, and removes it; nothing if all are there."""
     from igpt.data.hf_stream import Staged
 
     if all(_is_finished(folder, name, i, plan) for name in SPLITS for i in range(count_shards(plan, name))):
         return
-    staged = Staged(folder / "stream", rows)
+    staged = Staged(folder / "stream", rows, math.prod(grid_of(plan)))
     try:
         with progress_bar(total=rows.total, unit="image", smoothing=0.1, desc="read") as bar:
-            staged.fill(palette, threads, bar.update)
+            staged.fill(tokenizer, threads, bar.update)
     except OSError as error:
         problem = f"{staged.folder} cannot be written: {error.strerror or error}"
         raise UserError(f"{problem}. What was read stays: make room, and run the same command again") from None
-    _write_missing(staged.source(palette), palette, plan, folder, workers=1)
+    _write_missing(staged.source(tokenizer), tokenizer, plan, folder, workers=1)
     staged.remove()
 
 
-def _begin(folder: Path, plan: dict, palette: Palette) -> None:
+def _begin(folder: Path, plan: dict, tokenizer: Tokenizer) -> None:
     """Writes the plan into a new directory. Raises UserError if an existing directory has another plan or no plan."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file; name a new directory")
@@ -142,7 +148,7 @@ def _begin(folder: Path, plan: dict, palette: Palette) -> None:
         what = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in fields)
         what = what or "its images have changed since"
         raise UserError(f"--out={folder} was prepared otherwise: {what}. Name a new directory, or delete this one")
-    palette.save(folder / "palette.npy")
+    tokenizer.save(folder / tokenizer.file)
 
 
 def _flat(plan: dict) -> dict:
@@ -160,7 +166,9 @@ def _is_finished(folder: Path, name: str, number: int, plan: dict) -> bool:
     return False
 
 
-def _write_shard(source: Source, palette: Palette, plan: dict, folder: Path, name: str, number: int, advance) -> None:
+def _write_shard(
+    source: Source, tokenizer: Tokenizer, plan: dict, folder: Path, name: str, number: int, advance
+) -> None:
     """Writes one complete shard, or nothing. All tokens of the shard are in memory, but only a few of its images.
 
     Calls `advance` with the number of images done since the last call. Raises UserError if a file cannot be written.
@@ -168,10 +176,10 @@ def _write_shard(source: Source, palette: Palette, plan: dict, folder: Path, nam
     split, (height, width) = source.splits()[name], source.image_size
     rows = np.array(shard_rows(plan, name, number))
     at_once = max(1, PIXELS_AT_ONCE // (height * width))
-    tokens, readable = np.empty((len(rows), height * width), np.uint16), np.empty(len(rows), bool)
+    tokens, readable = np.empty((len(rows), math.prod(grid_of(plan))), np.uint16), np.empty(len(rows), bool)
     for start in range(0, len(rows), at_once):
         some = slice(start, start + at_once)
-        grids, used = split.encode(palette, rows[some])
+        grids, used = split.encode(tokenizer, rows[some])
         tokens[some], readable[some] = grids.reshape(len(grids), -1), used == rows[some]
         advance(len(grids))
     labels = None if split.labels is None else np.asarray(split.labels[rows[readable]], np.int32)
@@ -244,15 +252,16 @@ def _write_in_worker(folder: Path, place: int, shard: tuple[str, int]) -> None:
 
 
 @functools.cache
-def _opened_in_worker(folder: Path) -> tuple[Source, Palette, dict]:
+def _opened_in_worker(folder: Path) -> tuple[Source, Tokenizer, dict]:
     plan = read_json(folder / PLAN)
     with contextlib.redirect_stdout(io.StringIO()):  # the main process has already printed it
-        return load_source(plan["data"]), Palette.load(folder / "palette.npy"), plan
+        return load_source(plan["data"]), load_tokenizer(folder), plan
 
 
 def add_arguments(parser: Parser) -> None:
     add_source_arguments(parser, size=None)
-    parser.add_argument("--palette", required=True, help="a .npy of colours, such as igpt palette makes")
+    what = "a .npy of colours, such as igpt palette makes, or the run of a VQ-VAE"
+    parser.add_argument("--palette", "--tokenizer", required=True, metavar="PATH", help=what)
     parser.add_argument("--out", required=True, help="the directory to write, or to complete")
     parser.add_argument("--shard_images", type=at_least(1), default=8192, help="images in a file (default 8192)")
     once = "read hf:NAME once, as a stream, where its images do not fit on the disk; needs twice the room of the tokens"
@@ -277,6 +286,7 @@ def run(args: argparse.Namespace) -> None:
         "config.data.source": f"tokens:{args.out}",
         "config.data.image_size": f"({height},{width})",
         "config.data.channels": settings["channels"],
-        "config.palette.colors": Palette.load(Path(args.out) / "palette.npy").vocab_size,
     }
+    fields = load_tokenizer(Path(args.out)).fields(args.out)
+    flags |= {f"config.{name}": value for name, value in fields.items()}
     print("next:\n  python train.py", *(shlex.quote(f"--{name}={value}") for name, value in flags.items()))

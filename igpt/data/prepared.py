@@ -1,6 +1,6 @@
 """The source `tokens:DIR`: tokens that `igpt prepare` wrote, memory-mapped from disk."""
 
-import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from igpt.data.classes import read_names
 from igpt.data.examples import SPLITS, DecodedTokens, Source, Split
 from igpt.errors import UserError
 from igpt.files import read_json
-from igpt.palette import Palette
+from igpt.tokenizer import load_tokenizer
 
 PLAN = "prepared.json"
 
@@ -47,9 +47,10 @@ def open_prepared(folder: str) -> Source:
         raise UserError(f"{folder} is no prepared directory: it has no {PLAN}; make one with igpt prepare")
     plan = read_json(directory / PLAN)
     _check_plan(plan, directory / PLAN)
-    palette = Palette.load(directory / "palette.npy")
-    if plan["palette_sha256"] != fingerprint(palette):
-        raise UserError(f"{folder}: palette.npy is not the palette that the tokens were made with; prepare it again")
+    tokenizer = load_tokenizer(directory)
+    if plan["palette_sha256"] != tokenizer.digest:
+        problem = f"{tokenizer.file} is not the {tokenizer.kind} that the tokens were made with"
+        raise UserError(f"{folder}: {problem}; prepare it again")
     splits = []
     for name in SPLITS:
         numbers = range(count_shards(plan, name))
@@ -60,9 +61,9 @@ def open_prepared(folder: str) -> Source:
         shards = [map_shard(directory, name, i, plan) for i in numbers]
         tokens = Shards([tokens for tokens, _ in shards])
         labels = np.concatenate([labels for _, labels in shards]) if plan["labels"] else None
-        splits.append(Split(DecodedTokens(tokens, palette, folder, tuple(plan["data"]["image_size"])), labels))
+        splits.append(Split(DecodedTokens(tokens, tokenizer, folder, tuple(plan["data"]["image_size"])), labels))
     class_names = read_names(plan, directory / PLAN)
-    return Source(f"tokens:{folder}", *splits, plan["data"]["channels"], palette, class_names)
+    return Source(f"tokens:{folder}", *splits, plan["data"]["channels"], tokenizer, class_names)
 
 
 def _check_plan(plan: dict, path: Path) -> None:
@@ -70,7 +71,8 @@ def _check_plan(plan: dict, path: Path) -> None:
     data, images = plan.get("data"), plan.get("images")
     size = data.get("image_size") if isinstance(data, dict) else None
     counts = [plan.get("shard_images")]
-    counts += size if isinstance(size, list) and len(size) == 2 else [None]
+    for sides in (size, plan.get("grid", size)):
+        counts += sides if isinstance(sides, list) and len(sides) == 2 else [None]
     counts += [images.get(name) for name in SPLITS] if isinstance(images, dict) else [None]
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
     whole = whole and isinstance(plan.get("labels"), bool) and isinstance(plan.get("palette_sha256"), str)
@@ -94,15 +96,15 @@ def map_shard(folder: Path, name: str, number: int, plan: dict) -> tuple[np.ndar
             raise UserError(f"{path} is {found}; {np.dtype(dtype)} [{count}] is needed: {again}")
         return array
 
-    height, width = plan["data"]["image_size"]
     most = len(shard_rows(plan, name, number))
     least = 0 if plan["data"].get("on_unreadable") == "skip" else most
-    tokens = mapped("tokens", np.uint16, (height * width,), least, most)
+    tokens = mapped("tokens", np.uint16, (math.prod(grid_of(plan)),), least, most)
     return tokens, mapped("labels", np.int32, (), len(tokens), len(tokens)) if plan["labels"] else None
 
 
-def fingerprint(palette: Palette) -> str:
-    return hashlib.sha256(palette.centers.tobytes()).hexdigest()
+def grid_of(plan: dict) -> list[int]:
+    """The rows and columns of an image's tokens. The plan has them if they are not those of its pixels."""
+    return plan.get("grid", plan["data"]["image_size"])
 
 
 def count_shards(plan: dict, name: str) -> int:

@@ -46,7 +46,7 @@ def open_source(settings, is_command: bool = False, whole: bool = False) -> Sour
             f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), but "
             f"the settings ask for {' x '.join(map(str, settings.image_size))} with {settings.channels}. To use the "
             f"images as they are, set {prefix}{size} {prefix}channels={source.channels}"
-            + ("" if source.palette else f". To resize them, set {prefix}preprocess=shrink")
+            + ("" if source.tokenizer else f". To resize them, set {prefix}preprocess=shrink")
         )
     return source
 

@@ -5,7 +5,9 @@
 
 The run's palette becomes the clusters of the directory's image processor. README.md, the model card, has what the run
 knows: data, configuration, figures and pictures. If a run was imported, its export has the weights and configurations
-of the imported directory. --push needs pip install -e ".[hub]" and a token of the hub: hf auth login, or $HF_TOKEN.
+of the imported directory. Of a VQ-VAE's run, --out gets vqvae.safetensors, for PyTorch: docs/vqvae.md.
+
+--push needs pip install -e ".[hub]" and a token of the hub: hf auth login, or $HF_TOKEN.
 """
 
 import dataclasses
@@ -23,10 +25,11 @@ from igpt.files import AnyPath, check_new, read_json, write_json, write_new, wri
 from igpt.interop import card, hf_weights, hub, results
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.interop.hf_network import from_model_config, to_model_config
-from igpt.interop.load import Pretrained, is_huggingface, load, parameter_fields, processor_of
+from igpt.interop.load import Pretrained, config_of, is_huggingface, load, parameter_fields, processor_of
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.interop.weight_files import FLOATS, write_safetensors
 from igpt.model import ModelConfig
+from igpt.tokenizer import find_tokenizer
 
 ORIGIN = "huggingface.json"  # the configurations of an imported directory; an export writes them unchanged
 GENERATION = "generation_config.json"
@@ -82,6 +85,13 @@ def export(
     return write_new(out, write)
 
 
+def export_codes(directory: AnyPath, out: str | Path) -> Path:
+    """Writes the VQ-VAE of a run as `out`/vqvae.safetensors."""
+    check_new(out)
+    codes = find_tokenizer(directory)
+    return write_new(out, lambda folder: codes.save(folder / codes.file))
+
+
 def _new_card(directory: AnyPath, pretrained: Pretrained, folder: Path, facts: dict) -> str:
     """The model card of a run, whose pictures it writes into `folder`."""
     of_run = (directory, pretrained.step, facts["model"].num_classes > 0)
@@ -121,7 +131,10 @@ def _configurations(directory: AnyPath, pretrained: Pretrained, head: str) -> tu
     if is_huggingface(directory):
         weights = hf_weights.open_directory(directory)
         return weights.config, processor_of(directory), weights.dtype
-    path, network, palette = directory / ORIGIN, pretrained.model.config, pretrained.palette
+    path, network, palette = directory / ORIGIN, pretrained.model.config, pretrained.tokenizer
+    if palette.colors is None:
+        carries = "transformers' image processor makes tokens of colours only, and cannot hold a network"
+        raise UserError(f"{directory} reads {palette.noun} of a {palette.kind}: {carries}; use this model with igpt")
     if not path.is_file():
         data, clusters = pretrained.config.data, palette.centers.tolist()
         size = dict(zip(("height", "width"), data.image_size, strict=True))
@@ -152,6 +165,15 @@ def add_arguments(parser: Parser) -> None:
 def run(args) -> None:
     """`igpt export`."""
     licences = (args.license, args.data_license)
+    directory = hub.resolve(args.model)
+    if config_of(directory).program == "vqvae":
+        if not args.out:
+            raise UserError(
+                f"{args.model} is a VQ-VAE, which no class of transformers reads; give --out instead of --push"
+            )
+        made = export_codes(directory, args.out)
+        print(f"wrote {made}: {', '.join(sorted(path.name for path in made.iterdir()))}")
+        return
     if args.push:
         hub.check_push(args.push)
         with tempfile.TemporaryDirectory(prefix="igpt-export-") as folder:

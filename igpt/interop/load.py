@@ -7,7 +7,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -21,25 +20,27 @@ from igpt.interop.hf_network import names_of_labels
 from igpt.interop.hub import resolve
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig
-from igpt.palette import Palette
 from igpt.run import checkpoint
 from igpt.run.directory import load_config
 from igpt.sharding import one_device
 from igpt.state import with_shardings
+from igpt.tokenizer import Tokenizer, load_tokenizer
+from igpt.vqvae import VQVAE
 
 
 class Pretrained(NamedTuple):
     """A model with everything that is needed to use it.
 
     config: the configuration of its run; of a Hugging Face model, only data, palette and model are known.
-    model: the network, with parameters on devices, or with shapes only if `outline` made it. palette: the tokenizer.
+    model: the network, with parameters on devices, or with shapes only if `outline` made it.
+    tokenizer: the palette or VQ-VAE whose tokens it reads.
     step: the optimizer step of the parameters, 0 for a Hugging Face model. class_names: those of a classifier's
     outputs, or None if they have numbers only.
     """
 
     config: Config
-    model: ImageGPT
-    palette: Palette
+    model: ImageGPT | VQVAE
+    tokenizer: Tokenizer
     step: int = 0
     class_names: tuple[str, ...] | None = None
 
@@ -66,12 +67,15 @@ def load(ref: str | AnyPath, step: int | None = None, mesh: Mesh | None = None) 
 def outline(directory: AnyPath) -> Pretrained:
     """The model of a directory, with the shapes of its parameters instead of their values."""
     config = config_of(directory)
+    if config.program != "igpt":
+        what = "is a VQ-VAE, which makes tokens of images and models none"
+        raise UserError(f"{directory} {what}; train a model on its codes: --config.tokenizer={directory}")
     # The attention back end of the training machine may not exist on this machine.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    palette = palette_of(directory)
-    check_palette_size(palette, config, directory)
+    tokenizer = tokenizer_of(directory)
+    check_fits(tokenizer, config, directory)
     model = nnx.eval_shape(lambda: ImageGPT(config.network(), nnx.Rngs(0)))
-    return Pretrained(config, model, palette, class_names=class_names_of(directory))
+    return Pretrained(config, model, tokenizer, class_names=class_names_of(directory))
 
 
 def config_of(directory: AnyPath) -> Config:
@@ -132,16 +136,22 @@ def config_of_weights(directory: AnyPath, weights: hf_weights.Weights, processor
     raise UserError(f"{directory}: {problem}")
 
 
-def palette_of(directory: AnyPath) -> Palette:
-    """The palette of a run, or of a Hugging Face directory's image processor."""
-    return processor_of(directory).palette() if is_huggingface(directory) else Palette.load(directory / "palette.npy")
+def tokenizer_of(directory: AnyPath) -> Tokenizer:
+    """The tokenizer of a run, or the palette of a Hugging Face directory's image processor."""
+    return processor_of(directory).palette() if is_huggingface(directory) else load_tokenizer(directory)
 
 
-def check_palette_size(palette: Palette, config: Config, path) -> None:
-    """Raises UserError unless the palette has as many colours as the model's vocabulary."""
-    if palette.vocab_size != config.palette.colors:
-        problem = f"{path} has {palette.vocab_size} colours, but palette.colors is {config.palette.colors}"
-        raise UserError(f"{problem}; set palette.colors={palette.vocab_size} or give a palette of that size")
+def check_fits(tokenizer: Tokenizer, config: Config, path) -> None:
+    """Raises UserError unless the tokenizer has the model's vocabulary and length."""
+    size, model = config.data.image_size, config.model
+    if (tokenizer.vocab_size, math.prod(tokenizer.grid(*size))) == (model.vocab_size, model.seq_len):
+        return
+    if config.tokenizer == tokenizer.kind:
+        problem = f"{path} has {tokenizer.vocab_size} colours, but palette.colors is {config.palette.colors}"
+        raise UserError(f"{problem}; set palette.colors={tokenizer.vocab_size} or give a palette of that size")
+    makes = f"{path} makes {math.prod(tokenizer.grid(*size))} of {tokenizer.vocab_size} {tokenizer.noun} of an image"
+    flags = " ".join(f"--config.{name}={value}" for name, value in tokenizer.fields(path).items())
+    raise UserError(f"{makes}, but the configuration asks for {model.seq_len} of {model.vocab_size}; set {flags}")
 
 
 def starting_params(ref: str, mesh: Mesh) -> dict:
@@ -176,10 +186,3 @@ def check_same_network(ref: str, config: Config) -> ModelConfig:
         remedy = "set model.pixel_head=False and objective.generative=0 to learn classes only"
         raise UserError(f"init_from={ref} has no head for pixels; {remedy}, or start from a model that has one")
     return there
-
-
-def check_same_palette(palette: Palette, origin, other: Palette | None, whose) -> None:
-    """Raises UserError if `other`, the palette of a source or None, differs from the `palette` of a model."""
-    if other is not None and not np.array_equal(palette.centers, other.centers):
-        remedy = f"use {origin}'s palette: igpt prepare --palette prepares tokens with it"
-        raise UserError(f"{whose} has another palette than {origin}, whose network knows no other; {remedy}")

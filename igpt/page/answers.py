@@ -83,7 +83,7 @@ class Answers:
 
     def in_palette(self, image: np.ndarray) -> np.ndarray:
         """The image in the palette's colours."""
-        return self.run.palette.decode(self.run.palette.encode(image))
+        return self.run.tokenizer.decode(self.run.tokenizer.encode(image))
 
     def complete(self, image, keep: float, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
         """The continuations after each row: see `completed_rows`."""

@@ -119,7 +119,9 @@ class Probe:
             rate = pretrained.config.objective.drop_rate
             drops = [Drops(rate, masks, config.seed) for masks in (1, config.eval_masks, config.eval_masks)]
         streams = [
-            stream_features(model, split, pretrained.palette, config.batch_size, self.mesh, layers, masks, config.pool)
+            stream_features(
+                model, split, pretrained.tokenizer, config.batch_size, self.mesh, layers, masks, config.pool
+            )
             for split, masks in zip(self.source.splits().values(), drops, strict=True)
         ]
         positions = model.config.seq_len if kind_of(config.pool)[0] == "attention" else 1

@@ -11,10 +11,11 @@ from igpt.data.examples import Source, check_labels, few_labels
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import AnyPath
-from igpt.interop.load import Pretrained, check_same_palette, data_settings, is_huggingface
+from igpt.interop.load import Pretrained, data_settings, is_huggingface
 from igpt.probe.config import ProbeConfig
 from igpt.run import checkpoint
 from igpt.run.cluster import is_first_process
+from igpt.tokenizer import check_same
 
 
 def chosen_steps(steps: str, directory: AnyPath) -> list[int | None]:
@@ -50,7 +51,7 @@ def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str | Path) 
         raise UserError(f"{ref} was not trained here, so that its images are not known; set --config.source")
     source = few_images(open_source(settings), config.train_images)
     check_labels(source.train, source.validation, source.test)
-    check_same_palette(pretrained.palette, ref, source.palette, f"source={source.name}")
+    check_same(pretrained.tokenizer, ref, source.tokenizer, f"source={source.name}")
     if is_first_process():
         print(f"classes  {class_counts(source)}", flush=True)
     for count in config.labels_per_class:

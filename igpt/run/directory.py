@@ -24,6 +24,7 @@ from igpt.palette import Palette
 from igpt.run import changes, checkpoint
 from igpt.run.cluster import all_processes, barrier, broadcast, check_seen, check_shared, exists, is_first_process
 from igpt.state import TrainProgram, TrainState
+from igpt.tokenizer import FILES, Tokenizer, load_tokenizer
 
 
 class RunDirectory:
@@ -73,10 +74,10 @@ class RunDirectory:
         self.changed += changed
         return source
 
-    def palette(self) -> Palette | None:
-        """The palette of the resumed run, or None for a fresh run."""
-        path = self.path / "palette.npy"
-        return Palette.load(path) if self.is_resumed and path.exists() else None
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the resumed run, or None for a fresh run."""
+        there = self.is_resumed and any((self.path / name).exists() for name in FILES)
+        return load_tokenizer(self.path) if there else None
 
     def restore(self, program: TrainProgram) -> TrainState | None:
         """Restores the newest undamaged checkpoint; sets `first_step` and `progress`. Returns None if none exists.
@@ -113,8 +114,10 @@ class RunDirectory:
         return self.first_step if self.has_ended_early else self.config.train.steps
 
     @contextlib.contextmanager
-    def opened(self, palette: Palette, class_names: Sequence[str] | None = None) -> Iterator[checkpoint.Checkpoints]:
-        """Writes configuration, palette and class names, and yields the run's Checkpoints. StorageError if that fails.
+    def opened(
+        self, tokenizer: Tokenizer, class_names: Sequence[str] | None = None
+    ) -> Iterator[checkpoint.Checkpoints]:
+        """Writes configuration, tokenizer and class names, yields the run's Checkpoints. StorageError if that fails.
 
         class_names: those of the classifier's outputs. A directory with a config.json has them all.
         """
@@ -132,7 +135,7 @@ class RunDirectory:
                 save_config(self.config, self.path)
                 if self.source is not None:
                     changes.record_images(self.path, self.source, self.images)
-                palette.save(self.path / "palette.npy")
+                tokenizer.save(self.path / tokenizer.file)
                 if self.last_step > self.first_step or self.evaluation_is_missing:
                     (self.path / "finetune.json").unlink(missing_ok=True)  # the old result is out of date
             barrier()

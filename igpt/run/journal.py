@@ -18,6 +18,7 @@ from igpt.run.directory import RunDirectory
 from igpt.run.speed import Speed, TimeLeft, duration
 from igpt.state import TrainState
 from igpt.track.trackers import Trackers
+from igpt.vqvae import VQConfig
 
 # The time left is an entry of the postfix: tqdm's own estimate would include the compilation.
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -35,7 +36,7 @@ class Journal:
         run: RunDirectory,
         checkpoints: Checkpoints,
         trackers: Trackers,
-        model: ModelConfig,
+        model: ModelConfig | VQConfig,
         source: Source,
         skipped: int,
     ):

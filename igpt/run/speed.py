@@ -8,6 +8,7 @@ import jax
 from igpt.config import TrainConfig
 from igpt.flops import PEAK_FLOPS, train_flops_per_image
 from igpt.model import ModelConfig
+from igpt.vqvae import VQConfig
 
 LONG = 3600.0  # seconds; a run that takes longer says so after its first steps
 MEASURED_STEPS, MEASURED_SECONDS = 3, 5.0  # what the estimate needs at least
@@ -17,12 +18,14 @@ NEWEST = 0.02  # the share of the newest step in the mean, so that the estimate 
 class Speed:
     """Images per second, and the share of the devices' peak FLOP/s, since the last reading."""
 
-    def __init__(self, config: ModelConfig, batch_size: int):
-        self.flops, self.batch_size = train_flops_per_image(config), batch_size
+    def __init__(self, config: ModelConfig | VQConfig, batch_size: int):
+        counts = isinstance(config, ModelConfig)  # the FLOPs of a VQ-VAE are not counted
+        has_mfu = counts and config.dtype != "float32"
+        self.flops, self.batch_size = train_flops_per_image(config) if counts else 0.0, batch_size
         device = jax.devices()[0].device_kind
         # Longer names come first, because "TPU v5 lite" also begins with "TPU v5".
         known = [name for name in sorted(PEAK_FLOPS, key=len, reverse=True) if device.startswith(name)]
-        self.peak = PEAK_FLOPS[known[0]] * jax.device_count() if known and config.dtype != "float32" else None
+        self.peak = PEAK_FLOPS[known[0]] * jax.device_count() if known and has_mfu else None
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -77,7 +80,7 @@ class TimeLeft:
         """Whether enough steps were measured for advice."""
         return self.steps >= MEASURED_STEPS and self.steps * self.step_seconds >= MEASURED_SECONDS
 
-    def advice(self, step: int, model: ModelConfig, image_size: tuple[int, int], is_fresh: bool) -> str:
+    def advice(self, step: int, model: ModelConfig | VQConfig, image_size: tuple[int, int], is_fresh: bool) -> str:
         """If the rest takes over an hour: how long, and what would be shorter. Otherwise "".
 
         A fresh run may still choose smaller images or a smaller network; FLOPs say how much shorter these are.
@@ -88,11 +91,12 @@ class TimeLeft:
         left = self.last_step - step
         steps = step + max(1, int(LONG / seconds * left))
         text = f"time     about {duration(seconds)} more here: {left:,} steps of {self.step_seconds:.2g} s"
-        if not is_fresh:
+        if not is_fresh or not isinstance(model, ModelConfig):
             return text
         height, width = image_size
+        half = height // 2 * (width // 2)
         smaller = {
-            f"images of {height // 2} x {width // 2}": dict(seq_len=height // 2 * (width // 2)),
+            f"images of {height // 2} x {width // 2}": dict(seq_len=model.seq_len * half // (height * width)),
             "half the model.width": dict(width=model.width // 2, mlp_width=model.mlp_width // 2),
         }
         flops = train_flops_per_image(model)

@@ -10,39 +10,68 @@ from igpt.compiler import kept_programs
 from igpt.config import Config, ObjectiveConfig
 from igpt.data.classes import class_counts
 from igpt.data.examples import EncodedImages, Source
+from igpt.data.settings import DataConfig
+from igpt.data.sources import FLAGS
 from igpt.files import read_json
 from igpt.loss import marginal_entropy
 from igpt.model import ModelConfig
-from igpt.palette import Palette
 from igpt.run.cluster import is_first_process
 from igpt.run.directory import RunDirectory
+from igpt.tokenizer import Tokenizer
+from igpt.vqvae import VQConfig
 
 
-def describe(workdir, origin: str, config: Config, model: ModelConfig, state, mesh, source: Source, palette: Palette):
+def describe(
+    workdir,
+    origin: str,
+    config: Config,
+    model: ModelConfig | VQConfig,
+    state,
+    mesh,
+    source: Source,
+    tokenizer: Tokenizer,
+):
     """Prints a description of the run, with all values that were chosen automatically. Only process 0 prints."""
     if not is_first_process():
         return
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # fewer, because files must be decoded
-    tokens = palette.encode(source.train.images[:images])
-    predicted = tokens.reshape(len(tokens), -1)[:, model.first_predicted :]
-    marginal, classes = marginal_entropy(predicted, model.vocab_size), class_counts(source)
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = {"igpt": _about_igpt, "vqvae": _about_vqvae}[config.program](config, model, count, source, tokenizer)
+    classes, axes = class_counts(source), " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run      {workdir} ({origin})\n"
         f"data     {source.name}: {len(source.train)} images for training, {len(source.validation)} for validation, "
-        f"{len(source.test)} for test\n"
-        + (f"classes  {classes}\n" if classes else "")
-        + f"tokens   {model.seq_len} an image, {model.vocab_size} colours; "
-        f"uniform: {np.log(model.vocab_size):.4f} nats a token, each pixel's marginal: {marginal:.4f}\n"
+        f"{len(source.test)} for test\n" + (f"classes  {classes}\n" if classes else "") + f"{lines}"
+        f"{', huge pages' if huge_pages.in_use() else ''}; compiled programs: {kept_programs()}\n"
+        f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
+        flush=True,
+    )
+
+
+def _about_igpt(config: Config, model: ModelConfig, count: int, source: Source, tokenizer: Tokenizer) -> str:
+    images = 1000 if isinstance(source.train.images, EncodedImages) else 10_000  # fewer, because files must be decoded
+    tokens, _ = source.train.encode(tokenizer, np.arange(min(images, len(source.train))))
+    predicted = tokens.reshape(len(tokens), -1)[:, model.first_predicted :]
+    marginal = marginal_entropy(predicted, model.vocab_size)
+    return (
+        f"tokens   {model.seq_len} an image, {model.vocab_size} {tokenizer.noun}; "
+        f"uniform: {np.log(model.vocab_size):.4f} nats a token, each {tokenizer.place}'s marginal: {marginal:.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
         f"{count:,} parameters{', reads no SOS' if model.first_predicted else ''}\n"
         f"learns   {learning_goal(config.objective, model)}: {config.train.steps:,} steps of "
         f"{config.train.batch_size} images\n"
         f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}"
-        f"{', huge pages' if huge_pages.in_use() else ''}; compiled programs: {kept_programs()}\n"
-        f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {axes}",
-        flush=True,
+    )
+
+
+def _about_vqvae(config: Config, model: VQConfig, count: int, source: Source, tokenizer: Tokenizer) -> str:
+    rows, columns = model.grid(*source.image_size)
+    bits = rows * columns * np.log2(model.codes)
+    return (
+        f"codes    {rows} x {columns} an image, {model.codes} codes of width {model.code_width}: "
+        f"{bits:.0f} bits an image\n"
+        f"model    width {model.width}, {model.residual_blocks} residual blocks: {count:,} parameters\n"
+        f"learns   to reconstruct images: {config.train.steps:,} steps of {config.train.batch_size} images\n"
+        "compute  float32"
     )
 
 
@@ -51,6 +80,25 @@ def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
     pixels = "the next pixel" if model.causal else f"{objective.drop_rate:.0%} of the pixels, dropped (BERT)"
     parts = ((objective.generative, pixels), (objective.classification, f"{model.num_classes} classes"))
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
+
+
+def _next_of_vqvae(config: Config, workdir) -> list[str]:
+    """The commands that encode images with a VQ-VAE, and train a model on its codes."""
+    path, data, model = shlex.quote(str(workdir)), config.data, config.vqvae
+    out, (height, width) = shlex.quote(f"{workdir}-codes"), data.image_size
+    flags = {
+        "source": data.source,
+        "size": f"{height}x{width}",
+        "channels": data.channels,
+        "preprocess": data.preprocess,
+    }
+    flags |= {name: value for name in FLAGS if (value := getattr(data, name)) != getattr(DataConfig, name)}
+    source = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())  # the same three splits
+    fields = f"--config.vqvae.codes={model.codes} --config.vqvae.stride={model.stride}"
+    return [
+        f"  igpt prepare {source} --tokenizer={path} --out={out}",
+        f"  python train.py --config=CONFIG --config.data.source=tokens:{out} --config.tokenizer={path} {fields} ...",
+    ]
 
 
 def how_to_go_on(run: RunDirectory) -> str:
@@ -72,7 +120,7 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
         print(f"{workdir} had already finished its {step} steps.{how_to_go_on(run)}")
     else:
         minutes, seconds = divmod(round(seconds), 60)
-        unit = "" if config.objective.classification else " nats a token"
+        unit = "" if config.objective.classification or config.program == "vqvae" else " nats a token"
         print(f"finished step {step} in {minutes}:{seconds:02d}; validation loss {evaluation['eval/loss']:.4f}{unit}")
         if (grid := workdir / "samples" / f"{step:07d}.png").exists():
             print(f"samples: {grid}")
@@ -84,6 +132,9 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
             f"[{100 * low:.1f}, {100 * high:.1f}] of {results['images']['test']} images; {workdir}/confusion.png"
         )
     print("next:")
+    if config.program == "vqvae":
+        print("\n".join(_next_of_vqvae(config, workdir)))
+        return
     model, probe = shlex.quote(str(workdir)), shlex.quote(f"{workdir}/probe")
     if source.train.labels is not None:
         print(f"  python eval_probe.py --config=configs/probe.py --model={model} --workdir={probe}")

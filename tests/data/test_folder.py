@@ -40,7 +40,7 @@ def write_splits(photos, change=lambda lines: lines, newline="\n"):
 def test_sub_folders_are_classes_in_the_order_of_their_names(photos):
     source = load_source(f"folder:{photos}")
     assert source.image_size == (8, 8) and source.channels == 3 and [len(s) for s in splits_of(source)] == [15, 2, 4]
-    assert source.palette is None and source.train.labels.dtype == np.int32
+    assert source.tokenizer is None and source.train.labels.dtype == np.int32
     seen = []
     for split in splits_of(source):
         place = split.images[:][:, 0, 0, 0]

@@ -22,14 +22,14 @@ def test_openai_files_bring_their_splits_labels_and_palette(write_openai):
     prefix = write_openai(**labels)
     source = load_source(f"openai:{prefix}")
     assert source.image_size == (5, 5) and source.channels == 3 and [len(s) for s in splits_of(source)] == [43, 11, 7]
-    np.testing.assert_array_equal(source.palette.centers, np.load(f"{prefix[:-5]}kmeans_centers.npy"))
+    np.testing.assert_array_equal(source.tokenizer.centers, np.load(f"{prefix[:-5]}kmeans_centers.npy"))
     np.testing.assert_array_equal(source.train.labels, np.arange(43) % 3)
     np.testing.assert_array_equal(source.validation.labels, np.arange(11) % 3)
     np.testing.assert_array_equal(source.test.labels, np.load(f"{prefix}_teY.npy").argmax(axis=1))
     assert {split.labels.dtype.name for split in splits_of(source)} == {"int32"}
     for split, name in zip(splits_of(source), ("tr", "va", "te"), strict=True):
         tokens = np.load(f"{prefix}_{name}X.npy").reshape(-1, 5, 5)
-        np.testing.assert_array_equal(source.palette.encode(split.images[:]), tokens)
+        np.testing.assert_array_equal(source.tokenizer.encode(split.images[:]), tokens)
 
 
 def test_openai_files_without_labels_and_with_grey_clusters_are_read(write_openai):
@@ -60,17 +60,17 @@ def test_openai_tokens_stay_in_their_files(write_openai):
 def test_batches_of_openai_tokens_equal_those_of_their_images(write_openai, write_npz, augmentation, dtype):
     tokens = np.random.default_rng(1).integers(0, 17, (43, 25)).astype(dtype)
     source = load_source(f"openai:{write_openai(trX=tokens)}")
-    path = write_npz(images=source.palette.decode(tokens).reshape(43, 5, 5, 3), labels=source.train.labels)
+    path = write_npz(images=source.tokenizer.decode(tokens).reshape(43, 5, 5, 3), labels=source.train.labels)
     arrays = np.load(path)
     decoded = Split(ArrayImages(arrays["images"]), arrays["labels"])
 
     def batches(split):
-        return TrainBatches(split, source.palette, 7, 3, Augmentation(**augmentation), slice(None))
+        return TrainBatches(split, source.tokenizer, 7, 3, Augmentation(**augmentation), slice(None))
 
     for step in (0, 5, 8):
         assert_trees_equal(batches(source.train)[step], batches(decoded)[step])
     for ours, theirs in zip(
-        eval_batches(source.train, source.palette, 10), eval_batches(decoded, source.palette, 10), strict=True
+        eval_batches(source.train, source.tokenizer, 10), eval_batches(decoded, source.tokenizer, 10), strict=True
     ):
         assert_trees_equal(ours, theirs)
     for ours, theirs in zip(*(raw_pixels(split, 3) for split in (source.train, decoded)), strict=True):
@@ -96,7 +96,7 @@ def test_a_palette_that_is_given_comes_before_that_of_the_source(write_openai, t
     Palette(np.zeros((17, 3), np.float32)).save(tmp_path / "mine.npy")
     tiny_config.palette.path, tiny_config.palette.colors = str(tmp_path / "mine.npy"), 17
     config = Config.of(tiny_config, trains=True)
-    assert not train.choose_palette(config, RunDirectory(tmp_path / "run", config), source).centers.any()
+    assert not train.choose_tokenizer(config, RunDirectory(tmp_path / "run", config), source).centers.any()
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_training_and_the_command_find_the_same_palette(tiny_config, tmp_path, w
     tiny_config.palette.update(colors=11, max_pixels=pixels)
     tiny_config.seed = 5
     config = Config.of(tiny_config, trains=True)
-    trained = train.choose_palette(config, RunDirectory(tmp_path / "run", config), load_source(config.data))
+    trained = train.choose_tokenizer(config, RunDirectory(tmp_path / "run", config), load_source(config.data))
     common = [f"--source=npz:{path}", "--size=13", "--preprocess=none", "--colors=11", f"--pixels={pixels}"]
     run_igpt(["palette", *common, "--seed=5", f"--out={tmp_path}/palette.npy"])
     np.testing.assert_array_equal(Palette.load(tmp_path / "palette.npy").centers, trained.centers)

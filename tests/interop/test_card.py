@@ -27,7 +27,7 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (6, *HF_IMAGE_SIZE, 3), np.ui
 def classifier(folder, sos):
     """(our logits of IMAGES [6, 5], the directory of the export, whose classes are the same)."""
     run = write_imported_run(folder / "run", num_classes=5, sos=sos)
-    model, palette = igpt.load(run).model, igpt.load(run).palette
+    model, palette = igpt.load(run).model, igpt.load(run).tokenizer
     logits = np.asarray(model.classify(jnp.asarray(palette.encode(IMAGES).reshape(6, -1))))
     assert len(set(logits.argmax(axis=-1))) > 1
     return logits, export(run, folder / "hf")
@@ -69,7 +69,7 @@ def test_the_pipeline_shrinks_a_picture_with_the_filter_of_the_run(tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(export(run, tmp_path / "hf"))
     picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (35, 49, 3), np.uint8))
     pretrained = igpt.load(run)
-    expected = pretrained.palette.encode(Preprocess.of(pretrained.config.data)(picture, None, "it")[None])
+    expected = pretrained.tokenizer.encode(Preprocess.of(pretrained.config.data)(picture, None, "it")[None])
     np.testing.assert_array_equal(processor(picture, return_tensors="np")["input_ids"], expected.reshape(1, -1))
 
 

@@ -170,7 +170,7 @@ def test_the_exported_processor_gives_the_tokens_of_the_palette(tmp_path):
     export(run, tmp_path / "hf")
     processor = ImageGPTImageProcessorPil.from_pretrained(tmp_path / "hf")
     tokens = processor(list(IMAGES), return_tensors="np")["input_ids"]
-    np.testing.assert_array_equal(tokens, igpt.load(run).palette.encode(IMAGES).reshape(3, 35))
+    np.testing.assert_array_equal(tokens, igpt.load(run).tokenizer.encode(IMAGES).reshape(3, 35))
 
 
 def test_a_model_of_transformers_computes_the_same_here(hf):
@@ -180,7 +180,7 @@ def test_a_model_of_transformers_computes_the_same_here(hf):
     pretrained = igpt.load(hf)
     np.testing.assert_allclose(pretrained.model(jnp.asarray(TOKENS)), expected, rtol=0, atol=1e-5)
     assert pretrained.step == 0 and pretrained.config.data.image_size == HF_IMAGE_SIZE
-    np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
+    np.testing.assert_array_equal(pretrained.tokenizer.centers, HF_CLUSTERS.astype(np.float32))
 
 
 def test_a_foreign_or_damaged_origin_is_refused(imported, tmp_path):

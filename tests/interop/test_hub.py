@@ -34,7 +34,7 @@ def test_a_hub_id_is_fetched_and_loaded(hub, hf):
         return str(hf)
 
     hub(answer)
-    assert igpt.load("someone/image.gpt-2").palette.vocab_size == 17
+    assert igpt.load("someone/image.gpt-2").tokenizer.vocab_size == 17
     assert [ref for ref, _, _ in asked] == ["someone/image.gpt-2"]
     resolve("someone/else", revision="v2")
     assert asked[-1][:2] == ("someone/else", "v2")

@@ -63,7 +63,7 @@ def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
     run = import_directory(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy")
     pretrained = igpt.load(run)
     assert pretrained.config.data.image_size == (6, 6)
-    np.testing.assert_array_equal(pretrained.palette.centers, HF_CLUSTERS.astype(np.float32))
+    np.testing.assert_array_equal(pretrained.tokenizer.centers, HF_CLUSTERS.astype(np.float32))
     hf_model().save_pretrained(tmp_path / "oblong")
     with pytest.raises(UserError, match="35 positions are no square number, .*: write a preprocessor_config.json"):
         import_directory(tmp_path / "oblong", tmp_path / "other", clusters=tmp_path / "clusters.npy")

@@ -26,7 +26,7 @@ def test_a_model_is_rebuilt_from_its_run_directory_alone(tmp_path):
     write_run_config(tmp_path, attention="cudnn")  # trained on a GPU
     state = save_states(tmp_path, make_mesh(2, 2, 2))
     pretrained = igpt.load(tmp_path)
-    assert pretrained.step == 3 and pretrained.palette.vocab_size == 17
+    assert pretrained.step == 3 and pretrained.tokenizer.vocab_size == 17
     assert pretrained.model.config.width == 16 and pretrained.config.data.image_size == (8, 8)
     np.testing.assert_array_equal(pretrained.model.blocks.up.kernel[...], state.params["blocks"]["up"]["kernel"])
     tokens = np.random.default_rng(0).integers(0, 17, (2, 64))
@@ -123,7 +123,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_a_hugging_face_directory_equals_the_run_imported_from_it(hf, tmp_path):
     one, other = igpt.load(hf), igpt.load(import_directory(hf, tmp_path / "run"))
     assert one.config.to_dict() == other.config.to_dict() and one.step == other.step == 0
-    np.testing.assert_array_equal(one.palette.centers, other.palette.centers)
+    np.testing.assert_array_equal(one.tokenizer.centers, other.tokenizer.centers)
     states = (nnx.to_pure_dict(nnx.state(pretrained.model)) for pretrained in (one, other))
     jax.tree.map(np.testing.assert_array_equal, *states)
     np.testing.assert_array_equal(*(sample_images(pretrained, num=2, seed=5) for pretrained in (one, other)))

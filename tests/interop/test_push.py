@@ -65,7 +65,7 @@ def test_transformers_samples_classifies_and_shows_the_card_given_only_what_was_
     assert sizes == [[7, 5]] * 4 and drawn == [4, 35] and alone == [1, 36] and different == 4
     image = np.random.default_rng(0).integers(0, 256, (1, 5, 7, 3), np.uint8)
     ours = igpt.load(classifier)
-    logits = ours.model.classify(jnp.asarray(ours.palette.encode(image).reshape(1, 35)))
+    logits = ours.model.classify(jnp.asarray(ours.tokenizer.encode(image).reshape(1, 35)))
     assert label == NAMES[int(np.argmax(logits))]
 
 
@@ -74,7 +74,7 @@ def test_what_was_pushed_is_loaded_by_its_id(hub, run):
     ours, back = igpt.load(run), igpt.load("someone/draws")
     tokens = jnp.asarray(np.arange(35)[None] % 17)
     assert np.array_equal(ours.model(tokens), back.model(tokens))
-    assert np.array_equal(ours.palette.centers, back.palette.centers)
+    assert np.array_equal(ours.tokenizer.centers, back.tokenizer.centers)
 
 
 def test_a_second_push_is_one_commit_that_leaves_no_file_of_the_first(hub, run, monkeypatch, tmp_path):

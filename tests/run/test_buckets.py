@@ -121,7 +121,7 @@ def test_models_and_data_in_a_bucket_are_found(bucket, tmp_path, monkeypatch, ca
     copy_up(write_run(tmp_path / "run", "digits"), bucket / "run")
     assert igpt.load(str(bucket / "run")).step == 4
     copy_up(export(tmp_path / "run", tmp_path / "hf"), bucket / "hf")
-    assert igpt.load(str(bucket / "hf")).palette.vocab_size == 17  # from a local copy
+    assert igpt.load(str(bucket / "hf")).tokenizer.vocab_size == 17  # from a local copy
     with pytest.raises(UserError, match="there is no model in .*/nothing"):
         igpt.load(str(bucket / "nothing"))
 

@@ -17,7 +17,9 @@ from tests.helpers import GREY_PALETTE, configured
 
 def test_looking_at_a_directory_writes_nothing(tmp_path):
     run = RunDirectory(tmp_path / "run", configured())
-    assert not run.is_resumed and run.palette() is None and run.restore(build_program(run.config, make_mesh())) is None
+    assert (
+        not run.is_resumed and run.tokenizer() is None and run.restore(build_program(run.config, make_mesh())) is None
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -25,7 +27,7 @@ def test_an_opened_run_is_resumed_the_next_time(tmp_path):
     with RunDirectory(tmp_path / "run", configured()).opened(GREY_PALETTE):
         assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "palette.npy", "checkpoints"}
     run = RunDirectory(tmp_path / "run", configured())
-    assert run.is_resumed and (run.palette().centers == GREY_PALETTE.centers).all()
+    assert run.is_resumed and (run.tokenizer().centers == GREY_PALETTE.centers).all()
 
 
 def test_the_names_of_the_classes_are_there_before_the_config(tmp_path, monkeypatch):
