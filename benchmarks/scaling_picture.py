@@ -29,7 +29,7 @@ def draw_curves(panel, results: dict, metric: str) -> None:
         runs = [run for run in results["runs"] if run["flops"] == budget["flops"]]
         sizes, color = np.array([run["parameters"] for run in runs]), f"C{i}"
         panel.plot(
-            sizes, [factor * run[metric] for run in runs], "o", color=color, label=f"{budget['flops']:.0e} FLOPs"
+            sizes, [factor * run[metric] for run in runs], "o", color=color, label=f"{budget['flops']:.2g} FLOPs"
         )
         along = np.geomspace(sizes.min(), sizes.max(), 100)
         panel.plot(along, factor * np.polyval(budget["parabola"], np.log(along)), color=color, alpha=0.6)

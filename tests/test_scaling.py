@@ -1,5 +1,6 @@
 """The scaling study finds the optimum of curves that are known, and its intervals contain it."""
 
+import json
 import sys
 
 import numpy as np
@@ -103,3 +104,23 @@ def test_a_run_spends_its_budget(scaling):
             assert run["fields"]["optim.warmup_steps"] <= run["steps"] // 2
     with pytest.raises(SystemExit, match="pay 0 steps of 512x8"):
         module.plan_run(1e9, "512x8", args)
+
+
+def test_the_figures_of_the_scaling_page_are_the_recorded_ones():
+    recorded = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text())
+    page = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+    fits = recorded["fits"]
+
+    def shown(row, name):
+        low, high = row[name]["interval"]
+        text = f"{row[name]['value']:,.0f} [{low:,.0f}, {high:,.0f}]"
+        return text if row["inside"] else text + ", at the end of the sizes"
+
+    for loss, accuracy in zip(fits["loss"]["budgets"], fits["accuracy"]["budgets"], strict=True):
+        cells = [shown(fit, name) for fit in (loss, accuracy) for name in ("parameters", "tokens_per_parameter")]
+        assert f"| {loss['flops']:.1e} | " + " | ".join(cells) + " |" in page
+        assert loss["parameters"]["interval"][1] < accuracy["parameters"]["interval"][0]  # disjoint, as the page says
+    for name in ("parameters", "tokens"):
+        exponent = fits["loss"]["exponents"][name]
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(exponent["value"], *exponent["interval"]) in page
+    assert f"{len(recorded['runs'])} runs on scattered Fashion-MNIST" in page
