@@ -1,11 +1,11 @@
-"""What a VQ-VAE keeps of images, beside a palette of the same vocabulary, and what a model of its codes draws.
+"""What a VQ-VAE keeps of images, beside palettes, and what a model of its codes draws.
 
     python benchmarks/vqvae.py --vqvae=runs/fashion-vqvae --model=runs/fashion-codes \\
         --out=docs/results/vqvae_fashion_mnist.json
 
-Both tokenizers encode and decode all validation images. PSNR is that of the mean square error over all of them, with
+All tokenizers encode and decode all validation images. PSNR is that of the mean square error over all of them, with
 pixels from 0 to 255; null if no pixel changes. Perplexity is that of the tokens of all these images. Pictures are
-written beside the JSON: reconstructions (images, palette, VQ-VAE), and of the model samples and completions.
+written beside the JSON: reconstructions (images, the first palette, VQ-VAE), and of the model samples and completions.
 """
 
 import argparse
@@ -49,21 +49,20 @@ def measured(tokenizer, images) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vqvae", required=True, help="the run of a VQ-VAE")
+    grey = "sizes of palettes; 256 colours keep every grey (default 32 256)"
+    parser.add_argument("--colors", type=int, nargs="+", default=[32, 256], help=grey)
     parser.add_argument("--model", default="", help="the run of a model of its codes")
     parser.add_argument("--out", required=True, help="the JSON to write")
     args = parser.parse_args()
     config, base = load_config(Path(args.vqvae)), args.out.removesuffix(".json")
     source, codes = open_source(config.data), find_tokenizer(args.vqvae)
     images = source.validation.images
-    palette = fit(source.train.images, codes.vocab_size, config.seed, config.palette.max_pixels)
+    palettes = {n: fit(source.train.images, n, config.seed, config.palette.max_pixels) for n in args.colors}
     results = {"vqvae": args.vqvae, "source": source.name, "validation_images": len(images)}
-    results |= {
-        "steps": config.train.steps,
-        "of_vqvae": measured(codes, images),
-        "of_palette": measured(palette, images),
-    }
+    results |= {"steps": config.train.steps, "of_vqvae": measured(codes, images)}
+    results["of_palettes"] = {colors: measured(one, images) for colors, one in palettes.items()}
     shown = np.asarray(images[:16])
-    rows = [shown, *[one.decode(one.encode(shown)) for one in (palette, codes)]]
+    rows = [shown, *[one.decode(one.encode(shown)) for one in (palettes[args.colors[0]], codes)]]
     save_png(image_grid(np.concatenate(rows), columns=len(shown), min_side=56), f"{base}_reconstructions.png")
     if args.model:
         run = igpt.load(args.model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flax import nnx
 
+import eval_probe
 import igpt
 import train
 from igpt.__main__ import main as run_igpt
@@ -21,7 +22,7 @@ from igpt.errors import UserError
 from igpt.run.directory import load_config
 from igpt.tokenizer import Bytes, Tokenizer, find_tokenizer
 from igpt.vqvae import VQVAE, VQConfig
-from tests.helpers import GREY_PALETTE, ROOT, read_arrays, records
+from tests.helpers import GREY_PALETTE, ROOT, probe_config, read_arrays, records
 
 CONFIG = VQConfig(codes=13, stride=2, width=6, code_width=5, residual_blocks=1, residual_width=4, channels=1)
 FIELDS = {"vqvae.codes": 13, "vqvae.stride": 2}
@@ -230,3 +231,16 @@ def test_the_configuration_of_a_palette_is_written_as_before(finished_run):
 def test_preparing_with_a_palette_starts_without_jax():
     code = "import sys, igpt.data.prepare, igpt.data.palette_fit; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_model_of_codes_is_fine_tuned_probed_and_evaluated(model_run, vqvae_run, prepared, tmp_path):
+    config = codes_config(f"tokens:{prepared}", vqvae_run)
+    config.init_from, config.objective.classification, config.model.num_classes = str(model_run), 1.0, 10
+    config.train.update(steps=2, eval_every=2)
+    train.run(config, tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned/finetune.json").read_text())["images"]["test"] == 359
+    assert find_tokenizer(tmp_path / "tuned").digest == find_tokenizer(vqvae_run).digest
+    probed = eval_probe.run(probe_config(layers=(1,), train_images=100), model_run, tmp_path / "probe")
+    assert [fit["layer"] for fit in probed["pretrained"]["layers"]] == [1]
+    run_igpt(["evaluate", f"--model={model_run}", f"--json={tmp_path}/results.json"])
+    assert json.loads((tmp_path / "results.json").read_text())["bits_per_dim_of_codes"] > 0
