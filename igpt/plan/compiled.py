@@ -98,6 +98,8 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     array. For GPUs, both are missing, because there is no compiler. Raises UserError if the run cannot start.
     """
     config = Config.of(config, trains=True)
+    if config.program != "igpt":
+        raise UserError(f"program is {config.program}; plans are of transformers: give the config that reads its codes")
     kind, _, shape = topology.partition(":")
     if kind == "gpu":
         return _plan_without_compiler(config, topology, shape)
