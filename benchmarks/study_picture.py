@@ -5,13 +5,17 @@ from matplotlib.figure import Figure
 
 
 def draw(found: dict, path: str) -> None:
-    """Draws the findings, one panel each, and writes the picture as PNG."""
-    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for panel, draw_panel in zip(axes.flat, (draw_layers, draw_checkpoints, draw_tuning, draw_few_labels), strict=True):
+    """Draws the findings that were made, one panel each, and writes the picture as PNG."""
+    panels = {"1 ": draw_layers, "2 ": draw_checkpoints, "4 fine-tuning": draw_tuning, "5 ": draw_few_labels}
+    made = [panel for start, panel in panels.items() if any(name.startswith(start) for name in found)]
+    rows, columns = (len(made) + 1) // 2, min(len(made), 2)
+    figure = Figure(figsize=(5.5 * columns, 4.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, draw_panel in zip(axes, made, strict=False):
         draw_panel(panel, found)
         panel.grid(alpha=0.3)
-        panel.set_visible(panel.has_data())
+    for panel in axes[len(made) :]:
+        panel.set_visible(False)
     figure.savefig(path, dpi=120)
 
 

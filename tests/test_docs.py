@@ -174,26 +174,61 @@ def test_the_readme_is_short_and_keeps_its_two_commands():
     ]
 
 
+def percent(mean: float, interval: list[float]) -> str:
+    low, high = interval
+    return f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def mean_of(entry: dict) -> dict:
+    return {name: entry[name] for name in ("mean", "interval")}
+
+
+def scattered_digits() -> dict:
+    recorded = json.loads((ROOT / "docs" / "results" / "study_scattered_digits.json").read_text())
+    assert recorded["seeds"] == [0, 1, 2]
+    return recorded["findings"]
+
+
+def test_the_figures_of_the_scattered_digits_are_the_recorded_ones():
+    found, text = scattered_digits(), DOCUMENTS["reproduce.md"]
+    section = " ".join(re.search(r"## Where things move\n(.*?)\n## ", text, re.DOTALL)[1].split())
+    by_layer = found["1 accuracy by layer"]
+    for label, key in (("next pixels", "pretrained"), ("an untrained network", "random_init")):
+        assert f"| {label} | " + " | ".join(f"{100 * e['mean']:.1f} %" for e in by_layer[key]) + " |" in section
+    for row in found["5 few labels"]["rows"]:
+        features, pixels = percent(**mean_of(row["features"])), f"{100 * row['raw_pixels']['mean']:.1f} %"
+        assert f"| {row['labels_per_class']} | {features} | {pixels} |" in section
+    votes = (by_layer["neighbours_of_raw_pixels"], by_layer["best_pretrained"]["neighbours"])
+    sentences = ["raw pixels have {:.1f} %, and the features {:.1f} %".format(*(100 * e["mean"] for e in votes))]
+    best = (percent(**mean_of(by_layer[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
+    sentences += ["the layer that validation chose has {}, an untrained network's {}, and raw".format(*best)]
+    sentences += [f"raw pixels {percent(by_layer['raw_pixels']['mean'], by_layer['raw_pixels_interval'])}"]
+    for sentence in sentences:
+        assert sentence in section
+
+
 def test_the_figures_of_the_readme_are_the_recorded_ones():
     recorded = json.loads((ROOT / "docs" / "results" / "digits.json").read_text())
     probe = recorded["probe"]
 
     def accuracy(entry):
-        low, high = entry["interval"]
-        return f"{100 * entry['test_accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        return percent(entry["test_accuracy"], entry["interval"])
 
-    ours, untrained = probe["pretrained"], probe["random_init"]
-    best = untrained["best_layer"]
+    def best(kind):
+        return accuracy(probe[kind]["layers"][probe[kind]["best_layer"]])
+
+    moved = scattered_digits()["1 accuracy by layer"]
+    assert moved["disjoint"]  # what the README says about features
+    ours, untrained = (percent(**mean_of(moved[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
+    raw = percent(moved["raw_pixels"]["mean"], moved["raw_pixels_interval"])
     expected = {
         "uniform over the 17 colours, and the first loss of the model": f"{recorded['first_loss']:.3f}",
         "each pixel's own histogram, the best result without context": f"{recorded['marginal_entropy']:.3f}",
         "the model, on held-out images": f"{recorded['evaluations'][-1]['eval/loss']:.3f}",
-        f"linear probe, {probe['images']['test']} test images": "accuracy, 95 % interval",
-        f"layer {ours['best_layer']} of {len(ours['layers']) - 1}, chosen on validation images": accuracy(
-            ours["layers"][ours["best_layer"]]
-        ),
-        f"layer {best}, the best of an untrained network of the same shape": accuracy(untrained["layers"][best]),
-        "raw pixels": accuracy(probe["raw_pixels"]),
+        f"linear probe, {probe['images']['test']} test images": "at random places, 3 seeds | in the same place",
+        "the best layer, chosen on validation images": f"{ours} | {best('pretrained')}",
+        "the best layer of an untrained network": f"{untrained} | {best('random_init')}",
+        "raw pixels": f"{raw} | {accuracy(probe['raw_pixels'])}",
     }
     rows = re.findall(r"^\| (.*?) \| (.*?) \|$", DOCUMENTS["README.md"].replace("**", ""), re.MULTILINE)
     assert {label: figure for label, figure in rows if label != "loss"} == expected
