@@ -6,9 +6,9 @@
 
 Sub-folders are classes, if there are any. More pictures deserve more steps: --config.train.steps.
 
-Cost: about 12 minutes on 2 CPU cores. That is extrapolated: with 200 pictures of 2 megapixels, palette and tokens took
-15 seconds of processor time, and the first 300 of the 1,500 steps 2 minutes and 20 seconds, two evaluations and two
-grids included (1.42 nats a token on held-out pictures, of drawn landscapes).
+Cost: about 5 processor minutes, estimated from a longer run. 200 drawn landscapes of 2 megapixels took 16 processor
+seconds for palette and tokens. The network ended at 1.39 nats a token on held-out pictures. Without dropout and with
+1,500 steps it had 1.42 after 300 and 1.71 at the end: it had learnt its 180 pictures by heart.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     config.data.preprocess = "shrink"  # the same
     config.palette.colors = 256
 
-    # A network soon memorises a few hundred pictures. Mirrored pictures, shifts and weight decay work against that.
+    # A network soon memorises a few hundred pictures. Mirrored pictures, shifts, dropout and weight decay work against
+    # that.
     config.data.flip = True
     config.data.pad = 1
     config.data.pad_mode = "edge"
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.model.depth = 4
     config.model.num_heads = 4
+    config.model.residual_dropout = 0.2
     config.model.scan_layers = False  # faster on a CPU, as in configs/digits.py
 
     config.optim.learning_rate = 3e-3
@@ -40,11 +42,11 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
 
-    config.train.steps = 1500
+    config.train.steps = 600
     config.train.batch_size = 8
-    config.train.eval_every = 300
+    config.train.eval_every = 150
     config.train.eval_batch_size = 16
-    config.train.sample_every = 300
+    config.train.sample_every = 150
     config.train.num_samples = 16
-    config.train.checkpoint_every = 300
+    config.train.checkpoint_every = 150
     return config
