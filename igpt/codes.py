@@ -119,10 +119,13 @@ class Codes:
                 content = file.read()
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             config = make_section(VQConfig, "vqvae.", json.loads(header["__metadata__"][HEADER]))
-            params = traverse_util.unflatten_dict(read_tensors(content), sep=".")
+            arrays = read_tensors(content)
+            if config.residual_blocks > len(arrays):  # a header must not make us build a huge network
+                raise ValueError(f"its header asks for {config.residual_blocks} residual blocks")
+            params = traverse_util.unflatten_dict(arrays, sep=".")
         except FileNotFoundError:
             raise UserError(f"there is no VQ-VAE at {path}") from None
-        except (ValueError, OSError, SafetensorError, UserError, AttributeError, KeyError) as error:
+        except (ValueError, OSError, SafetensorError, UserError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no VQ-VAE of igpt, or is damaged: {error}") from None
         wanted = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: VQVAE(config, nnx.Rngs(0)))))
         if _shapes(params) != _shapes(wanted):

@@ -71,12 +71,16 @@ def test_a_file_that_is_none_is_named(tmp_path):
         Codes.load(path)
     make_codes().save(path)
     content = path.read_bytes()
-    for damaged in (content[:-9], b"", b"\x00" * 40, content.replace(b"code_width", b"code_wide_")):
+    listed = (2).to_bytes(8, "little") + b"[]"
+    for damaged in (content[:-9], b"", b"\x00" * 40, content.replace(b"code_width", b"code_wide_"), listed):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="is no VQ-VAE of igpt, or is damaged"):
             Codes.load(path)
     path.write_bytes(content.replace(b'\\"codes\\": 13', b'\\"codes\\": 17'))
     with pytest.raises(UserError, match="not those of the network"):
+        Codes.load(path)
+    path.write_bytes(re.sub(rb'residual_blocks\\": \d, ', rb'residual_blocks\\": 99,', content))
+    with pytest.raises(UserError, match="asks for 99 residual blocks"):
         Codes.load(path)
     with pytest.raises(UserError, match="writes its file when it ends"):
         find_tokenizer(tmp_path / "..")
