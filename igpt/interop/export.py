@@ -164,6 +164,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args) -> None:
     """`igpt export`."""
+    if args.push:
+        hub.check_push(args.push)
+    elif args.private:
+        raise UserError("--private is for --push only; leave it out")
     licences = (args.license, args.data_license)
     directory = hub.resolve(args.model)
     if config_of(directory).program == "vqvae":
@@ -175,13 +179,10 @@ def run(args) -> None:
         print(f"wrote {made}: {', '.join(sorted(path.name for path in made.iterdir()))}")
         return
     if args.push:
-        hub.check_push(args.push)
         with tempfile.TemporaryDirectory(prefix="igpt-export-") as folder:
             made = export(args.model, folder, args.step, args.push, *licences)
             model = hf_weights.open_directory(made).model
             print(f"pushed to {hub.push(made, args.push, args.private)}")
-    elif args.private:
-        raise UserError("--private is for --push only; leave it out")
     else:
         made = export(args.model, args.out, args.step, "", *licences)
         model = hf_weights.open_directory(made).model

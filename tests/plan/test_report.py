@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from configs import imagenet
 from igpt.__main__ import main as run_igpt
 from igpt.plan import report
 from igpt.plan.compiled import CHIPS, USABLE_SHARE, compile_plan
@@ -31,7 +30,9 @@ def commands():
 @pytest.mark.parametrize("flags", commands())
 def test_every_documented_command_divides_over_its_chips(flags):
     flags = dict(flag.removeprefix("--").split("=", 1) for flag in shlex.split(flags) if "=" in flag)
-    config = imagenet.get_config(flags["config"].partition(":")[2])
+    path, _, argument = flags["config"].partition(":")
+    get_config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config
+    config = get_config(argument) if argument else get_config()
     config.update_from_flattened_dict(
         {name.removeprefix("config."): json.loads(value) for name, value in flags.items() if "config." in name}
     )
