@@ -6,9 +6,9 @@
 
 Sub-folders are classes, if there are any. More pictures deserve more steps: --config.train.steps.
 
-Cost: about 5 processor minutes, estimated from a longer run. 200 drawn landscapes of 2 megapixels took 16 processor
-seconds for palette and tokens. The network ended at 1.39 nats a token on held-out pictures. Without dropout and with
-1,500 steps it had 1.42 after 300 and 1.71 at the end: it had learnt its 180 pictures by heart.
+Cost: 3 minutes on 2 idle CPU cores, with 200 drawn landscapes of 2 megapixels. Palette and tokens took 11 seconds.
+The network ended at 1.39 nats a token on held-out pictures. Without dropout and with 1,500 steps it had 1.42 after 300
+and 1.71 at the end: it had learnt its 180 pictures by heart.
 """
 
 from ml_collections import ConfigDict
