@@ -83,7 +83,10 @@ def load_tokenizer(directory: AnyPath) -> Tokenizer:
 
 def find_tokenizer(path: AnyPath | str) -> Tokenizer:
     """The tokenizer that a user names: a palette's .npy, a VQ-VAE's .safetensors, or a directory with one of them."""
-    if str(path).endswith((".npy", ".safetensors")) or not (folder := as_path(path)).is_dir():
+    folder = None if str(path).endswith((".npy", ".safetensors")) else as_path(path)
+    if folder and not folder.exists():
+        raise UserError(f"there is no tokenizer at {path}; name the run of a VQ-VAE, or the .npy file of a palette")
+    if not folder or not folder.is_dir():
         return _load(path)
     if not any((folder / name).is_file() for name in FILES):
         files = " and no ".join(FILES)

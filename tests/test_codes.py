@@ -82,6 +82,8 @@ def test_a_file_that_is_none_is_named(tmp_path):
     path.write_bytes(re.sub(rb'residual_blocks\\": \d, ', rb'residual_blocks\\": 99,', content))
     with pytest.raises(UserError, match="asks for 99 residual blocks"):
         Codes.load(path)
+    with pytest.raises(UserError, match="there is no tokenizer at .*absent; name the run of a VQ-VAE"):
+        find_tokenizer(tmp_path / "absent")
     with pytest.raises(UserError, match="writes its file when it ends"):
         find_tokenizer(tmp_path / "..")
 
