@@ -11,6 +11,7 @@ from report import median_seconds, write
 
 from igpt import chunked
 from igpt.attention import attention
+from igpt.compiler import step_options
 
 SHAPES = {"s": (1, 1024, 8, 64), "m": (1, 1024, 8, 128), "l": (1, 1024, 16, 96), "l48": (1, 2304, 16, 96)}
 
@@ -22,7 +23,8 @@ def measure(backend: str, shape: tuple, repeats: int) -> tuple[float, int]:
     def loss(q, k, v):
         return jnp.sum(attention(q, k, v, backend=backend) ** 2)
 
-    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*inputs).compile()
+    options = step_options(jax.devices()[0].platform)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options).lower(*inputs).compile()
     return median_seconds(lambda: step(*inputs), repeats), step.memory_analysis().temp_size_in_bytes
 
 

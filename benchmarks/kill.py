@@ -3,6 +3,8 @@
 python benchmarks/kill.py --out=benchmarks/results/kill_cpu.json
 python benchmarks/kill.py --workdir=gs://bucket/kills --emulator --steps=60 --kills=10 --kills_of_two=10 --signals=0 \
     --out=benchmarks/results/kill_gs_cpu.json
+python benchmarks/kill.py --program=vqvae --kills=10 --kills_of_two=5 --signals=0 --steps=60 \
+    --out=benchmarks/results/kill_vqvae_cpu.json
 
 A run on eight CPU devices (data 2 x fsdp 2 x tensor 2, dropout, evaluations, checkpoints) is killed and restarted, 30
 times in all; a run of two processes 10 times; a run that receives SIGTERM 20 times. When a run finishes earlier, a new
@@ -41,11 +43,20 @@ from igpt.run.orbax_paths import known_to_orbax
 ROOT = Path(__file__).parents[1]
 EVAL_EVERY = 5  # often, so that some kills hit an evaluation
 FIELDS = [
-    "--config=configs/digits.py", "--config.model.width=32", "--config.model.depth=2", "--config.model.num_heads=4",
-    "--config.model.residual_dropout=0.1", "--config.train.batch_size=32", "--config.train.num_samples=0",
+    "--config=configs/digits.py", "--config.train.batch_size=32", "--config.train.num_samples=0",
     "--config.train.log_every=1", f"--config.train.eval_every={EVAL_EVERY}", "--config.train.checkpoint_every=7",
     "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
 ]  # fmt: skip
+PROGRAMS = {
+    "igpt": [
+        "--config.model.width=32", "--config.model.depth=2", "--config.model.num_heads=4",
+        "--config.model.residual_dropout=0.1",
+    ],
+    "vqvae": [
+        "--config.program=vqvae", "--config.vqvae.codes=32", "--config.vqvae.width=8", "--config.vqvae.code_width=8",
+        "--config.vqvae.residual_width=8",
+    ],
+}  # fmt: skip
 
 
 def start(workdir: AnyPath, steps: int, processes: int) -> list[subprocess.Popen]:
@@ -231,15 +242,18 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the JSON to write")
     parser.add_argument("--workdir", help="where the killed runs live (default: a temporary folder)")
     parser.add_argument("--emulator", action="store_true", help="start a server for the bucket of --workdir")
+    parser.add_argument("--program", choices=PROGRAMS, default="igpt", help="what trains")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--kills_of_two", type=int, default=10)
     parser.add_argument("--signals", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    FIELDS.extend(PROGRAMS[args.program])
     rng, begun = random.Random(args.seed), time.monotonic()
     results = {
         "what": "runs killed at random moments compared with an undisturbed one, byte by byte",
+        "program": args.program,
         "steps": args.steps,
         "workdir": (args.workdir or "a local folder") + (", emulated on loopback" if args.emulator else ""),
     }

@@ -1,7 +1,7 @@
 """Attention in blocks: memory grows with T instead of T x T, and blocks above the causal diagonal are skipped.
 
-FlashAttention without a fused kernel (Dao et al. 2022, 2023): the forward pass keeps a running softmax over blocks of
-keys, and the backward pass computes the scores again. Layout: q, k and v are [B, T, N, K].
+FlashAttention without a fused kernel (Dao et al. 2022, 2023): one block of queries after the other, with all the keys
+that it may see; the backward pass computes the scores again. Layout: q, k and v are [B, T, N, K].
 """
 
 import functools
@@ -12,92 +12,114 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "B T N K"]  # queries, keys, values or outputs
-BLOCK = 256  # number of queries, and of keys, in a block; benchmarks/attention.py compares block sizes
+BLOCK = 256  # number of queries in a block; benchmarks/attention.py compares block sizes
+AT_ONCE = 4  # blocks that are computed without a loop; a longer sequence needs the memory of one block at a time
 ATTENTION_OUTPUT = "attention"  # checkpoint_name of the arrays that the backward pass needs; see REMAT in igpt/model.py
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def chunked_attention(q: Heads, k: Heads, v: Heads, causal: bool) -> Heads:
-    """Softmax attention, computed in blocks of BLOCK queries and BLOCK keys."""
+    """Softmax attention, computed in blocks of BLOCK queries."""
     return _forward(q, k, v, causal)[0]
 
 
 def _forward(q, k, v, causal):
-    q_blocks, k_blocks, v_blocks = map(_blocks, (q, k, v))
+    keys, values = _by_head(k), _by_head(v)
 
-    def step(carry, pair):
-        out, peak, total = carry  # each query's unnormalised output, largest score, sum of exponentials so far
-        i, j = pair
-        scores = _block_scores(q_blocks[i], k_blocks[j], i, j, q.shape[1], causal)
-        new_peak = jnp.maximum(peak[i], scores.max(axis=-1))
-        shrink = jnp.exp(peak[i] - new_peak)
-        weights = jnp.exp(scores - new_peak[..., None])
-        mixed = jnp.einsum("bnts,bsnk->btnk", weights.astype(v.dtype), v_blocks[j], preferred_element_type=jnp.float32)
-        out = out.at[i].set(out[i] * _per_query(shrink) + mixed)
-        total = total.at[i].set(total[i] * shrink + weights.sum(axis=-1))
-        return (out, peak.at[i].set(new_peak), total), None
+    def mix(queries, start, seen):
+        scores = _product("bntk,bnsk->bnts", queries, keys[:, :, :seen])
+        if causal:
+            scores = _mask(scores, query_axis=2, start=start)
+        peak = scores.max(axis=3, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(axis=3, keepdims=True)
+        mixed = _product("bnts,bnsk->bntk", weights.astype(v.dtype), values[:, :, :seen]) / total
+        return (mixed.astype(v.dtype), jnp.squeeze(peak + jnp.log(total), 3)), ()
 
-    count, batch, size, heads, _ = q_blocks.shape
-    per_query = jnp.zeros((count, batch, heads, size), jnp.float32)
-    start = (jnp.zeros(q_blocks.shape, jnp.float32), per_query + jnp.finfo(jnp.float32).min, per_query)
-    (out, peak, total), _ = jax.lax.scan(step, start, _block_pairs(count, causal))
-    out = checkpoint_name(_unblock(out / jax.vmap(_per_query)(total), q.shape[1]).astype(v.dtype), ATTENTION_OUTPUT)
-    return out, (q, k, v, out, checkpoint_name(peak + jnp.log(total), ATTENTION_OUTPUT))
+    (mixed, log_totals), _ = _each(mix, _blocks(_scaled(q)), k.shape[1], causal)
+    out = checkpoint_name(_unblock(mixed, q.shape[1]), ATTENTION_OUTPUT)
+    return out, (q, k, v, out, checkpoint_name(log_totals, ATTENTION_OUTPUT))
 
 
 def _backward(causal, residuals, d_out):
-    q, k, v, out, log_total = residuals
-    q_blocks, k_blocks, v_blocks, d_out_blocks = map(_blocks, (q, k, v, d_out))
+    q, k, v, out, log_totals = residuals
+    keys, values = _by_head(k), _by_head(v)
     # The gradient of the softmax subtracts each query's dot product out . d_out from the gradients of its weights.
-    along = _blocks(jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True))[..., 0].swapaxes(2, 3)
+    along = _blocks(jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True))[..., 0]
 
-    def step(carry, pair):
-        d_q, d_k, d_v = carry
-        i, j = pair
-        weights = jnp.exp(_block_scores(q_blocks[i], k_blocks[j], i, j, q.shape[1], causal) - log_total[i][..., None])
-        d_weights = jnp.einsum("btnk,bsnk->bnts", d_out_blocks[i], v_blocks[j], preferred_element_type=jnp.float32)
-        d_scores = weights * (d_weights - along[i][..., None]) / jnp.sqrt(q.shape[-1])
+    def differentiate(block, start, seen):
+        queries, d_mixed, log_total, along = block
+        # [keys, queries], other than in the forward pass: XLA would store those scores instead of computing them again.
+        scores = _product("bnsk,bntk->bnst", keys[:, :, :seen], queries)
+        if causal:
+            scores = _mask(scores, query_axis=3, start=start)
+        weights = jnp.exp(scores - log_total[:, :, None])
+        d_weights = _product("bnsk,bntk->bnst", values[:, :, :seen], d_mixed)
+        d_scores = weights * (d_weights - along[:, :, None])
         weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
-        d_q = d_q.at[i].add(jnp.einsum("bnts,bsnk->btnk", d_scores, k_blocks[j], preferred_element_type=jnp.float32))
-        d_k = d_k.at[j].add(jnp.einsum("bnts,btnk->bsnk", d_scores, q_blocks[i], preferred_element_type=jnp.float32))
-        d_v = d_v.at[j].add(jnp.einsum("bnts,btnk->bsnk", weights, d_out_blocks[i], preferred_element_type=jnp.float32))
-        return (d_q, d_k, d_v), None
+        unseen = [(0, 0), (0, 0), (0, k.shape[1] - seen), (0, 0)]
+        d_keys = jnp.pad(_product("bnst,bntk->bnsk", d_scores, queries), unseen)
+        d_values = jnp.pad(_product("bnst,bntk->bnsk", weights, d_mixed), unseen)
+        d_queries = _product("bnsk,bnst->bnkt", keys[:, :, :seen], d_scores).swapaxes(2, 3)
+        return (d_queries,), (d_keys, d_values)
 
-    zeros = jnp.zeros(q_blocks.shape, jnp.float32)
-    gradients, _ = jax.lax.scan(step, (zeros, zeros, zeros), _block_pairs(len(q_blocks), causal))
-    return tuple(_unblock(gradient, q.shape[1]).astype(q.dtype) for gradient in gradients)
+    blocks = _blocks(_scaled(q)), _blocks(d_out), log_totals, along
+    (d_q,), (d_k, d_v) = _each(differentiate, blocks, k.shape[1], causal)
+    d_q = _scaled(_unblock(d_q, q.shape[1]))
+    return tuple(x.astype(q.dtype) for x in (d_q, _by_head(d_k), _by_head(d_v)))
 
 
 chunked_attention.defvjp(_forward, _backward)
 
 
-def _block_pairs(count: int, causal: bool) -> tuple[Array, Array]:
-    """Indices (query block, key block) of all block pairs to compute: the lower triangle if attention is causal."""
-    pairs = [(i, j) for i in range(count) for j in range(i + 1 if causal else count)]
-    return tuple(map(jnp.array, zip(*pairs, strict=True)))
+def _each(function, blocks, length, causal):
+    """Calls `function(block, start, seen)` for each block of queries: its first position, how many keys it may see.
 
+    The function returns two tuples of arrays. Returns those of the first, stacked, and the sums of those of the second.
+    """
+    slices = [jax.tree.map(lambda x: x[i], blocks) for i in range(len(jax.tree.leaves(blocks)[0]))]  # noqa: B023
+    starts = [i * BLOCK for i in range(len(slices))]
+    calls = [functools.partial(function, start=s, seen=min(s + BLOCK, length) if causal else length) for s in starts]
+    if len(calls) <= AT_ONCE:  # faster, but XLA stores the scores of all these blocks at the same time
+        results, terms = zip(*(call(block) for call, block in zip(calls, slices, strict=True)), strict=True)
+        return jax.tree.map(lambda *x: jnp.stack(x), *results), jax.tree.map(lambda *x: sum(x), *terms)
 
-def _block_scores(q, k, i, j, length, causal):
-    """Float32 scores of query block i and key block j. Masks the last block's padding and, if causal, later keys."""
-    scores = jnp.einsum("btnk,bsnk->bnts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
-    query, key = i * BLOCK + jnp.arange(BLOCK)[:, None], j * BLOCK + jnp.arange(BLOCK)[None]
-    visible = (key <= query) & (key < length) if causal else key < length
-    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    def step(sums, numbered):
+        result, terms = jax.lax.switch(numbered[0], calls, numbered[1])
+        return jax.tree.map(jnp.add, sums, terms), result
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(calls[0], slices[0])[1])
+    sums, results = jax.lax.scan(step, zeros, (jnp.arange(len(calls)), blocks))
+    return results, sums
 
 
 def _blocks(x):
-    """[B, T, N, K] -> [T / BLOCK, B, BLOCK, N, K], padded with zeros to whole blocks."""
+    """[B, T, N, K] -> [T / BLOCK, B, N, BLOCK, K], padded with zeros to whole blocks."""
     batch, length, heads, size = x.shape
     x = jnp.pad(x, [(0, 0), (0, -length % BLOCK), (0, 0), (0, 0)])
-    return x.reshape(batch, -1, BLOCK, heads, size).swapaxes(0, 1)
+    return x.reshape(batch, -1, BLOCK, heads, size).transpose(1, 0, 3, 2, 4)
 
 
 def _unblock(blocks, length):
     """The inverse of `_blocks`."""
-    count, batch, size, heads, width = blocks.shape
-    return blocks.swapaxes(0, 1).reshape(batch, count * size, heads, width)[:, :length]
+    count, batch, heads, size, width = blocks.shape
+    return blocks.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, width)[:, :length]
 
 
-def _per_query(x):
-    """[B, N, T] -> [B, T, N, 1], so that the result can scale an output [B, T, N, K]."""
-    return x.swapaxes(1, 2)[..., None]
+def _mask(scores, query_axis, start):
+    """Hides later keys from the queries from position `start` on. scores: [B, N, t, s], or [B, N, s, t]."""
+    query = start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+    key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 5 - query_axis)
+    return jnp.where(key <= query, scores, jnp.finfo(jnp.float32).min)
+
+
+def _scaled(q):
+    return (q * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
+def _by_head(x):
+    """[B, T, N, K] <-> [B, N, T, K], copied once: XLA's CPU backend would otherwise transpose each block by itself."""
+    return jax.lax.optimization_barrier(x.swapaxes(1, 2))
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -12,7 +12,7 @@ def random_qkv(length, batch=2, heads=3, size=5):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [1, 7, 8, 23, 32])  # shorter than a block, whole blocks, and a rest
+@pytest.mark.parametrize("length", [1, 7, 8, 23, 32, 40, 45])  # shorter than a block, whole blocks, a rest; in a loop
 def test_chunked_equals_the_reference_in_value_and_gradient(monkeypatch, length, causal):
     monkeypatch.setattr(chunked, "BLOCK", 8)
     q, k, v = random_qkv(length)
@@ -49,9 +49,10 @@ def count_dot_flops(jaxpr) -> int:
             total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
         times = equation.params.get("length", 1)  # of a scan
         for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += times * count_dot_flops(inner)
+            inner = [getattr(part, "jaxpr", part) for part in (value if isinstance(value, tuple) else (value,))]
+            inner = [part for part in inner if hasattr(part, "eqns")]
+            # A loop over a switch takes each branch once: on average, one of them in each round.
+            total += times * sum(map(count_dot_flops, inner)) // max(1, len(inner))
     return total
 
 
@@ -64,6 +65,6 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
 
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries("chunked", 8) < 2.2 * temporaries("chunked", 4)
-    assert temporaries("reference", 8) > 3.5 * temporaries("reference", 4)
-    assert temporaries("chunked", 8) < 0.1 * temporaries("reference", 8)
+    assert temporaries("chunked", 16) < 2.2 * temporaries("chunked", 8)
+    assert temporaries("reference", 16) > 3.5 * temporaries("reference", 8)
+    assert temporaries("chunked", 16) < 0.1 * temporaries("reference", 16)

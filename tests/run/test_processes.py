@@ -64,8 +64,12 @@ def close(one, other):
     return max(abs(one[step] - other[step]) for step in one) < 1e-5
 
 
-def test_two_processes_learn_what_one_does_and_only_the_first_writes(tmp_path):
-    fields = ("--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6")
+VQVAE = ("--config.program=vqvae", *(f"--config.vqvae.{name}=8" for name in ("codes", "width", "code_width")))
+
+
+@pytest.mark.parametrize("program", [(), VQVAE], ids=["igpt", "vqvae"])
+def test_two_processes_learn_what_one_does_and_only_the_first_writes(tmp_path, program):
+    fields = ("--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6", *program)
     alone = start(tmp_path / "one", 1, *fields)
     together = start(tmp_path / "two", 2, *fields)
     [(code, output, errors)] = ended(alone)
