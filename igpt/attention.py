@@ -4,7 +4,7 @@ Layout: q, k and v are [B, T, N, K]. Scores are q.k / sqrt(K), and their softmax
 mask, position t attends to positions 0..t (Chen et al. 2020, section 2.2; OpenAI's src/model.py, `attn`).
 
 - `reference`: all T x T scores at once. Read this back end first; the tests compare the other back ends with it.
-- `chunked`: one block of scores after the other, in plain JAX, for any device (igpt/chunked.py).
+- `chunked`: blocks of queries, in plain JAX, for any device (igpt/chunked.py).
 - `cudnn`: NVIDIA's fused kernel, for bfloat16 on GPUs.
 - `fused`: our own kernels for TPUs, for sequences that fit into fast memory (igpt/fused.py).
 - `splash`: JAX's kernel for TPUs and any length (jax.experimental.pallas.ops.tpu.splash_attention).

@@ -1,7 +1,8 @@
-"""Attention in blocks: memory grows with T instead of T x T, and blocks above the causal diagonal are skipped.
+"""Attention in blocks of queries: scores above the causal diagonal's blocks are not computed, and none are kept.
 
-FlashAttention without a fused kernel (Dao et al. 2022, 2023): one block of queries after the other, with all the keys
-that it may see; the backward pass computes the scores again. Layout: q, k and v are [B, T, N, K].
+As in FlashAttention (Dao et al. 2022, 2023), the backward pass computes the scores again; but a block of queries meets
+all the keys that it may see at once, so that there is no running softmax. Above AT_ONCE blocks, memory grows with T
+instead of T x T. Layout: q, k and v are [B, T, N, K].
 """
 
 import functools
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 Heads = Float[Array, "B T N K"]  # queries, keys, values or outputs
 BLOCK = 256  # number of queries in a block; benchmarks/attention.py compares block sizes
-AT_ONCE = 4  # blocks that are computed without a loop; a longer sequence needs the memory of one block at a time
+AT_ONCE = 4  # blocks: so many are computed without a loop, which is faster, but XLA stores the scores of all of them
 ATTENTION_OUTPUT = "attention"  # checkpoint_name of the arrays that the backward pass needs; see REMAT in igpt/model.py
 
 
@@ -80,7 +81,7 @@ def _each(function, blocks, length, causal):
     slices = [jax.tree.map(lambda x: x[i], blocks) for i in range(len(jax.tree.leaves(blocks)[0]))]  # noqa: B023
     starts = [i * BLOCK for i in range(len(slices))]
     calls = [functools.partial(function, start=s, seen=min(s + BLOCK, length) if causal else length) for s in starts]
-    if len(calls) <= AT_ONCE:  # faster, but XLA stores the scores of all these blocks at the same time
+    if len(calls) <= AT_ONCE:
         results, terms = zip(*(call(block) for call, block in zip(calls, slices, strict=True)), strict=True)
         return jax.tree.map(lambda *x: jnp.stack(x), *results), jax.tree.map(lambda *x: sum(x), *terms)
 
@@ -114,12 +115,13 @@ def _mask(scores, query_axis, start):
 
 
 def _scaled(q):
+    """Queries scaled by 1 / sqrt(K) instead of scores: K numbers instead of T. The gradient of it is the same."""
     return (q * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
 def _by_head(x):
-    """[B, T, N, K] <-> [B, N, T, K], copied once: XLA's CPU backend would otherwise transpose each block by itself."""
-    return jax.lax.optimization_barrier(x.swapaxes(1, 2))
+    """[B, T, N, K] <-> [B, N, T, K]."""
+    return x.swapaxes(1, 2)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

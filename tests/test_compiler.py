@@ -103,6 +103,15 @@ def test_options_that_this_xla_lacks_are_left_out(monkeypatch):
     assert compiler.step_options("tpu") is None
 
 
+def test_a_compilation_that_runs_out_of_memory_drops_no_options(monkeypatch):
+    def refuse(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setitem(compiler.FOR_STEPS, "cpu", {"xla_cpu_use_onednn": False})  # nobody has asked for it before
+    assert compiler.step_options("cpu") == {"xla_cpu_use_onednn": False}
+
+
 @pytest.mark.parametrize("data", [1, 8])
 def test_a_step_that_was_compiled_ahead_is_not_compiled_at_its_first_call(tiny_config, data):
     mesh = make_mesh(data=data, devices=jax.devices()[:data])
