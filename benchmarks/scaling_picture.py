@@ -58,7 +58,8 @@ def draw_ratio(panel, results: dict) -> None:
     panel.set(
         title="tokens for each parameter, at the best size", xlabel="compute (FLOPs)", ylabel="tokens / parameters"
     )
-    panel.legend(fontsize=8)
+    panel.set_ylim(top=30 * panel.get_ylim()[1])  # room for the legend above the points
+    panel.legend(fontsize=8, loc="upper left")
 
 
 def draw_points(panel, fitted: dict, name: str, color: str, label: str) -> None:
