@@ -95,6 +95,7 @@ def ours(case: Case, device: str, kind: str):
     program = build_program(Config.of(config, trains=True), mesh)
     state = program.create_state(seed=0)
     batch = to_devices({"tokens": tokens(case)}, case.batch_size, mesh)
+    program.compile_ahead(batch, batch | {"mask": np.ones(case.batch_size, np.float32)})()  # as train.py does
 
     def update():
         nonlocal state

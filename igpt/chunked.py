@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 Heads = Float[Array, "B T N K"]  # queries, keys, values or outputs
 BLOCK = 256  # number of queries in a block; benchmarks/attention.py compares block sizes
 AT_ONCE = 4  # blocks: so many are computed without a loop, which is faster, but XLA stores the scores of all of them
-ATTENTION_OUTPUT = "attention"  # checkpoint_name of the arrays that the backward pass needs; see REMAT in igpt/model.py
+ATTENTION_OUTPUT = "attention"  # checkpoint_name of the arrays that the backward pass needs; see igpt/remat.py
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

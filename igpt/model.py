@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from igpt.activations import ACTIVATIONS
 from igpt.attention import BACKENDS, attention
-from igpt.chunked import ATTENTION_OUTPUT
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice
+from igpt.remat import REMAT
 from igpt.sharding import replicate, shard_batch
 from igpt.token_ids import Tokens, checked_ids
 
@@ -29,27 +29,6 @@ PRESETS = {
     "l": dict(width=1536, depth=48, num_heads=16, seq_len=1024),
     "l48": dict(width=1536, depth=48, num_heads=16, seq_len=2304),
     "xl": dict(width=3072, depth=60, num_heads=24, seq_len=4096),
-}
-
-_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_NAMED = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
-
-
-def _attention(primitive, *inputs, **params):
-    is_cudnn = primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's kernel gives its outputs no name
-    return is_cudnn or _NAMED(primitive, *inputs, **params)
-
-
-def _products_and_attention(primitive, *inputs, **params):
-    return _PRODUCTS(primitive, *inputs, **params) or _attention(primitive, *inputs, **params)
-
-
-REMAT = {  # the results that each block stores for the backward pass, which computes all other results again
-    "none": None,  # all results
-    "minimal": _products_and_attention,  # outputs of products with parameters and of attention; no elementwise results
-    "dots": _PRODUCTS,  # outputs of products with parameters; nothing of attention
-    "attention": _attention,  # the block's input and the outputs of attention
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input
 }
 
 
@@ -195,11 +174,13 @@ class Block(nnx.Module):
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         mixed, extra = attend(q, k, v, keys[0])
         y = x + dropout(self.out(mixed.reshape(x.shape)), config.residual_dropout, keys[1])
-        activation = ACTIVATIONS[config.activation]
+
+        def project(hidden):
+            return self.down(ACTIVATIONS[config.activation](hidden))
+
         if config.remat == "none":
-            activation = jax.checkpoint(activation)  # keeps the input alone for the backward pass
-        hidden = activation(self.up(self.mlp_norm(y)))
-        y = y + dropout(self.down(hidden), config.residual_dropout, keys[2])
+            project = jax.checkpoint(project)  # the backward pass gets the hidden layer as it was before the activation
+        y = y + dropout(project(self.up(self.mlp_norm(y))), config.residual_dropout, keys[2])
         return y, BlockOutputs(x, (pooling or pool)(normed), k, v, extra)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from igpt import vqvae
 from igpt.attention import check_dropout
-from igpt.compiler import one_run_options, step_options
+from igpt.compiler import give_back_memory, one_run_options, step_options
 from igpt.config import Config
 from igpt.loss import bits_per_dim, make_loss
 from igpt.model import ImageGPT, ModelConfig
@@ -63,7 +63,13 @@ class TrainProgram(NamedTuple):
             pool.submit(_compile, self.eval_step, self.abstract.params, eval_batch, self.mesh),
         ]
         pool.shutdown(wait=False)
-        return lambda: [each.result() for each in compiling]
+
+        def wait():
+            for each in compiling:
+                each.result()
+            give_back_memory()
+
+        return wait
 
 
 def build_program(config: Config, mesh: Mesh) -> TrainProgram:
@@ -221,7 +227,34 @@ def _updated(state: TrainState, grads, means: dict, optimizer, schedule, **other
 def _jitted(train_step: Callable, abstract: TrainState, platform: str) -> Callable:
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = step_options(platform)
+    if platform == "cpu":
+        train_step = _moments_last(train_step)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, None), compiler_options=options)
+
+
+def _moments_last(train_step: Callable) -> Callable:
+    """The step with an order: first new parameters, which need the old moments, then new moments in their place.
+
+    XLA's CPU backend has no order of its own here, and copies all moments first.
+    """
+
+    def after(first, array):  # XLA keeps this product, because it does not know whether `first` is finite
+        return array + 0.0 * first[(0,) * first.ndim]
+
+    def ordered(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        new, metrics = train_step(state, batch)
+        structure = jax.tree.structure(new.params)
+
+        def are_moments(part):
+            return jax.tree.structure(part) == structure
+
+        def last(part):
+            return jax.tree.map(after, new.params, part) if are_moments(part) else part
+
+        opt_state = jax.tree.map(last, new.opt_state, is_leaf=are_moments)
+        return dataclasses.replace(new, opt_state=opt_state), metrics
+
+    return ordered
 
 
 def _averaged(loss_and_grads, params, batch, key, accumulate):

@@ -1,6 +1,7 @@
 """Compiled programs are kept between starts, and XLA's options fit the platform."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -112,6 +113,30 @@ def test_a_compilation_that_runs_out_of_memory_drops_no_options(monkeypatch):
     assert compiler.step_options("cpu") == {"xla_cpu_use_onednn": False}
 
 
+FREED = """
+import ctypes
+from igpt.compiler import give_back_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+parts = [libc.malloc(100_000) for _ in range(2_000)]
+for part in parts:
+    ctypes.memset(part, 1, 100_000)
+for part in parts[:-1]:  # the last part is in the way of what glibc gives back by itself
+    libc.free(part)
+def mebibytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 >> 20
+before = mebibytes()
+give_back_memory()
+print(before - mebibytes())
+"""
+
+
+def test_memory_that_was_freed_goes_back_to_the_system():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) > 150, done.stderr
+
+
 @pytest.mark.parametrize("data", [1, 8])
 def test_a_step_that_was_compiled_ahead_is_not_compiled_at_its_first_call(tiny_config, data):
     mesh = make_mesh(data=data, devices=jax.devices()[:data])
@@ -129,3 +154,15 @@ def test_a_step_that_was_compiled_ahead_is_not_compiled_at_its_first_call(tiny_c
         assert "/jax/core/compile/backend_compile_duration" not in compiled
         jax.jit(lambda x: x - 0.125)(jnp.ones(3))
     assert "/jax/core/compile/backend_compile_duration" in compiled  # the event's name is still this one
+
+
+def test_a_step_on_a_cpu_writes_new_moments_in_place_of_the_old(tiny_config):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    program = build_program(Config.of(tiny_config, trains=True), mesh)
+    batch = to_devices({"tokens": np.zeros((8, 64), np.int32)}, 8, mesh)
+    with jax.set_mesh(mesh):
+        text = program.train_step.lower(program.abstract, batch).compile().as_text()
+    model = program.model
+    kernel = rf"f32\[{model.depth},{model.width},{model.mlp_width}\]"
+    assert re.search(rf"{kernel}\S* parameter\(", text)
+    assert not re.search(rf"{kernel}\S* copy\(", text)

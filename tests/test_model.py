@@ -239,6 +239,15 @@ def test_remat_keeps_less_for_the_backward_pass():
     assert temporary[0] < min(temporary[1:3]) and max(temporary[1:3]) < temporary[3]  # dots, minimal: as XLA schedules
 
 
+def test_the_backward_pass_gets_each_hidden_layer_once():
+    """It computes the activation again, instead of storing the layer before and after it."""
+    graph, params = nnx.split(random_model())
+    tokens = random_tokens()
+    loss = jax.grad(lambda params: next_pixel(nnx.merge(graph, params)(tokens), tokens).mean())
+    hidden = (TINY_MODEL.depth, *tokens.shape, TINY_MODEL.mlp_width)
+    assert [x.shape for x in planned.saved_by_scans(jax.make_jaxpr(loss)(params).jaxpr)].count(hidden) == 1
+
+
 def test_dropout_needs_a_key_and_repeats_with_it():
     model = with_config(random_model(), embedding_dropout=0.2, residual_dropout=0.2)
     tokens = random_tokens()

@@ -10,10 +10,11 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from configs import imagenet
 from igpt.errors import UserError
-from igpt.model import PRESETS, REMAT, ImageGPT, ModelConfig
+from igpt.model import PRESETS, ImageGPT, ModelConfig
 from igpt.plan import compiled
 from igpt.plan.compiled import CHIPS, compile_plan
 from igpt.plan.hlo import HloProgram
+from igpt.remat import REMAT
 from igpt.sharding import make_mesh
 
 

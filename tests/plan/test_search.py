@@ -9,9 +9,10 @@ import pytest
 
 from configs import imagenet
 from igpt.errors import UserError
-from igpt.model import PRESETS, REMAT, ModelConfig
+from igpt.model import PRESETS, ModelConfig
 from igpt.plan import report, search
 from igpt.plan.compiled import CHIPS
+from igpt.remat import REMAT
 
 RECORD = json.loads((Path(__file__).parents[2] / "docs" / "results" / "plan.json").read_text())
 FITTING = {name: plan for name, plan in RECORD["plans"].items() if plan["fits"]}
