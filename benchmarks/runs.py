@@ -25,16 +25,17 @@ class Runs:
     def train(self, run: str, config: str, **fields) -> None:
         """Runs train.py to its end, unless that has been done."""
         fields = fields | {"train.num_samples": 16 if run.startswith("autoregressive") else 0}
-        self._once(run, f"train.py --config={config} --workdir={self.path(run)}", fields, self.path(run) / "finished")
+        self.once(run, f"train.py --config={config} --workdir={self.path(run)}", fields, self.path(run) / "finished")
 
     def probe(self, run: str, folder: str = "probe", **fields) -> None:
         """Runs eval_probe.py on a run, unless that has been done."""
         model, place = self.path(run), self.path(run) / folder
         command = f"eval_probe.py --config=configs/probe_digits.py --model={model} --workdir={place}"
         fields = {"inverse_penalties": (0.01, 0.1, 1.0, 10.0, 100.0)} | fields
-        self._once(f"{run}/{folder}", command, fields, place / "finished")
+        self.once(f"{run}/{folder}", command, fields, place / "finished")
 
-    def _once(self, what: str, command: str, fields: dict, finished: Path) -> None:
+    def once(self, what: str, command: str, fields: dict, finished: Path) -> None:
+        """Runs a command of Python's, unless the file `finished` exists, and writes that file."""
         if finished.exists() or not re.search(self.only, what):
             return
         command += "".join(f" --config.{name}={shlex.quote(str(value))}" for name, value in fields.items())

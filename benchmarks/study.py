@@ -2,12 +2,15 @@
 
 python benchmarks/study.py --workdir=runs/study --out=docs/results
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_mnist --idx=FOLDER
+python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_codes --idx=FOLDER
 
 1. accuracy by layer, compared with raw pixels and random initialisation;
 2. probe accuracy against validation loss, over the checkpoints of a run;
 3. next pixels compared with BERT at equal compute;
 4. fine-tuning: joint, classes only, from scratch;
-5. few labels: a probe on features, a probe on pixels, and training from scratch.
+5. few labels: a probe on features, a probe on pixels, and training from scratch;
+6. codes of a VQ-VAE (28 x 28 pixels as 7 x 7 codes) compared with pixels (14 x 14) at equal compute, with
+   --data=fashion_codes. The VQ-VAE, which all seeds share, does not count.
 
 Every part is a seeded run of train.py or eval_probe.py in a new process, stored under --workdir. A part that has
 finished is not run again, so the study can be stopped and continued. --summarize runs nothing and reads what exists.
@@ -24,6 +27,9 @@ from report import write
 from runs import Runs
 from study_findings import findings
 from study_picture import draw
+
+from igpt.flops import train_flops_per_image
+from igpt.model import ModelConfig
 
 
 def run_digits(study: Runs) -> None:
@@ -108,10 +114,46 @@ def run_fashion_mnist(study: Runs) -> None:
         study.train(f"bert_joint_{seed}", config, **small, **tuned | {"seed": seed} | bert)
 
 
+def run_fashion_codes(study: Runs) -> None:
+    vqvae, tokens = study.path("vqvae"), study.path("tokens")
+    study.train("vqvae", "configs/vqvae_fashion_mnist.py", **{"data.source": f"npz:{study.workdir}/fashion_mnist.npz"})
+    fractions = "--validation_fraction=0.07142857142857142 --test_fraction=0.14285714285714285"
+    source = f"--source=npz:{study.workdir}/fashion_mnist.npz --size=28 --channels=1 --preprocess=none"
+    prepare = f"-m igpt prepare {source} {fractions} --tokenizer={vqvae} --out={tokens}"
+    study.once("tokens", prepare, {}, study.path("tokens.finished"))
+
+    codes = {"data.source": f"tokens:{tokens}", "tokenizer": vqvae}
+    pixels = {"data.source": f"npz:{study.workdir}/fashion_mnist_14.npz", "data.image_size": "(14,14)"}
+    pixels |= {"data.flip": False, "palette.colors": 16, "train.batch_size": 16, "train.eval_batch_size": 200}
+    network = dict(width=128, depth=4, num_heads=4)
+    images = train_flops_per_image(ModelConfig(**network, vocab_size=512, seq_len=49))  # FLOPs of an image of codes
+    images /= train_flops_per_image(ModelConfig(**network, vocab_size=16, seq_len=196))  # in images of pixels
+    tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
+    tuned |= {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+    ways = {  # configuration, its fields, images of a step, images for the same FLOPs
+        "codes": ("configs/fashion_mnist_codes.py", codes, 64, 1.0),
+        "pixels": ("configs/fashion_mnist.py", pixels, 16, images),
+    }
+    for seed in study.seeds:
+        for name, (config, fields, batch_size, share) in ways.items():
+
+            def length(images, evaluations, batch_size=batch_size, share=share):
+                steps = round(images * share / batch_size)
+                every = -(-steps // evaluations)
+                return {"train.steps": steps, "train.eval_every": every, "train.checkpoint_every": every}
+
+            pretraining = length(51_200, 2) | {"train.sample_every": 10_000}
+            study.train(f"{name}_{seed}", config, seed=seed, **fields, **pretraining)
+            study.probe(f"{name}_{seed}", seed=seed + 100, train_images=4000, batch_size=100)
+            start = {"seed": seed, "init_from": study.path(f"{name}_{seed}")}
+            study.train(f"{name}_joint_{seed}", config, **start, **fields, **tuned, **length(25_600, 4))
+
+
 RECIPES = {  # data set: its runs, the number of seeds
     "scattered_digits": (run_scattered_digits, 3),
     "digits": (run_digits, 5),
     "fashion_mnist": (run_fashion_mnist, 1),
+    "fashion_codes": (run_fashion_codes, 3),
 }
 
 
@@ -137,7 +179,7 @@ def main() -> None:
     parser.add_argument("--data", choices=tuple(RECIPES), default="digits")
     parser.add_argument("--idx", help="the folder of Fashion-MNIST's IDX files")
     parser.add_argument(
-        "--seeds", type=int, help="default: 3; for the digits 5 (3 of them with all runs), for Fashion-MNIST 1"
+        "--seeds", type=int, help="default: 3; for the digits 5 (3 of them with all runs), for fashion_mnist 1"
     )
     parser.add_argument("--only", default="", help="run only parts with such names, a regular expression: '^joint'")
     parser.add_argument("--summarize", action="store_true", help="run nothing, read the results that exist")
@@ -146,11 +188,13 @@ def main() -> None:
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     study = Runs(args.data, workdir, args.seeds or RECIPES[args.data][1], args.only)
-    small = workdir / "fashion_mnist_14.npz"
-    if args.data == "fashion_mnist" and not small.exists():
-        if not args.idx:
-            parser.error("--idx is missing; give the folder of train-images-idx3-ubyte.gz and the other three files")
-        read_idx(args.idx, small, shrink=2)
+    needed = {"fashion_mnist": {"fashion_mnist_14.npz": 2}}
+    needed["fashion_codes"] = needed["fashion_mnist"] | {"fashion_mnist.npz": 1}
+    for name, shrink in needed.get(args.data, {}).items():
+        if not (workdir / name).exists():
+            if not args.idx:
+                parser.error("--idx is missing; give the folder of train-images-idx3-ubyte.gz and three more files")
+            read_idx(args.idx, workdir / name, shrink)
     if not args.summarize:
         RECIPES[args.data][0](study)
     results = {

@@ -149,4 +149,38 @@ def findings(study) -> dict:
             "paper": "the probe on features of iGPT-L is near the state of the art: 73.2, 87.6, 94.3 % at 4, 25, 400",
             "rows": rows,
         }
+    ways = {name: study.read(name, "probe/probe.json") for name in ("codes", "pixels")}
+    if all(ways.values()):
+        found["6 codes against pixels"] = codes_against_pixels(study, ways)
     return found
+
+
+def codes_against_pixels(study, probes: dict[str, list[dict]]) -> dict:
+    """Probes and fine-tuned runs of both, at equal FLOPs."""
+    best = {name: [best_layer(probe) for probe in some] for name, some in probes.items()}
+    tuned = {name: study.read(f"{name}_joint", "finetune.json") for name in probes}
+    made = {
+        "paper": "on ImageNet 69.0 % with codes (the first version's abstract), 65.2 % with the pixels of 48 x 48",
+        "layers": [layer["layer"] for layer in probes["codes"][0]["pretrained"]["layers"]],
+        "by_layer": {
+            name: [over_runs(accuracies) for accuracies in zip(*(accuracies_of(probe) for probe in some), strict=True)]
+            for name, some in probes.items()
+        },
+        "best_layers": {name: [layer["layer"] for layer in some] for name, some in best.items()},
+        "probe": {name: over_runs(layer["test_accuracy"] for layer in some) for name, some in best.items()},
+        "neighbours": {name: over_runs(layer["neighbours"] for layer in some) for name, some in best.items()},
+        "untrained": {
+            name: over_runs(best_layer(probe, "random_init")["test_accuracy"] for probe in some)
+            for name, some in probes.items()
+        },
+        "raw_pixels": over_runs(probe["raw_pixels"]["test_accuracy"] for probe in probes["pixels"]),
+        "codes_beat_pixels_in_the_probe": beats(best["codes"], best["pixels"]),
+    }
+    if all(tuned.values()):
+        made["fine-tuned"] = {name: over_runs(run["test_accuracy"] for run in runs) for name, runs in tuned.items()}
+        made["codes_beat_pixels_fine-tuned"] = beats(tuned["codes"], tuned["pixels"])
+    return made
+
+
+def accuracies_of(probe: dict) -> list[float]:
+    return [layer["test_accuracy"] for layer in probe["pretrained"]["layers"]]

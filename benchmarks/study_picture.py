@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 def draw(found: dict, path: str) -> None:
     """Draws the findings that were made, one panel each, and writes the picture as PNG."""
     panels = {"1 ": draw_layers, "2 ": draw_checkpoints, "4 fine-tuning": draw_tuning, "5 ": draw_few_labels}
+    panels["6 "] = draw_codes
     made = [panel for start, panel in panels.items() if any(name.startswith(start) for name in found)]
     rows, columns = (len(made) + 1) // 2, min(len(made), 2)
     figure = Figure(figsize=(5.5 * columns, 4.0 * rows), layout="constrained")
@@ -73,3 +74,16 @@ def draw_few_labels(panel, found: dict) -> None:
         panel.minorticks_off()
         panel.legend()
     panel.set(title="few labels", xlabel="labels a class", ylabel="test accuracy (%)")
+
+
+def draw_codes(panel, found: dict) -> None:
+    compared = found["6 codes against pixels"]
+    for name, color in (("codes", "tab:purple"), ("pixels", "tab:blue")):
+        draw_line(panel, compared["layers"], compared["by_layer"][name], f"{name}, linear probe", color=color)
+        if tuned := compared.get("fine-tuned"):
+            label = f"{name}, fine-tuned"
+            panel.axhline(100 * tuned[name]["mean"], color=color, linestyle="--", alpha=0.7, label=label)
+    panel.axhline(100 * compared["raw_pixels"]["mean"], color="tab:orange", linestyle=":", label="raw pixels")
+    panel.set_xticks(compared["layers"])
+    panel.set(title="codes and pixels at equal compute", xlabel="layer", ylabel="test accuracy (%)")
+    panel.legend()

@@ -31,7 +31,7 @@ HEADER = "igpt.vqvae"  # the one entry of the file's metadata: the configuration
 class Codes:
     """The tokenizer of a VQ-VAE's configuration and parameters (nested dicts of arrays)."""
 
-    file, kind, place, noun = "vqvae.safetensors", "VQ-VAE", "place", "codes"
+    file, kind, place, noun = "vqvae.safetensors", "VQ-VAE", "code", "codes"
     bits_name = "bits_per_dim_of_codes"
     is_per_pixel, uses_all_cores, colors = False, True, None
 

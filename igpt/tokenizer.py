@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
 
     file: str  # the name of its file in a directory
     kind: str  # "palette" or "VQ-VAE", for messages
-    place: str  # what one token stands for: "pixel"
+    place: str  # what one token stands for: "pixel", "code"
     noun: str  # what a token is, in the plural: "colours"
     bits_name: str  # the name of bits per byte of the image, which are those of its tokens
     is_per_pixel: bool  # every pixel has its own token, so that tokens can be cropped and mirrored like images

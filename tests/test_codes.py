@@ -207,6 +207,8 @@ def test_a_foreign_tokenizer_is_refused_everywhere(model_run, vqvae_run, prepare
     other.save(moved / other.file)
     with pytest.raises(UserError, match="another tokenizer than"):
         train.run(resumed, moved)
+    with pytest.raises(UserError, match="vqvae.safetensors is another file than the one whose"):
+        igpt.load(moved)
     with pytest.raises(UserError, match=r"set --config.tokenizer=.* --config.vqvae.codes=13 --config.vqvae.stride=2"):
         wrong = codes_config(f"tokens:{prepared}", "palette")
         train.run(wrong, tmp_path / "palette")

@@ -48,12 +48,13 @@ sys.unraisablehook = _unraisable
 
 @dataclasses.dataclass
 class Progress:
-    """The last evaluation, fine-tuning's best validation accuracy, and the number of evaluations after the best one."""
+    """What a checkpoint knows of its run, beside the training state."""
 
-    evaluated_step: int = 0
-    best_step: int = 0
+    evaluated_step: int = 0  # the last evaluation
+    best_step: int = 0  # fine-tuning's best validation accuracy, and the evaluations after it
     best_accuracy: float = -1.0
     evaluations_since: int = 0
+    tokenizer: str = ""  # the digest of the tokenizer that made the tokens; empty: none, or by an earlier version
 
     def note(self, step: int, accuracy: float) -> bool:
         """Records an evaluation of a classifier; returns whether it is the best so far."""

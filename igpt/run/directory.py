@@ -95,6 +95,8 @@ class RunDirectory:
         state = checkpoint.restore(self.path, program.abstract, self.first_step)
         known = checkpoint.progress_at(self.path, self.first_step)
         self.progress = known or checkpoint.Progress(evaluated_step=self.first_step)
+        if tokenizer := self.tokenizer():
+            check_tokenizer(self.path, known, tokenizer)
         return state
 
     @property
@@ -121,6 +123,7 @@ class RunDirectory:
 
         class_names: those of the classifier's outputs. A directory with a config.json has them all.
         """
+        self.progress.tokenizer = tokenizer.digest
         barrier()  # process 0 renames an old run only after all processes have read it
         with storage_errors(self.path):
             if is_first_process():
@@ -211,6 +214,13 @@ def set_aside(workdir: AnyPath) -> AnyPath | None:
 def save_config(config: Config, workdir: AnyPath) -> None:
     """Writes workdir/config.json completely or not at all."""
     write_json(workdir / "config.json", config.to_dict(), indent=2)
+
+
+def check_tokenizer(workdir: AnyPath, progress: checkpoint.Progress | None, tokenizer: Tokenizer) -> None:
+    """Raises UserError if a checkpoint has learnt tokens of another tokenizer than the one in its run."""
+    if progress and progress.tokenizer and progress.tokenizer != tokenizer.digest:
+        problem = f"{workdir / tokenizer.file} is another file than the one whose tokens this run has learnt"
+        raise UserError(f"{problem}; restore it from a copy")
 
 
 def load_config(workdir: AnyPath) -> Config:

@@ -57,7 +57,7 @@ def _about_igpt(config: Config, model: ModelConfig, count: int, source: Source, 
         f"uniform: {np.log(model.vocab_size):.4f} nats a token, each {tokenizer.place}'s marginal: {marginal:.4f}\n"
         f"model    width {model.width}, depth {model.depth}, {model.num_heads} heads of {model.head_size}: "
         f"{count:,} parameters{', reads no SOS' if model.first_predicted else ''}\n"
-        f"learns   {learning_goal(config.objective, model)}: {config.train.steps:,} steps of "
+        f"learns   {learning_goal(config.objective, model, tokenizer.place)}: {config.train.steps:,} steps of "
         f"{config.train.batch_size} images\n"
         f"compute  {model.dtype}, attention {model.attention}, remat {model.remat}"
     )
@@ -75,10 +75,10 @@ def _about_vqvae(config: Config, model: VQConfig, count: int, source: Source, to
     )
 
 
-def learning_goal(objective: ObjectiveConfig, model: ModelConfig) -> str:
-    """Describes the parts of the loss and their weights in words."""
-    pixels = "the next pixel" if model.causal else f"{objective.drop_rate:.0%} of the pixels, dropped (BERT)"
-    parts = ((objective.generative, pixels), (objective.classification, f"{model.num_classes} classes"))
+def learning_goal(objective: ObjectiveConfig, model: ModelConfig, place: str) -> str:
+    """Describes the parts of the loss and their weights in words. `place` is what a token stands for."""
+    tokens = f"the next {place}" if model.causal else f"{objective.drop_rate:.0%} of the {place}s, dropped (BERT)"
+    parts = ((objective.generative, tokens), (objective.classification, f"{model.num_classes} classes"))
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 

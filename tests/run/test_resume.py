@@ -8,7 +8,10 @@ import time
 
 import pytest
 
+import igpt
 import train
+from igpt.errors import UserError
+from igpt.palette import Palette
 from igpt.run import checkpoint
 from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays
 
@@ -32,6 +35,17 @@ def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_
     train.run(tiny_config, tmp_path / "parts")
     assert_bitwise_equal(read_arrays(tmp_path / "whole", 6), read_arrays(tmp_path / "parts", 6))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_palette_that_was_replaced_inside_a_run_is_refused(tiny_config, tmp_path):
+    train.run(tiny_config, tmp_path / "run")
+    palette = Palette(Palette.load(tmp_path / "run" / "palette.npy").centers[::-1])  # of the right size
+    palette.save(tmp_path / "run" / "palette.npy")
+    tiny_config.train.steps = 8
+    with pytest.raises(UserError, match="palette.npy is another file than the one whose tokens this run has learnt"):
+        train.run(tiny_config, tmp_path / "run", allowed=["train.steps"])
+    with pytest.raises(UserError, match="palette.npy is another file"):
+        igpt.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["digits", pytest.param("finetune_digits", marks=pytest.mark.slow)])

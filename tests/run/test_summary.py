@@ -25,7 +25,8 @@ from tests.helpers import GREY_PALETTE, TINY_MODEL
 def test_the_summary_names_each_objective_and_every_weight_but_1(generative, classification, causal, text):
     objective = ObjectiveConfig(generative, classification)
     model = dataclasses.replace(TINY_MODEL, causal=causal, num_classes=7)
-    assert learning_goal(objective, model) == text
+    assert learning_goal(objective, model, "pixel") == text
+    assert learning_goal(objective, model, "code") == text.replace("pixel", "code")
 
 
 @pytest.mark.parametrize(("sos", "marginal", "said"), [(True, 2 / 64, False), (False, 1 / 63, True)])
