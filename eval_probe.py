@@ -73,6 +73,9 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
         results = {"model": str(ref), "step": None, "source": source.name, "class_names": source.class_names}
         if config.baselines:
             pixels = probe.pixels()
+            if cluster.is_first_process():  # many classes and large images take minutes
+                count = pixels[0].joined([0]).shape[-1]
+                print(f"fits     raw pixels ({count:,} numbers an image), an untrained network, the model", flush=True)
             results["raw_pixels"] = probe.fit(pixels, [0]) | probe.vote(pixels, 0)
             results["random_init"] = probe.fit_layers(probe.features(untrained(shapes, config.seed, mesh)), "untrained")
         for step in steps:

@@ -17,6 +17,7 @@ from report import write
 import igpt
 from igpt.data.palette_fit import fit
 from igpt.data.sources import open_source
+from igpt.files import read_json
 from igpt.plots import image_grid, save_png
 from igpt.run.directory import load_config
 from igpt.sample import completion_picture
@@ -46,12 +47,23 @@ def measured(tokenizer, images) -> dict:
     }
 
 
+def probed(path: Path) -> dict:
+    """Test accuracies of a probe: by layer, of the layer that validation chose, and of the baselines."""
+    probe = read_json(path)
+    found = {
+        name: [layer["test_accuracy"] for layer in probe[name]["layers"]] for name in ("pretrained", "random_init")
+    }
+    best = probe["pretrained"]["layers"][probe["pretrained"]["best_layer"]]
+    return found | {"best": best, "raw_pixels": probe["raw_pixels"]["test_accuracy"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vqvae", required=True, help="the run of a VQ-VAE")
     grey = "sizes of palettes; 256 colours keep every grey (default 32 256)"
     parser.add_argument("--colors", type=int, nargs="+", default=[32, 256], help=grey)
     parser.add_argument("--model", default="", help="the run of a model of its codes")
+    parser.add_argument("--tuned", default="", help="the run that fine-tuned that model; its probe is in MODEL/probe")
     parser.add_argument("--out", required=True, help="the JSON to write")
     args = parser.parse_args()
     config, base = load_config(Path(args.vqvae)), args.out.removesuffix(".json")
@@ -69,6 +81,10 @@ def main() -> None:
         last = [record for record in records(run.path) if "eval/loss" in record][-1]
         results["model"] = {name: last[name] for name in last if name == "step" or name.startswith("eval/")}
         results["model"]["bits_per_image"] = last["eval/loss"] * run.model.config.seq_len / np.log(2)
+        if args.tuned:
+            results["probe"] = probed(run.path / "probe" / "probe.json")
+            tuned = read_json(Path(args.tuned) / "finetune.json")
+            results["fine-tuned"] = {name: tuned[name] for name in ("step", "test_accuracy", "interval")}
         save_png(image_grid(run.sample(32), columns=16, min_side=56), f"{base}_samples.png")
         given = np.asarray(source.test.images[:4])
         completions = completion_picture(codes, given, 0.5, run.complete(given, keep=0.5, num=7))

@@ -3,10 +3,20 @@
 import json
 import subprocess
 import sys
+from ast import literal_eval
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT
+
+
+def literal(text):
+    """The value of a flag."""
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 @pytest.fixture
@@ -24,8 +34,9 @@ def study(benchmarks, tmp_path, monkeypatch):
 
     def run(command, check):
         commands.append(command[1:])
-        (workdir,) = [part.removeprefix("--workdir=") for part in command if part.startswith("--workdir=")]
-        (tmp_path / workdir).mkdir(parents=True)
+        for part in command:
+            if part.startswith("--workdir="):
+                (tmp_path / part.removeprefix("--workdir=")).mkdir(parents=True)
 
     monkeypatch.setattr(subprocess, "run", run)
     return lambda **options: (Runs("set", tmp_path, **options), commands)
@@ -48,6 +59,34 @@ def test_only_the_parts_with_a_name_are_run(study):
     runs.probe("autoregressive_0")
     runs.probe("autoregressive_0", "probes")
     assert [command[0] for command in commands] == ["train.py", "eval_probe.py"] and "joint_0" in commands[0][2]
+
+
+def test_codes_and_pixels_train_and_are_tuned_for_the_same_flops(study):
+    from study import run_fashion_codes
+
+    from configs import fashion_mnist, fashion_mnist_codes
+    from igpt.config import Config
+    from igpt.flops import train_flops_per_image
+
+    runs, commands = study()
+    run_fashion_codes(runs)
+    configs = {"fashion_mnist_codes": fashion_mnist_codes, "fashion_mnist": fashion_mnist}
+    spent = {}
+    for command in commands:
+        flags = dict(part.removeprefix("--").split("=", 1) for part in command if part.startswith("--"))
+        name = Path(flags.get("config", "")).stem
+        if command[0] == "train.py" and name in configs:
+            config = configs[name].get_config()
+            for field, value in flags.items():
+                section, _, leaf = field.removeprefix("config.").rpartition(".")
+                if section in ("data", "palette", "train") and leaf in config[section]:
+                    config[section][leaf] = type(config[section][leaf])(literal(value))
+            config = Config.of(config)
+            images = config.train.steps * config.train.batch_size
+            spent.setdefault("joint" in flags["workdir"], []).append(images * train_flops_per_image(config.model))
+    assert len(spent) == 2
+    for codes, pixels in spent.values():
+        assert pixels == pytest.approx(codes, rel=0.01)
 
 
 def test_intervals_over_seeds_are_students(benchmarks):

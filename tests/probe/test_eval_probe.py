@@ -215,7 +215,9 @@ def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
     config = probe_config(layers=(1,), labels_per_class=(3,), subsets=2, features_out=str(tmp_path / "features.npz"))
     results = eval_probe.run(config, run, tmp_path / "probe")
     arrays = arrays_of(tmp_path / "features.npz")
-    assert sum(results["images"].values()) == 80 and "passed over 10 unreadable" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert sum(results["images"].values()) == 80 and "passed over 10 unreadable" in said
+    assert "raw pixels (20 numbers an image)" in said
     for name, count in results["images"].items():
         assert len(arrays[f"{name}_layer_01"]) == len(arrays[f"{name}_labels"]) == count
     chosen = few_labels(arrays["train_labels"], 3, seed=1)
