@@ -207,6 +207,23 @@ def test_the_figures_of_the_scattered_digits_are_the_recorded_ones():
         assert sentence in section
 
 
+def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():
+    text = " ".join(DOCUMENTS["vqvae.md"].split())
+    for name, colors in (("fashion_mnist", "32"), ("photos", "512")):
+        recorded = json.loads((ROOT / "docs" / "results" / f"vqvae_{name}.json").read_text())
+        for one in (recorded["of_vqvae"], recorded["of_palettes"][colors]):
+            row = f"| {one['tokens_per_image']:,.0f} | {one['bits_per_image']:,.0f} | {one['psnr']:.1f} dB "
+            assert row + f"| {one['perplexity']:.0f} | {one['tokens_in_use']} of {one['vocab_size']} |" in text
+        assert f"reaches {recorded['model']['eval/loss']:.3f} nats a code" in text
+    probe, tuned = recorded["probe"], recorded["fine-tuned"]
+    best, tuned = (percent(x["test_accuracy"], x["interval"]) for x in (probe["best"], tuned))
+    assert f"says for {best.replace(' [', ' of the test tiles [')}, from layer 0" in text
+    assert f"from layer 0 of an untrained network ({100 * probe['random_init'][0]:.1f} %)" in text
+    last = [f"{100 * probe[name][-1]:.1f} %" for name in ("pretrained", "random_init")]
+    assert f"ahead, {last[0]} against {last[1]}. Raw pixels: {100 * probe['raw_pixels']:.1f} %." in text
+    assert f"the network names {tuned}" in text
+
+
 def test_the_figures_of_the_readme_are_the_recorded_ones():
     recorded = json.loads((ROOT / "docs" / "results" / "digits.json").read_text())
     probe = recorded["probe"]
