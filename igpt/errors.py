@@ -27,6 +27,10 @@ class StorageError(UserError):
     exit_code = 1
 
 
+class UnreadableProgramError(UserError):
+    """A program compiled, but its text cannot be read, so that nothing is known of its speed."""
+
+
 class MissingProcessError(UserError):
     """Some processes of a run did not connect to process 0."""
 

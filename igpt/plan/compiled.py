@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from igpt.attention import block_size
 from igpt.config import Config
-from igpt.errors import UserError, first_line
+from igpt.errors import UnreadableProgramError, UserError, first_line
 from igpt.flops import train_flops_per_image
 from igpt.fused import group_size
 from igpt.model import ModelConfig
@@ -123,8 +124,17 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     if not plan["fits"]:
         plan["largest_buffer"] = largest_buffer(abstract.params, traced.jaxpr.jaxpr, model, mesh)
     if executable is not None:
-        plan |= _read_program(executable.as_text(), take_bundles(_dump_folder()), plan, model, chip)
+        plan |= _read_program(text_of(executable), take_bundles(_dump_folder()), plan, model, chip)
     return plan
+
+
+def text_of(executable: jax.stages.Compiled) -> str:
+    """The program as text. Raises UnreadableProgramError if jaxlib does not know its operations."""
+    try:
+        return executable.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        problem = f"the program compiled, but jaxlib {version('jaxlib')} cannot read it ({first_line(error)})"
+        raise UnreadableProgramError(f"{problem}; try another topology, mesh or remat policy") from None
 
 
 def _plan_without_compiler(config: Config, topology: str, count: str) -> dict:

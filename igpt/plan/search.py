@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from igpt.config import Config
-from igpt.errors import UserError
+from igpt.errors import UnreadableProgramError, UserError
 from igpt.flops import attention_flops_per_image, train_flops_per_image
 from igpt.model import ModelConfig, count_params
 from igpt.plan.compiled import CHIPS, KERNEL_SHARE, Chip, compile_plan, kernel_flops, topology_devices
@@ -59,18 +59,24 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
 
     The search ends when `enough` plans fit, or when all other predictions are more than MARGIN slower than the
     prediction of the best plan. It skips a candidate if its predicted memory is not below that of a program that did
-    not fit, or if it differs only in fsdp from a plan that fits. Raises UserError if there is no candidate.
+    not fit, or if it differs only in fsdp from a plan that fits; it passes over programs that cannot be read. Raises
+    UserError if there is no candidate, UnreadableProgramError if no program could be read.
     """
     config = Config.of(config, trains=True)
     ranked, capacity = _rank_candidates(config, topology)
-    compiled, found, fitting, limit = {}, [], set(), float("inf")
+    compiled, unreadable, found, fitting, limit = {}, {}, [], set(), float("inf")
     for candidate in ranked:
-        if len(compiled) == MAX_COMPILED or len(found) == enough or candidate.seconds > limit:
+        if len(compiled) + len(unreadable) == MAX_COMPILED or len(found) == enough or candidate.seconds > limit:
             break
         all_but_fsdp = (candidate.tensor, candidate.accumulate, candidate.remat)
         if candidate.memory >= capacity or all_but_fsdp in fitting:
             continue
-        plan = compiled[candidate] = compile_plan(_with_candidate(config, candidate), topology)
+        try:
+            plan = compiled[candidate] = compile_plan(_with_candidate(config, candidate), topology)
+        except UnreadableProgramError as error:
+            unreadable[candidate] = error
+            print(f"remat {candidate.remat}: {error}", flush=True)
+            continue
         print(format_line(plan), flush=True)
         if not plan["fits"]:
             capacity = min(capacity, candidate.memory)
@@ -79,8 +85,11 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
         fitting.add(all_but_fsdp)
         if plan is found[0]:
             limit = (1 + MARGIN) * candidate.seconds
-    too_large = sum(candidate.memory >= capacity for candidate in ranked if candidate not in compiled)
-    slower = len(ranked) - len(compiled) - too_large
+    tried = compiled.keys() | unreadable.keys()
+    too_large = sum(candidate.memory >= capacity for candidate in ranked if candidate not in tried)
+    slower = len(ranked) - len(tried) - too_large
+    if unreadable and not compiled:
+        raise next(iter(unreadable.values()))
     nearest = None if found else min(compiled.values(), key=lambda plan: plan["peak_share"])
     result = SearchResult(found, nearest, len(compiled), too_large, slower)
     print(result, flush=True)

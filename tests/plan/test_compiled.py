@@ -77,6 +77,18 @@ def gradient_jaxpr(**changes):
     return jax.make_jaxpr(jax.grad(lambda params: nnx.merge(graph, params)(tokens).sum()))(params).jaxpr
 
 
+def test_a_program_that_jaxlib_cannot_read_is_said_in_words(monkeypatch):
+    """Seen with 2,304 tokens on v5p:2x2x2: libtpu 0.0.52 makes operations that jaxlib 0.10.2 refuses."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands\ntrace")
+
+    executable = jax.jit(lambda: 0).lower().compile()
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    with pytest.raises(UserError, match=r"cannot read it.*should have 1 operands\); try another topology"):
+        compiled.text_of(executable)
+
+
 @pytest.mark.parametrize("attention", ["fused", "splash", "chunked"])
 @pytest.mark.parametrize("remat", list(REMAT))
 def test_no_matrix_product_of_a_bfloat16_block_reads_float32(attention, remat):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs import imagenet
-from igpt.errors import UserError
+from igpt.errors import UnreadableProgramError, UserError
 from igpt.model import PRESETS, ModelConfig
 from igpt.plan import report, search
 from igpt.plan.compiled import CHIPS
@@ -103,6 +103,18 @@ def test_the_search_goes_on_after_programs_that_do_not_fit(compiler):
     compiler.fits = lambda one: one.accumulate == 2
     found = run_search(enough=1).found
     assert len(found) == 1 and found[0]["split"][2] == 2 and len(compiler.compiled) > 1
+
+
+def test_the_search_passes_over_programs_that_cannot_be_read(compiler):
+    def refuse(one):
+        raise UnreadableProgramError("jaxlib cannot read it")
+
+    compiler.fits = lambda one: refuse(one) if len(compiler.compiled) == 1 else True
+    result = run_search(enough=1)
+    assert result.found[0]["split"] == compiler.compiled[1][:4] and result.compiled == 1
+    compiler.fits = refuse
+    with pytest.raises(UnreadableProgramError, match="cannot read it"):
+        run_search(enough=1)
 
 
 def test_the_search_prefers_the_fastest_estimate_to_the_prediction(compiler):
