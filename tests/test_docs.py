@@ -222,6 +222,14 @@ def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():
     last = [f"{100 * probe[name][-1]:.1f} %" for name in ("pretrained", "random_init")]
     assert f"ahead, {last[0]} against {last[1]}. Raw pixels: {100 * probe['raw_pixels']:.1f} %." in text
     assert f"the network names {tuned}" in text
+    study = json.loads((ROOT / "docs" / "results" / "study_fashion_codes.json").read_text())
+    found = study["findings"]["6 codes against pixels"]
+    assert (
+        study["seeds"] == [0, 1, 2] and f"Raw pixels of 14 x 14 have {100 * found['raw_pixels']['mean']:.1f} %" in text
+    )
+    for kind in ("probe", "neighbours", "untrained", "fine-tuned"):
+        row = " | ".join(percent(**mean_of(found[kind][name])) for name in ("codes", "pixels"))
+        assert f"| {row} |" in text
 
 
 def test_the_figures_of_the_readme_are_the_recorded_ones():
