@@ -130,23 +130,22 @@ def run_fashion_codes(study: Runs) -> None:
     images /= train_flops_per_image(ModelConfig(**network, vocab_size=16, seq_len=196))  # in images of pixels
     tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
     tuned |= {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
-    ways = {  # configuration, its fields, images of a step, images for the same FLOPs
-        "codes": ("configs/fashion_mnist_codes.py", codes, 64, 1.0),
-        "pixels": ("configs/fashion_mnist.py", pixels, 16, images),
+
+    def length(steps, evaluations):
+        every = -(-steps // evaluations)
+        return {"train.steps": steps, "train.eval_every": every, "train.checkpoint_every": every}
+
+    ways = {  # configuration, its fields, steps of pretraining: 51,200 images of codes, or pixels for the same FLOPs
+        "codes": ("configs/fashion_mnist_codes.py", codes, 51_200 / 64),
+        "pixels": ("configs/fashion_mnist.py", pixels, 51_200 * images / 16),
     }
     for seed in study.seeds:
-        for name, (config, fields, batch_size, share) in ways.items():
-
-            def length(images, evaluations, batch_size=batch_size, share=share):
-                steps = round(images * share / batch_size)
-                every = -(-steps // evaluations)
-                return {"train.steps": steps, "train.eval_every": every, "train.checkpoint_every": every}
-
-            pretraining = length(51_200, 2) | {"train.sample_every": 10_000}
+        for name, (config, fields, steps) in ways.items():
+            pretraining = length(round(steps), 2) | {"train.sample_every": 10_000}
             study.train(f"{name}_{seed}", config, seed=seed, **fields, **pretraining)
             study.probe(f"{name}_{seed}", seed=seed + 100, train_images=4000, batch_size=100)
             start = {"seed": seed, "init_from": study.path(f"{name}_{seed}")}
-            study.train(f"{name}_joint_{seed}", config, **start, **fields, **tuned, **length(25_600, 4))
+            study.train(f"{name}_joint_{seed}", config, **start, **fields, **tuned, **length(round(steps / 2), 4))
 
 
 RECIPES = {  # data set: its runs, the number of seeds

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from report import write
+from study_findings import best_layer
 
 import igpt
 from igpt.data.palette_fit import fit
@@ -53,8 +54,7 @@ def probed(path: Path) -> dict:
     found = {
         name: [layer["test_accuracy"] for layer in probe[name]["layers"]] for name in ("pretrained", "random_init")
     }
-    best = probe["pretrained"]["layers"][probe["pretrained"]["best_layer"]]
-    return found | {"best": best, "raw_pixels": probe["raw_pixels"]["test_accuracy"]}
+    return found | {"best": best_layer(probe), "raw_pixels": probe["raw_pixels"]["test_accuracy"]}
 
 
 def main() -> None:

@@ -224,12 +224,15 @@ def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():
     assert f"the network names {tuned}" in text
     study = json.loads((ROOT / "docs" / "results" / "study_fashion_codes.json").read_text())
     found = study["findings"]["6 codes against pixels"]
-    assert (
-        study["seeds"] == [0, 1, 2] and f"Raw pixels of 14 x 14 have {100 * found['raw_pixels']['mean']:.1f} %" in text
-    )
+    assert study["seeds"] == [0, 1, 2]
+    assert f"Raw pixels of 14 x 14 have {100 * found['raw_pixels']['mean']:.1f} %" in text
     for kind in ("probe", "neighbours", "untrained", "fine-tuned"):
         row = " | ".join(percent(**mean_of(found[kind][name])) for name in ("codes", "pixels"))
         assert f"| {row} |" in text
+    for kind in ("in_the_probe", "fine-tuned"):
+        difference = found[f"codes_beat_pixels_{kind}"]["difference"]
+        low, high = (100 * bound for bound in difference["interval"])
+        assert f"| {100 * difference['mean']:+.1f} points [{low:.1f}, {high:.1f}] |" in text
 
 
 def test_the_figures_of_the_readme_are_the_recorded_ones():

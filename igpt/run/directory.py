@@ -95,8 +95,6 @@ class RunDirectory:
         state = checkpoint.restore(self.path, program.abstract, self.first_step)
         known = checkpoint.progress_at(self.path, self.first_step)
         self.progress = known or checkpoint.Progress(evaluated_step=self.first_step)
-        if tokenizer := self.tokenizer():
-            check_tokenizer(self.path, known, tokenizer)
         return state
 
     @property
@@ -121,8 +119,10 @@ class RunDirectory:
     ) -> Iterator[checkpoint.Checkpoints]:
         """Writes configuration, tokenizer and class names, yields the run's Checkpoints. StorageError if that fails.
 
+        Raises UserError before that if a resumed run has learnt tokens of another tokenizer.
         class_names: those of the classifier's outputs. A directory with a config.json has them all.
         """
+        check_tokenizer(self.path, self.progress, tokenizer)
         self.progress.tokenizer = tokenizer.digest
         barrier()  # process 0 renames an old run only after all processes have read it
         with storage_errors(self.path):
