@@ -21,8 +21,9 @@ from peer import transformers_model
 from report import write
 
 from igpt.bandwidth import bytes_to_draw, memory_bandwidth
+from igpt.draw import Sampling, image_keys
 from igpt.model import ImageGPT, ModelConfig
-from igpt.sample import Sampling, image_keys, sample_tokens
+from igpt.sample import sample_tokens
 
 MODELS = {
     "digits": ModelConfig(width=128, depth=4, num_heads=4, vocab_size=17, seq_len=64),

@@ -22,8 +22,9 @@ from report import write
 from sampling import timed, with_random_head
 
 from igpt.bandwidth import bytes_to_draw, memory_bandwidth
+from igpt.draw import Sampling, image_keys
 from igpt.model import PRESETS, ModelConfig
-from igpt.sample import Sampling, image_keys, sample_tokens
+from igpt.sample import sample_tokens
 
 GOALS = {"s": 90, "m": 30, "l": 15}  # images/s
 TINY = ModelConfig(width=32, depth=2, num_heads=2, vocab_size=17, seq_len=64)

@@ -1,6 +1,7 @@
 """Repeats five findings of Chen et al. 2020 on real images, at a size that a laptop can train.
 
 python benchmarks/study.py --workdir=runs/study --out=docs/results
+python benchmarks/study.py --workdir=runs/study --out=docs/results --data=scattered_fashion --idx=FOLDER
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_mnist --idx=FOLDER
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_codes --idx=FOLDER
 
@@ -80,6 +81,28 @@ def run_scattered_digits(study: Runs) -> None:
         study.probe(f"bert_{seed}", seed=seed + 100, baselines=False, **probe)
 
 
+def run_scattered_fashion(study: Runs) -> None:
+    config = "configs/scattered_fashion.py"
+    network = {"data.source": f"scattered:npz:{study.workdir}/fashion_mnist.npz", "data.validation_fraction": 1 / 70}
+    network |= {"model.depth": 8, "model.width": 96, "train.eval_batch_size": 100}
+    often = {"train.eval_every": 250, "train.checkpoint_every": 250, "train.sample_every": 1000}
+    tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
+    tuned |= {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+    tuned |= {"train.steps": 300, "train.eval_every": 100, "train.checkpoint_every": 100}
+    probe = {"train_images": 4000, "batch_size": 100}
+    for seed in study.seeds:
+        study.train(f"autoregressive_{seed}", config, seed=seed, **network, **often)
+        study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), subsets=3, **probe)
+    for seed in study.seeds:
+        start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
+        study.train(f"joint_{seed}", config, **start, **network, **tuned)
+        study.train(f"classes_{seed}", config, **start, **network, **tuned, **{"objective.generative": 0.0})
+        study.train(f"scratch_{seed}", config, seed=seed, **network, **tuned)
+    for seed in study.seeds:
+        study.train(f"bert_{seed}", config, seed=seed, **network, **often, **{"model.causal": False})
+        study.probe(f"bert_{seed}", seed=seed + 100, baselines=False, eval_masks=5, **probe)
+
+
 def run_fashion_mnist(study: Runs) -> None:
     config = "configs/fashion_mnist.py"
     small = {
@@ -150,6 +173,7 @@ def run_fashion_codes(study: Runs) -> None:
 
 RECIPES = {  # data set: its runs, the number of seeds
     "scattered_digits": (run_scattered_digits, 3),
+    "scattered_fashion": (run_scattered_fashion, 3),
     "digits": (run_digits, 5),
     "fashion_mnist": (run_fashion_mnist, 1),
     "fashion_codes": (run_fashion_codes, 3),
@@ -188,6 +212,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     study = Runs(args.data, workdir, args.seeds or RECIPES[args.data][1], args.only)
     needed = {"fashion_mnist": {"fashion_mnist_14.npz": 2}}
+    needed["scattered_fashion"] = {"fashion_mnist.npz": 1}
     needed["fashion_codes"] = needed["fashion_mnist"] | {"fashion_mnist.npz": 1}
     for name, shrink in needed.get(args.data, {}).items():
         if not (workdir / name).exists():

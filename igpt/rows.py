@@ -12,21 +12,10 @@ from flax import nnx
 from jaxtyping import Integer, UInt8
 
 from igpt.decode import decoder_of
+from igpt.draw import STATIC_RULES, Sampling, draw_tokens, image_keys
 from igpt.interop.load import Pretrained
 from igpt.pictures import Pictures
-from igpt.sample import (
-    STATIC_RULES,
-    Sampling,
-    advance,
-    begin,
-    draw_tokens,
-    for_tokens,
-    image_keys,
-    inputs_of,
-    kept_rows,
-    padded_length,
-    segments,
-)
+from igpt.sample import advance, begin, for_tokens, inputs_of, kept_rows, padded_length, segments
 from igpt.sharding import shard_batch
 
 UNDRAWN = 255  # rows that are not drawn yet are white

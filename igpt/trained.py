@@ -22,6 +22,7 @@ from PIL import Image
 from igpt.data.classes import full_names
 from igpt.data.examples import ArrayImages, EncodedImages, Split
 from igpt.data.images import Preprocess
+from igpt.draw import Sampling
 from igpt.interop import load as pretrained
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, data_settings
@@ -30,7 +31,7 @@ from igpt.pictures import Pictures
 from igpt.predict import best_classes, predict
 from igpt.probe.features import stream_features
 from igpt.probe.selection import chosen_layers
-from igpt.sample import Sampling, complete_images, sample_images
+from igpt.sample import complete_images, sample_images
 from igpt.sharding import batch_shards, one_device
 from igpt.track.lines import records
 

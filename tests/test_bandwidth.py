@@ -6,7 +6,8 @@ import numpy as np
 from flax import nnx
 
 from igpt.bandwidth import Clock, bytes_to_draw, memory_bandwidth
-from igpt.sample import image_keys, sample_tokens
+from igpt.draw import image_keys
+from igpt.sample import sample_tokens
 from tests.helpers import TINY_MODEL, random_model
 
 

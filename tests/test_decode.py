@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from igpt.decode import EQUATIONS, KVCache, by_rows, decode, decoder_of, grow, prefill
+from igpt.draw import Sampling, image_keys
 from igpt.errors import UserError
 from igpt.plan.hlo import HloProgram
-from igpt.sample import Sampling, generator, image_keys, sample_tokens, segments
+from igpt.sample import generator, sample_tokens, segments
 from tests.helpers import TINY_MODEL, random_model, random_tokens
 
 VARIANTS = [

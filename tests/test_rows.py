@@ -7,11 +7,12 @@ import pytest
 
 from igpt import sample
 from igpt.config import Config
+from igpt.draw import Sampling
 from igpt.interop.load import Pretrained
 from igpt.model import ModelConfig
 from igpt.palette import Palette
 from igpt.rows import UNDRAWN, completed_rows, sampled_rows
-from igpt.sample import Sampling, complete_images, sample_images
+from igpt.sample import complete_images, sample_images
 from tests.helpers import random_model
 
 HEIGHT, WIDTH = 5, 7

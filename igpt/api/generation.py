@@ -12,11 +12,12 @@ from flax import nnx
 
 from igpt.api.inputs import checked_mask, rows, whole_numbers
 from igpt.api.outputs import GenerateOutput
+from igpt.draw import Sampling, image_keys, truncate
 from igpt.errors import UserError
 from igpt.fields import LARGEST_SEED
 from igpt.files import read_json
 from igpt.interop.documented import check_refused, refusals
-from igpt.sample import Sampling, continue_inputs, image_keys, truncate
+from igpt.sample import continue_inputs
 
 FILE_NAME = "generation_config.json"
 DEFAULTS = (  # the settings of a draw, with transformers' defaults; without a length, the image is completed

@@ -13,12 +13,12 @@ from PIL import Image
 from igpt.data.classes import full_names
 from igpt.data.images import Preprocess, decode
 from igpt.data.sources import open_source
+from igpt.draw import Sampling
 from igpt.errors import UserError
 from igpt.files import read_json
 from igpt.pictures import Pictures
 from igpt.probe.neighbours import unit
 from igpt.rows import completed_rows, sampled_rows
-from igpt.sample import Sampling
 from igpt.trained import Run
 
 MOST_AT_ONCE = 16  # pictures that are drawn together

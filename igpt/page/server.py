@@ -17,9 +17,9 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 
+from igpt.draw import Sampling
 from igpt.errors import UserError, first_line
 from igpt.page.answers import Answers, png
-from igpt.sample import Sampling
 
 MAX_UPLOAD = 16 << 20  # bytes; igpt/data/images.py limits the pixels
 MAX_CONNECTIONS = 16

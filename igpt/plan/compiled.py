@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -78,7 +78,7 @@ def topology_devices(name: str, slices: int = 1) -> list:
         os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dump_flags(_dump_folder())}"
         return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **megacore).devices
     except Exception as error:  # the library raises exceptions of any type
-        remedy = "pip install libtpu if that is missing, and choose a shape that is sold, such as v5e:8x8"
+        remedy = f"{install_compiler()} if libtpu is missing, and choose a shape that is sold, such as v5e:8x8"
         raise UserError(f"--topology={name}: the TPU compiler cannot use it ({first_line(error)}); {remedy}") from None
     finally:
         os.environ["LIBTPU_INIT_ARGS"] = flags
@@ -133,8 +133,20 @@ def text_of(executable: jax.stages.Compiled) -> str:
     try:
         return executable.as_text()
     except jax.errors.JaxRuntimeError as error:
-        problem = f"the program compiled, but jaxlib {version('jaxlib')} cannot read it ({first_line(error)})"
-        raise UnreadableProgramError(f"{problem}; try another topology, mesh or remat policy") from None
+        found = f"jaxlib {version('jaxlib')} cannot read the program of libtpu {_libtpu_version()}"
+        raise UnreadableProgramError(f"{found} ({first_line(error)}); {install_compiler()}") from None
+
+
+def install_compiler() -> str:
+    """The command that installs the libtpu that the installed jax was made for: a newer one may not suit it."""
+    return f'pip install "jax[tpu]=={version("jax")}"'
+
+
+def _libtpu_version() -> str:
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:  # it may be part of the machine
+        return "of an unknown version"
 
 
 def _plan_without_compiler(config: Config, topology: str, count: str) -> dict:

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 import igpt
+from igpt.draw import Sampling
 from igpt.errors import UserError
 from igpt.page.answers import Answers
 from igpt.page.server import FILES, MAX_CONNECTIONS, MAX_UPLOAD, make_server
-from igpt.sample import Sampling, complete_images
+from igpt.sample import complete_images
 from tests.helpers import grey_pictures, write_run
 
 PROBE = {"pretrained": {"best_layer": 1, "layers": [{"layer": i, "test_accuracy": i / 4} for i in range(3)]}}
