@@ -3,11 +3,12 @@
 pip install -e ".[bench]"
 python benchmarks/data.py --out=benchmarks/results/data_cpu.json
 
-There are four parts:
+There are five parts:
 1. prepared tokens to batches;
 2. uint8 images to tokens;
 3. JPEG files to tokens on one thread, beside Pillow's decoding alone;
-4. a training step of configs/digits.py with the real loader, beside the same step on a batch kept on the device.
+4. a training step of configs/digits.py with the real loader, beside the same step on a batch kept on the device;
+5. scattering images over canvases, as a share of the training step that reads them.
 The fourth part alternates between its two sides, because the speed of a machine drifts, and compares their medians.
 """
 
@@ -26,7 +27,7 @@ from report import write
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
 
-from configs import digits
+from configs import digits, scattered_digits, scattered_fashion
 from igpt.config import Config
 from igpt.data.batches import Augmentation, TrainBatches
 from igpt.data.examples import EncodedImages, Split
@@ -133,6 +134,46 @@ def loader_beside_a_resident_batch(rounds: int, steps: int) -> dict:
     return {"seconds_a_step": medians, "slower_by": slower, "rounds": rounds, "steps_a_round": steps}
 
 
+def scattering(config, rounds: int, steps: int) -> dict:
+    """Seconds to scatter a batch of images, beside the seconds of a training step on a batch that is made already.
+
+    Both are medians over rounds of `steps` batches, which alternate.
+    """
+    config = Config.of(config, trains=True)
+    source, mesh, size = open_source(config.data), make_mesh(), config.train.batch_size
+    images, program = source.train.images, build_program(config, mesh)
+    state, rng = program.create_state(seed=0), np.random.default_rng(0)
+    seconds = {"scatter": [], "train": []}
+    with jax.set_mesh(mesh):
+        batch = to_devices({"tokens": np.zeros((size, program.model.seq_len), np.int32)}, size, mesh)
+        for number in range(rounds + 1):
+            indices = rng.integers(0, len(images), (steps, size))
+            draws = rng.random((steps, size, images.draws))
+            start = time.perf_counter()
+            for step in range(steps):
+                images.read(indices[step], draws[step])
+            middle = time.perf_counter()
+            for _ in range(steps):
+                state, metrics = program.train_step(state, batch)
+            jax.block_until_ready(metrics)
+            times = middle - start, time.perf_counter() - middle
+            for name, value in zip(seconds, times, strict=True):
+                seconds[name] += [value / steps] if number else []  # the first round compiles
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    share = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    return {"seconds_a_step": medians, "share_of_a_step": share}
+
+
+def scattered_sources(folder: Path, rounds: int, steps: int = 20) -> dict:
+    """Grey digits, and random images of 28 x 28 that are shrunk, coloured and put on pictures."""
+    np.savez(folder / "small.npz", images=np.random.default_rng(0).integers(0, 256, (2000, 28, 28), np.uint8))
+    np.savez(folder / "pictures.npz", images=photographs(200, 40, 40))
+    in_color = scattered_fashion.get_config(f"npz:{folder}/pictures.npz")
+    in_color.data.source = f"scattered:npz:{folder}/small.npz"
+    configs = {"digits, 12 x 12": scattered_digits.get_config(), "28 x 28 on pictures, 16 x 16": in_color}
+    return {name: scattering(config, rounds, steps) for name, config in configs.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="the JSON to write")
@@ -145,6 +186,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         results["prepared_images_per_s_into_batches"] = prepared_into_batches(Path(folder), palette, args.repeats)
+        results["scattering"] = scattered_sources(Path(folder), args.rounds)
     results["images_per_s_quantised"] = bytes_into_tokens(palette, args.repeats)
     results["jpegs_500_x_375_per_s_on_one_thread"] = jpegs_into_tokens(palette, args.repeats)
     results["training_step"] = loader_beside_a_resident_batch(args.rounds, steps=100)

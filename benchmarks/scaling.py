@@ -20,7 +20,7 @@ from pathlib import Path
 
 from report import write
 from runs import Runs
-from scaling_fit import LEAST_SIZES, MEANING, fit
+from scaling_fit import LEAST_SIZES, MEANING, agreement, fit
 from scaling_picture import draw
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
@@ -135,6 +135,10 @@ def main() -> None:
         "set": args.set,
         "seconds": runs.seconds(),
         "runs": finished,
+        "loss_against_accuracy": {
+            "across_sizes_at_one_budget": agreement(finished, "flops"),
+            "across_budgets_at_one_size": agreement(finished, "size"),
+        },
         "fits": {metric: fit(by_budget, metric) for metric in MEANING},
     }
     write(f"{args.out}/scaling.json", results)

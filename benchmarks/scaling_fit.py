@@ -6,6 +6,7 @@ the parabolas' residuals.
 """
 
 import numpy as np
+from scipy.stats import spearmanr
 
 MEANING = {"loss": 1.0, "accuracy": -1.0}  # the sign that makes smaller better
 LEAST_SIZES = 4  # a parabola has three coefficients, and one more size shows the spread
@@ -83,6 +84,19 @@ def fit(budgets: dict[float, list[dict]], metric: str, samples: int = 2000, seed
             for i, (name, value) in enumerate(zip(names, slope(costs, centre), strict=True))
         }
     return found
+
+
+def agreement(runs: list[dict], shared: str) -> dict:
+    """Whether a lower loss means better features, among runs that share their "flops" or their "size".
+
+    Returns Spearman's rank correlation of loss and accuracy for each shared value with three runs or more: -1 if the
+    order is the same, +1 if it is the opposite; and their mean.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(run[shared], []).append((run["loss"], run["accuracy"]))
+    found = {str(key): float(spearmanr(pairs)[0]) for key, pairs in groups.items() if len(pairs) >= 3}
+    return {"rank_correlations": found, "mean": float(np.mean(list(found.values()))) if found else None}
 
 
 def slope(costs: list[float], logs: np.ndarray) -> np.ndarray:

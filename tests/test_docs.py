@@ -1,9 +1,8 @@
-"""The documents are right: commands parse, examples run, links lead to files, figures are the recorded ones."""
+"""The documents are right: commands parse, examples run, links lead to files. tests/test_figures.py has the figures."""
 
 import argparse
 import glob
 import importlib
-import json
 import os
 import re
 import runpy
@@ -174,96 +173,6 @@ def test_the_readme_is_short_and_keeps_its_two_commands():
     ]
 
 
-def percent(mean: float, interval: list[float]) -> str:
-    low, high = interval
-    return f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def mean_of(entry: dict) -> dict:
-    return {name: entry[name] for name in ("mean", "interval")}
-
-
-def scattered_digits() -> dict:
-    recorded = json.loads((ROOT / "docs" / "results" / "study_scattered_digits.json").read_text())
-    assert recorded["seeds"] == [0, 1, 2]
-    return recorded["findings"]
-
-
-def test_the_figures_of_the_scattered_digits_are_the_recorded_ones():
-    found, text = scattered_digits(), DOCUMENTS["reproduce.md"]
-    section = " ".join(re.search(r"## Where things move\n(.*?)\n## ", text, re.DOTALL)[1].split())
-    by_layer = found["1 accuracy by layer"]
-    for label, key in (("next pixels", "pretrained"), ("an untrained network", "random_init")):
-        assert f"| {label} | " + " | ".join(f"{100 * e['mean']:.1f} %" for e in by_layer[key]) + " |" in section
-    for row in found["5 few labels"]["rows"]:
-        features, pixels = percent(**mean_of(row["features"])), f"{100 * row['raw_pixels']['mean']:.1f} %"
-        assert f"| {row['labels_per_class']} | {features} | {pixels} |" in section
-    votes = (by_layer["neighbours_of_raw_pixels"], by_layer["best_pretrained"]["neighbours"])
-    sentences = ["raw pixels have {:.1f} %, and the features {:.1f} %".format(*(100 * e["mean"] for e in votes))]
-    best = (percent(**mean_of(by_layer[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
-    sentences += ["the layer that validation chose has {}, an untrained network's {}, and raw".format(*best)]
-    sentences += [f"raw pixels {percent(by_layer['raw_pixels']['mean'], by_layer['raw_pixels_interval'])}"]
-    for sentence in sentences:
-        assert sentence in section
-
-
-def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():
-    text = " ".join(DOCUMENTS["vqvae.md"].split())
-    for name, colors in (("fashion_mnist", "32"), ("photos", "512")):
-        recorded = json.loads((ROOT / "docs" / "results" / f"vqvae_{name}.json").read_text())
-        for one in (recorded["of_vqvae"], recorded["of_palettes"][colors]):
-            row = f"| {one['tokens_per_image']:,.0f} | {one['bits_per_image']:,.0f} | {one['psnr']:.1f} dB "
-            assert row + f"| {one['perplexity']:.0f} | {one['tokens_in_use']} of {one['vocab_size']} |" in text
-        assert f"reaches {recorded['model']['eval/loss']:.3f} nats a code" in text
-    probe, tuned = recorded["probe"], recorded["fine-tuned"]
-    best, tuned = (percent(x["test_accuracy"], x["interval"]) for x in (probe["best"], tuned))
-    assert f"says for {best.replace(' [', ' of the test tiles [')}, from layer 0" in text
-    assert f"from layer 0 of an untrained network ({100 * probe['random_init'][0]:.1f} %)" in text
-    last = [f"{100 * probe[name][-1]:.1f} %" for name in ("pretrained", "random_init")]
-    assert f"ahead, {last[0]} against {last[1]}. Raw pixels: {100 * probe['raw_pixels']:.1f} %." in text
-    assert f"the network names {tuned}" in text
-    study = json.loads((ROOT / "docs" / "results" / "study_fashion_codes.json").read_text())
-    found = study["findings"]["6 codes against pixels"]
-    assert study["seeds"] == [0, 1, 2]
-    assert f"Raw pixels of 14 x 14 have {100 * found['raw_pixels']['mean']:.1f} %" in text
-    for kind in ("probe", "neighbours", "untrained", "fine-tuned"):
-        row = " | ".join(percent(**mean_of(found[kind][name])) for name in ("codes", "pixels"))
-        assert f"| {row} |" in text
-    for kind in ("in_the_probe", "fine-tuned"):
-        difference = found[f"codes_beat_pixels_{kind}"]["difference"]
-        low, high = (100 * bound for bound in difference["interval"])
-        assert f"| {100 * difference['mean']:+.1f} points [{low:.1f}, {high:.1f}] |" in text
-
-
-def test_the_figures_of_the_readme_are_the_recorded_ones():
-    recorded = json.loads((ROOT / "docs" / "results" / "digits.json").read_text())
-    probe = recorded["probe"]
-
-    def accuracy(entry):
-        return percent(entry["test_accuracy"], entry["interval"])
-
-    def best(kind):
-        return accuracy(probe[kind]["layers"][probe[kind]["best_layer"]])
-
-    moved = scattered_digits()["1 accuracy by layer"]
-    assert moved["disjoint"]  # what the README says about features
-    ours, untrained = (percent(**mean_of(moved[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
-    raw = percent(moved["raw_pixels"]["mean"], moved["raw_pixels_interval"])
-    expected = {
-        "uniform over the 17 colours, and the first loss of the model": f"{recorded['first_loss']:.3f}",
-        "each pixel's own histogram, the best result without context": f"{recorded['marginal_entropy']:.3f}",
-        "the model, on held-out images": f"{recorded['evaluations'][-1]['eval/loss']:.3f}",
-        f"linear probe, {probe['images']['test']} test images": "at random places, 3 seeds | in the same place",
-        "the best layer, chosen on validation images": f"{ours} | {best('pretrained')}",
-        "the best layer of an untrained network": f"{untrained} | {best('random_init')}",
-        "raw pixels": f"{raw} | {accuracy(probe['raw_pixels'])}",
-    }
-    rows = re.findall(r"^\| (.*?) \| (.*?) \|$", DOCUMENTS["README.md"].replace("**", ""), re.MULTILINE)
-    assert {label: figure for label, figure in rows if label != "loss"} == expected
-    training = next(seconds for line, seconds in recorded["seconds_with_start"].items() if "train.py" in line)
-    assert "under 4 minutes" in DOCUMENTS["README.md"] and training < 4 * 60
-
-
 def test_the_python_of_the_readme_runs(tiny_config, tmp_path, monkeypatch):
     tiny_config.train.update(steps=1, eval_every=1, num_samples=0)
     train.run(tiny_config, tmp_path / "runs" / "digits")
@@ -320,33 +229,6 @@ def test_the_changelog_names_the_new_place_of_every_module():
     assert len(rows) > 15
     for module in re.findall(r"`(.*?)`", " ".join(rows)):
         assert importlib.util.find_spec(module), module
-
-
-def test_the_speed_page_is_made_from_the_recorded_figures():
-    made = runpy.run_path(str(ROOT / "benchmarks" / "speed_page.py"))["page"]()
-    assert DOCUMENTS["speed.md"] == made, "run python benchmarks/speed_page.py"
-
-
-def test_the_speed_page_shows_a_gpu_once_it_has_been_measured(tmp_path):
-    names = runpy.run_path(str(ROOT / "benchmarks" / "speed_page.py"))
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    seconds = {"ours": 0.123, "torch.compile, SDPA": 0.2}
-    row = {
-        "case": "iGPT-S",
-        "batch_size": 32,
-        "seconds": seconds,
-        "mfu_causal": {"ours": 0.414, "torch.compile, SDPA": None},
-    }
-    training = {"device": "NVIDIA H200", "rows": [row | {"goal_mfu_causal": 0.35}]}
-    speeds = {"images_per_s": {"ours": 123.4, "transformers": 5.67}, "share_of_bound": 0.61, "goal_images_per_s": 90}
-    sampling = {"device": "NVIDIA H200", "rows": [{"size": "s", "batch_size": 128} | speeds]}
-    (tmp_path / "training_gpu.json").write_text(json.dumps(training))
-    (tmp_path / "sampling_gpu.json").write_text(json.dumps(sampling))
-    with mock.patch.dict(names["page"].__globals__, RESULTS=tmp_path):
-        made = names["page"]()
-    assert "| iGPT-S | 32 | 0.123 | 0.200 | 41 % | - | 35 % |" in made and "measured on a TPU yet" in made
-    assert "| S | 128 | 123 | 5.7 | 61 % | 90 |" in made and "on NVIDIA H200" in made
 
 
 # The examples of the Hugging Face guide

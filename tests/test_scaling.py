@@ -85,6 +85,16 @@ def test_an_optimum_outside_the_sizes_is_the_nearest_size_and_says_so(scaling):
     assert scaling_fit.optimum(hill, -(hill**2)) == (2.5, False)  # a parabola that opens downwards has no minimum
 
 
+def test_loss_and_accuracy_agree_among_runs_that_share_a_size_or_a_budget(scaling):
+    _, scaling_fit = scaling
+    losses = {("a", 1): 3.0, ("b", 1): 2.5, ("c", 1): 2.0, ("a", 2): 2.9, ("a", 3): 2.8}
+    accuracy = {("a", 1): 0.5, ("b", 1): 0.4, ("c", 1): 0.3, ("a", 2): 0.6, ("a", 3): 0.7}
+    found = [{"size": s, "flops": c, "loss": losses[s, c], "accuracy": accuracy[s, c]} for s, c in losses]
+    assert scaling_fit.agreement(found, "flops") == {"rank_correlations": {"1": pytest.approx(1)}, "mean": 1}
+    assert scaling_fit.agreement(found, "size") == {"rank_correlations": {"a": pytest.approx(-1)}, "mean": -1}
+    assert scaling_fit.agreement(found[:2], "flops") == {"rank_correlations": {}, "mean": None}
+
+
 def test_too_few_sizes_are_refused(scaling):
     _, scaling_fit = scaling
     with pytest.raises(SystemExit, match="a budget has 3 sizes"):
