@@ -53,8 +53,8 @@ PROGRAMS = {
         "--config.model.residual_dropout=0.1",
     ],
     "vqvae": [
-        "--config.program=vqvae", "--config.vqvae.codes=32", "--config.vqvae.width=8", "--config.vqvae.code_width=8",
-        "--config.vqvae.residual_width=8",
+        "--config.program=vqvae", "--config.optim.name=adam", "--config.vqvae.codes=32", "--config.vqvae.width=8",
+        "--config.vqvae.code_width=8", "--config.vqvae.residual_width=8",
     ],
 }  # fmt: skip
 

@@ -37,7 +37,7 @@ transformers' {features_peer_mib:,.0f}: it computes the layers above, too, and k
 
 From Enter to the first step of the quickstart {cold_step:.1f} s, and {warm_step:.1f} s when its programs
 were compiled before; to one sample {cold_sample:.1f} and {warm_sample:.1f} s. The whole command takes
-{now_seconds:.0f} s, from cold, where the version before kept programs, huge pages and joined batches took
+{now_seconds:.0f} s, from cold, where the version before kept programs, huge pages, joined batches and Muon took
 {before_seconds:.0f} s, with validation losses of {now_loss:.3f} and {before_loss:.3f}
 (`benchmarks/start.py`, `benchmarks/results/start_cpu.json`; one run each).
 

@@ -88,13 +88,14 @@ def get_config() -> ConfigDict:
     objective.eval_masks = 5  # BERT: masks for each image in evaluation, which vote on its class
 
     config.optim = optim = ConfigDict()
+    optim.name = "adam"  # adam, as in the paper | muon: for the kernels of the blocks, with adam for all else
     optim.learning_rate = 3e-3  # the highest, at the end of the warm-up
     optim.warmup_steps = 0  # steps of linear warm-up from almost zero; at most half of train.steps
     optim.schedule = "cosine"  # after the warm-up: cosine (to zero at the last step) | constant
     optim.b1 = 0.9  # Adam's decay of the first moment
     optim.b2 = 0.95  # Adam's decay of the second moment; with 0.999 the paper saw spikes (section 3.3)
     optim.eps = 1e-8  # Adam's epsilon; the paper does not state it
-    optim.weight_decay = 0.0  # decoupled (AdamW), on kernels only
+    optim.weight_decay = 0.0  # decoupled (AdamW), on kernels only; with muon on those of the blocks
     optim.clip_norm = 0.0  # gradients with a larger global norm are scaled down to it; 0: no clipping
 
     config.train = train = ConfigDict()

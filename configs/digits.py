@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Cost: under 4 minutes on 2 CPU cores. Expect 1.273 nats a token on held-out images and 95.3 % for the best layer's
+Cost: a minute and a half on 2 CPU cores. Expect 1.230 nats a token on held-out images and 95.3 % for the best layer's
 linear probe (measured here, seed 0: docs/results/digits.json).
 """
 
@@ -17,24 +17,25 @@ def get_config() -> ConfigDict:
 
     # A network soon memorises 1,258 images. Shifts by up to a pixel and weight decay work against that.
     config.data.pad = 1
-    config.data.augment_probability = 0.8
+    config.data.augment_probability = 0.5
 
     config.model.width = 128
     config.model.depth = 4
     config.model.num_heads = 4
     config.model.scan_layers = False  # a CPU fills the arrays of a scan with zeros first
 
-    config.optim.learning_rate = 3e-3
-    config.optim.warmup_steps = 150
+    config.optim.name = "muon"  # a lower loss in a quarter of Adam's steps (docs/decisions.md)
+    config.optim.learning_rate = 6e-3
+    config.optim.warmup_steps = 50
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
 
-    config.train.steps = 2600
+    config.train.steps = 700
     config.train.batch_size = 16
-    config.train.eval_every = 650
+    config.train.eval_every = 175
     config.train.eval_batch_size = 64
-    config.train.sample_every = 650
+    config.train.sample_every = 350
     config.train.num_samples = 36
-    config.train.checkpoint_every = 650
+    config.train.checkpoint_every = 175
 
     return config

@@ -19,7 +19,10 @@ def get_config() -> ConfigDict:
     config.model.num_classes = 10
     config.objective.classification = 1.0  # both losses have equal weight (section 2.3)
 
+    config.data.augment_probability = 0.8
+
     # A constant learning rate, below pretraining's, and an end at the best validation accuracy (section 3.4).
+    config.optim.name = "adam"
     config.optim.schedule = "constant"
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 0

@@ -21,6 +21,10 @@ def get_config() -> ConfigDict:
     config.data.pad = 0  # the places are augmentation enough
     config.data.augment_probability = 1.0
 
+    config.optim.name = "adam"
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 150
+
     config.train.steps = 1000
     config.train.eval_every = 250
     config.train.sample_every = 500

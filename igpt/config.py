@@ -153,6 +153,8 @@ class Config:
                 raise UserError(
                     f"{name} is {value}, but program=vqvae starts from scratch and learns no classes; empty it"
                 )
+        if self.optim and self.optim.name != "adam":
+            raise UserError(f"optim.name is {self.optim.name}, which is for transformers; set optim.name=adam")
         if self.train and self.train.accumulate != 1:
             problem = f"train.accumulate is {self.train.accumulate}; a VQ-VAE's codebook follows whole batches"
             raise UserError(f"{problem}: set train.accumulate=1 and a smaller train.batch_size")

@@ -1,4 +1,8 @@
-"""Adam and its schedule as in the paper (Chen et al. 2020, section 3.3), and a guard that skips non-finite steps."""
+"""Adam and its schedule as in the paper (Chen et al. 2020, section 3.3), Muon, and a guard that skips non-finite steps.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces each matrix of an update by the nearest
+one whose singular values are equal. It learns as much as Adam in fewer steps, and keeps one moment instead of two.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,15 +12,28 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
+from optax.contrib import MuonDimensionNumbers, muon
 
 from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice
 from igpt.sharding import path_of
 
+# The axes over which a product with a kernel of the blocks sums, and those of its result. Any others count separate
+# matrices: layers, and queries, keys and values.
+MATRICES = {
+    "blocks.qkv.kernel": MuonDimensionNumbers(1, (3, 4)),  # [L, D, 3, N, K]
+    "blocks.out.kernel": MuonDimensionNumbers((1, 2), 3),  # [L, N, K, D]
+    "blocks.up.kernel": MuonDimensionNumbers(1, 2),  # [L, D, F]
+    "blocks.down.kernel": MuonDimensionNumbers(1, 2),  # [L, F, D]
+}
+MUON_RMS = (
+    0.2  # of an update's numbers, as Adam's usually are, so that both take similar learning rates (Liu et al. 2025)
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The fields of Adam and its schedule. Raises UserError, which names the field, for an impossible value."""
+    """The optimizer's fields and its schedule's. Raises UserError, which names the field, for an impossible value."""
 
     learning_rate: float
     warmup_steps: int
@@ -26,6 +43,7 @@ class OptimConfig:
     eps: float
     weight_decay: float
     clip_norm: float
+    name: str = "adam"
 
     def __post_init__(self):
         if not self.learning_rate > 0:
@@ -34,7 +52,7 @@ class OptimConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optim.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         check_at_least(self, "optim.", warmup_steps=0, eps=0.0, weight_decay=0.0, clip_norm=0.0)
-        check_choice(self, "optim.", schedule=("cosine", "constant"))
+        check_choice(self, "optim.", schedule=("cosine", "constant"), name=("adam", "muon"))
 
 
 def make_optimizer(
@@ -42,23 +60,32 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """Returns the guarded optimizer for `steps` updates, and its schedule (update number -> learning rate).
 
-    `around` may wrap Adam in another transformation, inside the guard.
+    `around` may wrap Adam in another transformation, inside the guard. With Muon, Adam updates all but MATRICES.
     """
     peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
     if optim.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, steps - warmup)
+        course = optax.cosine_decay_schedule(peak, steps - warmup)
     else:
-        decay = optax.constant_schedule(peak)
+        course = optax.constant_schedule(peak)
     # The warmup starts at peak / (warmup + 1), because an update with learning rate 0 would waste a batch.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    schedule = optax.join_schedules([rise, decay], [warmup]) if warmup else decay
+    schedule = optax.join_schedules([rise, course], [warmup]) if warmup else course
 
     def is_kernel(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path_of(path).endswith("kernel"), params)
 
-    adam = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=is_kernel)
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: MATRICES.get(path_of(path)), params)
+
+    decay = optim.weight_decay
+    if optim.name == "muon":
+        of_adam = {"adam_b1": optim.b1, "adam_b2": optim.b2, "eps": optim.eps}
+        of_muon = {"muon_weight_dimension_numbers": matrices, "consistent_rms": MUON_RMS}
+        chosen = muon(schedule, weight_decay=decay, weight_decay_mask=is_kernel, **of_adam, **of_muon)
+    else:
+        chosen = optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=decay, mask=is_kernel)
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
-    return guarded(around(optax.chain(*clip, adam))), schedule
+    return guarded(around(optax.chain(*clip, chosen))), schedule
 
 
 class GuardState(NamedTuple):

@@ -36,7 +36,7 @@ RULES = (
     (r"(blocks\.attention_norm|blocks\.mlp_norm|final_norm)\.gain", P()),  # [L, D], [D]
     (r"(head|classifier)\.kernel", P("fsdp", None)),  # [D, V], [D, C]
     (r"(encoder|decoder)\..*|codebook|usage|sums|revived", P()),  # a VQ-VAE, which is small: every device has all of it
-    (r"step|count|updates|skipped", P()),  # counters
+    (r"step|count|updates|skipped|ns_coeffs", P()),  # counters, and Muon's three constants
 )
 
 

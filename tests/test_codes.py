@@ -116,7 +116,7 @@ def vqvae_config():
     from configs import digits
 
     config = digits.get_config()
-    config.program = "vqvae"
+    config.program, config.optim.name = "vqvae", "adam"
     config.vqvae.update({name: getattr(CONFIG, name) for name in config.vqvae if name in vars(CONFIG)})
     config.train.update(steps=6, batch_size=16, log_every=1, eval_every=3, eval_batch_size=40, sample_every=6)
     config.train.update(checkpoint_every=3, num_samples=3)

@@ -80,6 +80,7 @@ def test_a_configuration_of_another_kind_is_refused():
         ({"optim.clip_norm": float("nan")}, "clip_norm is nan"),
         ({"optim.learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
         ({"optim.b2": 1.0}, r"optim\.b2 is 1\.0"),
+        ({"optim.name": "sgd"}, r"optim\.name is 'sgd'; choose adam, muon"),
         ({"optim.schedule": "linear"}, r"optim\.schedule is 'linear'; choose cosine, constant"),
         ({"mesh.dcn_data": 0}, r"mesh\.dcn_data is 0"),
         ({"objective.eval_masks": 0}, "eval_masks is 0"),

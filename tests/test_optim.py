@@ -42,6 +42,46 @@ def test_an_update_is_adam_by_hand():
         np.testing.assert_allclose(params["head"]["kernel"], value, rtol=1e-5)
 
 
+def by_newton_schulz(matrix):
+    """Five iterations of Jordan et al. 2024 in float64: singular values come near to 1."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_the_first_update_of_muon_is_that_by_hand_for_each_matrix_of_the_blocks():
+    L, D, N, K, F = 2, 6, 2, 3, 24
+    shapes = {"qkv": (L, D, 3, N, K), "out": (L, N, K, D), "up": (L, D, F), "down": (L, F, D)}
+    rng = np.random.default_rng(0)
+    grads = {"blocks": {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}}
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grads)
+    optimizer, _ = make_optimizer(optim_config(name="muon", learning_rate=0.1, schedule="constant"), steps=9)
+    inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
+    updates, _ = optimizer.update(inputs, optimizer.init(params), params, loss=jnp.ones(()))
+
+    def matrices(tree):  # of layer 1, as what a product sums over times what it makes
+        qkv, out, up, down = (np.asarray(tree["blocks"][name]["kernel"])[1] for name in shapes)
+        return [*(qkv[:, i].reshape(D, N * K) for i in range(3)), out.reshape(N * K, D), up, down]
+
+    for found, grad in zip(matrices(updates), matrices(grads), strict=True):
+        expected = -0.1 * 0.2 * np.sqrt(max(grad.shape)) * by_newton_schulz(grad)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_muon_leaves_all_but_the_blocks_kernels_to_adam():
+    settings = dict(learning_rate=0.1, schedule="constant")
+    optimizer, _ = make_optimizer(optim_config(name="muon", **settings), steps=9)
+    adam = optax.nadamw(0.1, b1=0.9, b2=0.95, weight_decay=0.0)
+    params = {"head": {"kernel": jnp.ones((3, 4))}, "blocks": {"up": {"bias": jnp.ones((2, 4))}}}
+    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) - 3, params)
+    found, _ = optimizer.update(grads, optimizer.init(params), params, loss=jnp.ones(()))
+    expected, _ = adam.update(grads, adam.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_weight_decay_touches_kernels_only():
     optimizer, _ = make_optimizer(optim_config(weight_decay=0.1), steps=9)
     params = {
@@ -71,6 +111,7 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"b2": 1.0}, r"b2 is 1.0; it must lie in \[0, 1\)"),
         ({"schedule": "linear"}, "'linear'; choose cosine, constant"),
+        ({"name": "sgd"}, "optim.name is 'sgd'; choose adam, muon"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

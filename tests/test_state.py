@@ -30,10 +30,11 @@ def batch_of(step, size=16, bert=False):
 
 
 @functools.cache  # several tests compare with the same runs
-def train(mesh, steps=4, accumulate=1, seed=0, learning_rate=1e-2, one_batch=False, **changes):
+def train(mesh, steps=4, accumulate=1, seed=0, learning_rate=1e-2, one_batch=False, optimizer="adam", **changes):
     """Losses, gradient norms and the last state of a few updates on one fixed stream of batches."""
     config = ModelConfig(**TINY | changes)
-    optimizer, schedule = make_optimizer(optim_config(learning_rate=learning_rate, clip_norm=1.0), steps=10)
+    optim = optim_config(name=optimizer, learning_rate=learning_rate, clip_norm=1.0)
+    optimizer, schedule = make_optimizer(optim, steps=10)
     graph, abstract = abstract_state(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed)
     dropout_seed = seed if config.residual_dropout else None
@@ -60,6 +61,16 @@ def test_eight_devices_give_the_losses_and_parameters_of_one(sizes):
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(alone_state.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)  # Adam divides by gradients that are almost zero
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_muon_is_the_same_on_eight_devices_and_keeps_its_moment_split(sizes):
+    alone, _ = train(one_device(), optimizer="muon")
+    together, state = train(make_mesh(*sizes), optimizer="muon")
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    kernel = state.params["blocks"]["up"]["kernel"]
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
+    assert [leaf.sharding for leaf in moments] == [kernel.sharding]  # one, where Adam has two
 
 
 def test_dropout_is_the_same_on_any_mesh():

@@ -122,7 +122,7 @@ def configuration(**fields):
     from configs import digits
 
     config = digits.get_config()
-    config.program = "vqvae"
+    config.program, config.optim.name = "vqvae", "adam"
     config.vqvae.update(
         {"codes": 13, "stride": 2, "width": 6, "code_width": 5, "residual_blocks": 1, "residual_width": 4}
     )
@@ -173,6 +173,7 @@ def test_the_first_step_takes_its_codes_from_the_images_and_metrics_say_how_many
         ({"vqvae.codes": 65_537}, "room for 65,536"),
         ({"init_from": "runs/a"}, "starts from scratch"),
         ({"train.accumulate": 2}, "whole batches"),
+        ({"optim.name": "muon"}, "for transformers; set optim.name=adam"),
         ({"program": "vqgan"}, "program is 'vqgan'; choose igpt, vqvae"),
     ],
 )

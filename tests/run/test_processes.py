@@ -64,7 +64,11 @@ def close(one, other):
     return max(abs(one[step] - other[step]) for step in one) < 1e-5
 
 
-VQVAE = ("--config.program=vqvae", *(f"--config.vqvae.{name}=8" for name in ("codes", "width", "code_width")))
+VQVAE = (
+    "--config.program=vqvae",
+    "--config.optim.name=adam",
+    *(f"--config.vqvae.{name}=8" for name in ("codes", "width", "code_width")),
+)
 
 
 @pytest.mark.parametrize("program", [(), VQVAE], ids=["igpt", "vqvae"])

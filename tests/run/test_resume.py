@@ -16,9 +16,14 @@ from igpt.run import checkpoint
 from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pixels", "bert"])
-def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path, monkeypatch, causal):
+@pytest.mark.parametrize(
+    ("causal", "optimizer"),
+    [(True, "adam"), (True, "muon"), pytest.param(False, "adam", marks=pytest.mark.slow)],
+    ids=["pixels", "muon", "bert"],
+)
+def test_a_continued_run_repeats_the_uninterrupted_one_bitwise(tiny_config, tmp_path, monkeypatch, causal, optimizer):
     tiny_config.model.update(residual_dropout=0.1, causal=causal)
+    tiny_config.optim.name = optimizer
     train.run(tiny_config, tmp_path / "whole")
 
     class Interrupted(Exception):
