@@ -26,9 +26,9 @@ MATRICES = {
     "blocks.up.kernel": MuonDimensionNumbers(1, 2),  # [L, D, F]
     "blocks.down.kernel": MuonDimensionNumbers(1, 2),  # [L, F, D]
 }
-MUON_RMS = (
-    0.2  # of an update's numbers, as Adam's usually are, so that both take similar learning rates (Liu et al. 2025)
-)
+# The root mean square of Muon's updates before the learning rate: about that of Adam's, so that both take similar rates
+# (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """Returns the guarded optimizer for `steps` updates, and its schedule (update number -> learning rate).
 
-    `around` may wrap Adam in another transformation, inside the guard. With Muon, Adam updates all but MATRICES.
+    `around` may wrap Adam in another transformation, inside the guard. With Muon, Adam with Nesterov's momentum
+    updates all but MATRICES.
     """
     peak, warmup = optim.learning_rate, min(optim.warmup_steps, steps // 2)
     if optim.schedule == "cosine":
