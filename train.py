@@ -42,7 +42,7 @@ from igpt.files import as_path, check_workdir, storage_errors
 from igpt.interop import load
 from igpt.interop.hub import resolve
 from igpt.plots import check_drawing, palette_picture
-from igpt.run import checkpoint
+from igpt.run import restore
 from igpt.run.changes import parse_changes
 from igpt.run.cluster import add_process_arguments, exists, is_first_process, join_from
 from igpt.run.directory import RunDirectory, locked
@@ -150,7 +150,7 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run | Cod
     params, names = state.params, finetune.output_names(source, config)
     if config.objective.classification:  # the best checkpoint, which `igpt.load` would load
         with storage_errors(run.path):
-            params, step = checkpoint.restore_params(run.path, program.abstract.params)
+            params, step = restore.params(run.path, program.abstract.params)
     model = nnx.merge(program.graph, params)
     result = TASKS[config.program].result(run.path, load.Pretrained(config, model, tokenizer, step, names), evaluation)
     farewell(run, last, evaluation, seconds, source)
@@ -311,7 +311,7 @@ def test_classifier(
     `step` is the run's last step, where the trackers record the result.
     """
     with storage_errors(run.path):
-        params, best = checkpoint.restore_params(run.path, program.abstract.params)
+        params, best = restore.params(run.path, program.abstract.params)
         drops, batch_size = evaluation_drops(config), config.train.eval_batch_size
         counts = finetune.confusion(program.graph, params, source, tokenizer, drops, batch_size, program.mesh)
         images = {name: len(getattr(source, name)) for name in SPLITS}

@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 from report import write
 
 from igpt.files import AnyPath, as_path, is_bucket, remove_tree
-from igpt.run import checkpoint
+from igpt.run import checkpoint, restore
 from igpt.run.orbax_paths import known_to_orbax
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +103,7 @@ def outcome(workdir: AnyPath, steps: int) -> tuple[dict, list[dict], dict]:
     leaves = jax.tree_util.tree_leaves_with_path(read_arrays(workdir, steps))
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
     known = [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records(workdir)]
-    return arrays, known, vars(checkpoint.progress_at(workdir, steps))
+    return arrays, known, vars(restore.progress_at(workdir, steps))
 
 
 def read_arrays(workdir: AnyPath, step: int) -> dict:

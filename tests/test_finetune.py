@@ -30,7 +30,7 @@ from igpt.errors import UserError
 from igpt.interop.export import export
 from igpt.interop.import_run import import_checkpoint
 from igpt.palette import Palette
-from igpt.run import checkpoint
+from igpt.run import checkpoint, restore
 from tests.helpers import (
     HF_CLUSTERS,
     HF_IMAGE_SIZE,
@@ -305,7 +305,7 @@ def test_a_run_without_names_meets_any_source_by_number(images, tmp_path):
 
 def progress_of(workdir):
     steps = checkpoint.finished_steps(workdir)
-    return steps, dataclasses.replace(checkpoint.progress_at(workdir, steps[-1]), tokenizer="")
+    return steps, dataclasses.replace(restore.progress_at(workdir, steps[-1]), tokenizer="")
 
 
 def test_training_ends_with_patience_and_more_patience_resumes_it(images, start, tmp_path, script, capsys):

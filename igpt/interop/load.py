@@ -20,7 +20,7 @@ from igpt.interop.hf_network import names_of_labels
 from igpt.interop.hub import resolve
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig
-from igpt.run import checkpoint
+from igpt.run import restore
 from igpt.run.directory import check_tokenizer, load_config
 from igpt.sharding import one_device
 from igpt.state import with_shardings
@@ -56,8 +56,8 @@ def load(ref: str | AnyPath, step: int | None = None, mesh: Mesh | None = None) 
     graph, params = nnx.split(pretrained.model)
     abstract = with_shardings(nnx.to_pure_dict(params), mesh or one_device())
     if not is_huggingface(directory):
-        params, step = checkpoint.restore_params(directory, abstract, step)
-        check_tokenizer(directory, checkpoint.progress_at(directory, step), pretrained.tokenizer)
+        params, step = restore.params(directory, abstract, step)
+        check_tokenizer(directory, restore.progress_at(directory, step), pretrained.tokenizer)
     elif step is None:
         params, step = hf_weights.open_directory(directory).read(abstract), 0
     else:

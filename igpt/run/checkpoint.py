@@ -1,4 +1,4 @@
-"""Checkpoints on disk or in a bucket (Orbax: atomic, asynchronous, resharded when restored).
+"""Writes and lists checkpoints, on disk or in a bucket (Orbax: atomic, asynchronous). igpt/run/restore.py reads them.
 
     WORKDIR/checkpoints/STEP/{params, optimizer, progress, sha256.json}
 
@@ -19,12 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from igpt.errors import StorageError, UserError, first_line, reported
+from igpt.errors import StorageError, first_line, reported
 from igpt.files import AnyPath, is_bucket, remove_tree
-from igpt.run.cluster import all_processes, barrier, broadcast, exists, is_first_process
-from igpt.run.digests import damage, write_digests
+from igpt.run.cluster import all_processes, barrier, broadcast, is_first_process
+from igpt.run.digests import write_digests
 from igpt.run.orbax_paths import known_to_orbax
-from igpt.sharding import path_of
 from igpt.state import TrainState
 
 FOLDER = "checkpoints"
@@ -146,7 +145,7 @@ class Checkpoints:
     def _finish(self) -> None:
         """Waits for the running save. Then deletes the checkpoint that it replaced, or renames it back."""
         self._manager.wait_until_finished()
-        _settle_replaced(self.workdir)
+        settle_replaced(self.workdir)
 
     def __enter__(self):
         return self
@@ -163,7 +162,7 @@ class Checkpoints:
         for unfinished in [folder / str(self._saving)] if is_bucket(folder) else folder.glob(f"{self._saving}.*"):
             write_digests(unfinished)
             for item in ("params", "optimizer"):
-                _described(unfinished / item)
+                described(unfinished / item)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Waits at Orbax's barrier until all processes of a save have called it.
@@ -196,7 +195,7 @@ class Checkpoints:
             ) from error
 
 
-def _settle_replaced(workdir: AnyPath) -> None:
+def settle_replaced(workdir: AnyPath) -> None:
     """Deletes each old checkpoint whose replacement is finished. Renames the other old checkpoints back."""
     if not is_first_process():
         return
@@ -218,7 +217,7 @@ def finished_steps(workdir: AnyPath) -> list[int]:
     """Lists the steps of a run's finished checkpoints, as this process sees them, oldest first. Changes no file."""
     if not (workdir / FOLDER).is_dir():
         return []
-    with _reader(workdir) as checkpoints:
+    with reader(workdir) as checkpoints:
         return sorted(checkpoints.all_steps())
 
 
@@ -232,12 +231,13 @@ def common_steps(workdir: AnyPath) -> list[int]:
     return np.asarray(broadcast(np.resize(steps, count))).tolist() if count else []
 
 
-def _reader(workdir: AnyPath) -> ocp.CheckpointManager:
+def reader(workdir: AnyPath) -> ocp.CheckpointManager:
+    """Orbax's view of a run's checkpoints, which writes nothing. Use `with`, so that its threads end."""
     options = ocp.CheckpointManagerOptions(create=False)
     return ocp.CheckpointManager(known_to_orbax(workdir / FOLDER), options=options, item_names=ITEMS)
 
 
-def _described(item: AnyPath) -> dict:
+def described(item: AnyPath) -> dict:
     """The tree of a checkpoint's item with the shape of each array instead of its values."""
     return ocp.PyTreeCheckpointHandler().metadata(known_to_orbax(item)).tree
 
@@ -245,33 +245,6 @@ def _described(item: AnyPath) -> dict:
 def folder_of(workdir: AnyPath, step: int) -> AnyPath:
     """The directory that holds the checkpoint of `step`."""
     return workdir / FOLDER / str(step)
-
-
-def newest_sound_step(workdir: AnyPath) -> int:
-    """The step of the newest undamaged checkpoint, or 0 if the run has saved no checkpoint yet.
-
-    Renames newer, damaged checkpoints. Raises UserError if all checkpoints are damaged.
-    """
-    _settle_replaced(workdir)
-    barrier()
-    steps = common_steps(workdir)
-    for step in reversed(steps):
-        reason = damage(folder_of(workdir, step))
-        if not reason:
-            return step
-        if is_first_process():
-            number = 1
-            while (aside := workdir / f"damaged-{step}-{number}").exists():
-                number += 1
-            folder_of(workdir, step).rename(aside)
-            print(f"the checkpoint of step {step} is damaged ({reason}): moved to {aside}, resuming from an older one")
-        barrier()
-    if steps or broadcast(any(workdir.glob("damaged-*"))):  # found damaged now, or at an earlier start
-        raise UserError(
-            f"every checkpoint of {workdir} is damaged, and was moved to {workdir}/damaged-STEP-N; restore one from a "
-            "copy, or run with --start_over to train from step 0"
-        )
-    return 0
 
 
 def save_params(workdir: AnyPath, params: dict, step: int) -> None:
@@ -283,84 +256,3 @@ def save_params(workdir: AnyPath, params: dict, step: int) -> None:
     with ocp.CheckpointManager(known_to_orbax(workdir / FOLDER), options=options) as checkpoints:
         item = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE_BYTES)
         checkpoints.save(step, args=ocp.args.Composite(params=item))
-
-
-def progress_at(workdir: AnyPath, step: int) -> Progress | None:
-    """The progress in a checkpoint, or None if the checkpoint has parameters only."""
-    if not exists(folder_of(workdir, step) / "progress"):
-        return None
-    with _reader(workdir) as checkpoints:
-        found = checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-    try:
-        return Progress(**found)
-    except TypeError as error:
-        problem = f"{folder_of(workdir, step)}/progress was written by another version of igpt: {error}"
-        raise UserError(f"{problem}; resume the run with that version") from None
-
-
-def restore(workdir: AnyPath, abstract: TrainState, step: int) -> TrainState:
-    """Restores the state after `step` updates with the shardings of `abstract`. Any mesh may have saved the state."""
-    optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-    items = ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        # The restore is partial, because earlier versions of igpt also saved the last 128 losses.
-        optimizer=ocp.args.PyTreeRestore(
-            optimizer, ocp.checkpoint_utils.construct_restore_args(optimizer), partial_restore=True
-        ),
-    )
-    _check_params(workdir, step, abstract.params)
-    found = _restored(workdir, step, items)
-    return TrainState(found.optimizer["step"], found.params, found.optimizer["opt_state"])
-
-
-def restore_params(workdir: AnyPath, abstract: dict, step: int | None = None) -> tuple[dict, int]:
-    """Restores only the parameters; returns them and their step. Default: fine-tuning's best step, else the newest.
-
-    Raises UserError if the checkpoint is missing or damaged.
-    """
-    steps = common_steps(workdir)
-    if not steps:
-        raise UserError(f"{workdir} has no finished checkpoint yet: train first, or name another run directory")
-    if step is None:
-        progress = progress_at(workdir, steps[-1])
-        step = progress.best_step if progress and progress.best_step in steps else steps[-1]
-    if step not in steps:
-        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
-    if reason := damage(folder_of(workdir, step), "params/"):
-        raise UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
-    _check_params(workdir, step, abstract)
-    return _restored(workdir, step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params, step
-
-
-def _check_params(workdir: AnyPath, step: int, abstract: dict) -> None:
-    """Raises UserError unless a checkpoint's parameters have the names and shapes of `abstract`. It reads no array.
-
-    If Orbax found the difference, its other reads would go on, fail, and print tracebacks after the message.
-    """
-    found = _described(folder_of(workdir, step) / "params")
-    there, here = (
-        {path_of(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (found, abstract)
-    )
-    differing = [
-        f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        raise _unfit(workdir, step, f"{differing[0]} ({len(differing)} of its arrays differ)")
-
-
-def _unfit(workdir: AnyPath, step: int, why: str) -> UserError:
-    return UserError(
-        f"the checkpoint of step {step} of {workdir} does not fit this network: {why}. It may come from another "
-        "version of igpt; another run can still start from its weights with init_from"
-    )
-
-
-def _restored(workdir: AnyPath, step: int, items):
-    with _reader(workdir) as checkpoints:
-        try:
-            return checkpoints.restore(step, args=items)
-        except Exception as error:  # the files are undamaged; the optimizer has other arrays
-            raise _unfit(workdir, step, first_line(error)[:300]) from error

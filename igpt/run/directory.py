@@ -21,7 +21,7 @@ from igpt.errors import UserError
 from igpt.files import AnyPath, check_workdir, is_bucket, read_json, storage_errors, write_json
 from igpt.lock import InUseError, Lock, lock_files
 from igpt.palette import Palette
-from igpt.run import changes, checkpoint
+from igpt.run import changes, checkpoint, restore
 from igpt.run.cluster import all_processes, barrier, broadcast, check_seen, check_shared, exists, is_first_process
 from igpt.state import TrainProgram, TrainState
 from igpt.tokenizer import FILES, Tokenizer, load_tokenizer
@@ -84,7 +84,7 @@ class RunDirectory:
 
         Renames damaged checkpoints. Raises UserError if all checkpoints are damaged, or if they do not fit the network.
         """
-        self.first_step = checkpoint.newest_sound_step(self.path) if self.is_resumed else 0
+        self.first_step = restore.newest_sound_step(self.path) if self.is_resumed else 0
         if not self.first_step:
             return None
         if self.first_step > self.config.train.steps:
@@ -92,8 +92,8 @@ class RunDirectory:
                 f"train.steps is {self.config.train.steps}, but {self.path} has already learned {self.first_step} "
                 f"steps; give at least that number"
             )
-        state = checkpoint.restore(self.path, program.abstract, self.first_step)
-        known = checkpoint.progress_at(self.path, self.first_step)
+        state = restore.state(self.path, program.abstract, self.first_step)
+        known = restore.progress_at(self.path, self.first_step)
         self.progress = known or checkpoint.Progress(evaluated_step=self.first_step)
         return state
 

@@ -13,7 +13,7 @@ from igpt.bucket import FINISHED
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.interop.export import export
-from igpt.run import checkpoint
+from igpt.run import checkpoint, restore
 from igpt.run.directory import set_aside
 from igpt.sharding import make_mesh
 from tests.helpers import (
@@ -79,8 +79,8 @@ def test_a_run_goes_on_in_a_bucket_after_a_plain_copy_and_back_bitwise(tiny_conf
 @pytest.mark.parametrize("bucket_url", ["s3"], indirect=True)
 def test_a_state_is_restored_from_a_bucket_of_the_second_kind(bucket):
     state = save_states(bucket, make_mesh(), steps=(1,))
-    assert checkpoint.newest_sound_step(bucket) == 1
-    assert_bitwise_equal(checkpoint.restore(bucket, abstract_of(state), 1), state)
+    assert restore.newest_sound_step(bucket) == 1
+    assert_bitwise_equal(restore.state(bucket, abstract_of(state), 1), state)
 
 
 @pytest.mark.parametrize("bucket_url", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
@@ -89,15 +89,15 @@ def test_checkpoints_in_a_bucket_are_atomic_and_damage_is_moved_aside(bucket, ca
     state = save_states(bucket, mesh, steps=(2, 3, 4))
     assert checkpoint.finished_steps(bucket) == [3, 4]
     (bucket / "checkpoints" / "4" / FINISHED).unlink()  # as if a kill had come before the save was finished
-    assert checkpoint.finished_steps(bucket) == [3] and checkpoint.newest_sound_step(bucket) == 3
+    assert checkpoint.finished_steps(bucket) == [3] and restore.newest_sound_step(bucket) == 3
     save_states(bucket, mesh, steps=(4,))
     assert checkpoint.finished_steps(bucket) == [3, 4]
     file = max((bucket / "checkpoints" / "4" / "optimizer").files(), key=lambda path: len(path.read_bytes()))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    assert checkpoint.newest_sound_step(bucket) == 3
+    assert restore.newest_sound_step(bucket) == 3
     assert f"step 4 is damaged (optimizer/{str(file).partition('/optimizer/')[2]} differs" in capsys.readouterr().out
     assert (bucket / "damaged-4-1" / "optimizer").is_dir() and not (bucket / "checkpoints" / "4").exists()
-    assert_bitwise_equal(checkpoint.restore(bucket, abstract_of(state), 3), state)
+    assert_bitwise_equal(restore.state(bucket, abstract_of(state), 3), state)
 
 
 @pytest.mark.parametrize("bucket_url", ["gs"], indirect=True)
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_replaces_another_in_a_bucket_may_be_interrupted(bucke
     newer = read_arrays(bucket, 3)
     (bucket / "checkpoints" / "3").rename(bucket / "replaced-3")
     (bucket / "checkpoints" / "3" / "params" / "half").write_bytes(b"")  # the next save was killed
-    assert checkpoint.newest_sound_step(bucket) == 3 and not list(bucket.glob("replaced-*"))
+    assert restore.newest_sound_step(bucket) == 3 and not list(bucket.glob("replaced-*"))
     assert_bitwise_equal(read_arrays(bucket, 3), newer)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from igpt.errors import StorageError, UserError
-from igpt.run import checkpoint, orbax_paths
+from igpt.run import checkpoint, orbax_paths, restore
 from igpt.sharding import make_mesh
 from igpt.state import abstract_state, create_state
 from tests.helpers import ROOT, RUN_MODEL, assert_trees_equal, default_optimizer, save_states
@@ -17,7 +17,7 @@ def test_what_one_mesh_wrote_another_reads(tmp_path):
     written = save_states(tmp_path, make_mesh(2, 2, 2))
     for sizes in ((1, 8, 1), (2, 1, 4), (8, 1, 1)):
         _, abstract = abstract_state(RUN_MODEL, default_optimizer(), make_mesh(*sizes))
-        read = checkpoint.restore(tmp_path, abstract, 3)
+        read = restore.state(tmp_path, abstract, 3)
         assert_trees_equal(written, read)
         assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -42,16 +42,16 @@ def test_the_best_step_is_kept_and_read_first_until_a_better_one_comes(tmp_path)
             progress.note(step, accuracy)
             checkpoints.save(state, step)
         kept[step] = checkpoint.finished_steps(tmp_path)
-        assert checkpoint.progress_at(tmp_path, step) == progress
-        assert checkpoint.restore_params(tmp_path, state.params)[1] == progress.best_step
+        assert restore.progress_at(tmp_path, step) == progress
+        assert restore.params(tmp_path, state.params)[1] == progress.best_step
     assert kept == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}
-    assert checkpoint.restore_params(tmp_path, state.params, step=6)[1] == 6
+    assert restore.params(tmp_path, state.params, step=6)[1] == 6
 
 
 def test_without_a_best_step_the_newest_is_read(tmp_path):
     state = save_states(tmp_path, make_mesh(), steps=(2, 4))
-    assert checkpoint.progress_at(tmp_path, 4) == checkpoint.Progress()
-    assert checkpoint.restore_params(tmp_path, state.params)[1] == 4
+    assert restore.progress_at(tmp_path, 4) == checkpoint.Progress()
+    assert restore.params(tmp_path, state.params)[1] == 4
 
 
 def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
@@ -60,15 +60,15 @@ def test_a_checkpoint_saved_again_has_the_newer_progress(tmp_path):
         checkpoints.save(state, 3)
         progress.evaluated_step = 3
         checkpoints.save(state, 3)
-    assert checkpoint.progress_at(tmp_path, 3) == progress and checkpoint.finished_steps(tmp_path) == [3]
+    assert restore.progress_at(tmp_path, 3) == progress and checkpoint.finished_steps(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("name", ["run[1]", "what?*[a-z]", "50% (best) #2 {x}"])
 def test_a_folder_may_have_any_name(tmp_path, name):
     written = save_states(tmp_path / name, make_mesh(2, 2, 2), steps=(1, 2, 3))
     _, abstract = abstract_state(RUN_MODEL, default_optimizer(), make_mesh())
-    assert_trees_equal(written, checkpoint.restore(tmp_path / name, abstract, 3))
-    assert checkpoint.finished_steps(tmp_path / name) == [2, 3] and checkpoint.newest_sound_step(tmp_path / name) == 3
+    assert_trees_equal(written, restore.state(tmp_path / name, abstract, 3))
+    assert checkpoint.finished_steps(tmp_path / name) == [2, 3] and restore.newest_sound_step(tmp_path / name) == 3
 
 
 def test_a_checkpoint_that_cannot_be_read_back_replaces_none(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_cannot_be_read_back_replaces_none(tmp_path, monkeypat
     ):
         checkpoints.save(state, 2)
     monkeypatch.undo()
-    assert checkpoint.newest_sound_step(tmp_path / "run[1]") == 1
+    assert restore.newest_sound_step(tmp_path / "run[1]") == 1
 
 
 def test_the_progress_of_a_newer_version_is_refused_by_name(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_the_progress_of_a_newer_version_is_refused_by_name(tmp_path, monkeypatc
     save_states(tmp_path, make_mesh())
     monkeypatch.undo()
     with pytest.raises(UserError, match="3/progress was written by another version of igpt: .*'newest'"):
-        checkpoint.progress_at(tmp_path, 3)
+        restore.progress_at(tmp_path, 3)
 
 
 READS_ANOTHER_NETWORK = """
@@ -97,13 +97,13 @@ import sys, time
 from pathlib import Path
 import jax
 from igpt.errors import reported
-from igpt.run import checkpoint, orbax_paths
+from igpt.run import checkpoint, orbax_paths, restore
 
 here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 other = {f"w{i}": jax.ShapeDtypeStruct((4 + i % 2,), "float32", sharding=here) for i in range(60)}
 with reported():
     try:
-        checkpoint.restore_params(Path(sys.argv[1]), other)
+        restore.params(Path(sys.argv[1]), other)
     finally:
         time.sleep(0.5)
 """

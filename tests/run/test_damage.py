@@ -13,7 +13,7 @@ import pytest
 
 import train
 from igpt.errors import StorageError, UserError
-from igpt.run import checkpoint
+from igpt.run import checkpoint, restore
 from igpt.run.digests import damage
 from igpt.state import TrainState
 from igpt.track.lines import JsonLines
@@ -53,7 +53,7 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, finished
     for step in ("3", "6"):
         damaged(largest(tmp_path / "run" / "checkpoints" / step / "params"))
     with pytest.raises(UserError, match=r"checkpoint of step 6 of .* is damaged \(params/.*there are \[3, 6\]"):
-        checkpoint.restore_params(tmp_path / "run", {})
+        restore.params(tmp_path / "run", {})
     with pytest.raises(UserError, match="every checkpoint of .* is damaged.*--start_over"):
         train.run(tiny_config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").glob("damaged-*")} == {"damaged-3-1", "damaged-6-1"}
@@ -111,13 +111,13 @@ def test_a_checkpoint_that_was_being_removed_is_not_taken_for_whole(tiny_config,
 
 def test_a_checkpoint_that_is_replaced_is_there_until_the_new_one_is(finished_run, tmp_path, monkeypatch):
     whole, held = read_arrays(tmp_path / "run", 6), tmp_path / "run" / "replaced-6"
-    progress = checkpoint.progress_at(tmp_path / "run", 6)
+    progress = restore.progress_at(tmp_path / "run", 6)
     monkeypatch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)  # fails before the final name
     with pytest.raises(StorageError), checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
     assert held.is_dir() and checkpoint.finished_steps(tmp_path / "run") == [3]
     monkeypatch.undo()
-    assert checkpoint.newest_sound_step(tmp_path / "run") == 6 and not held.exists()
+    assert restore.newest_sound_step(tmp_path / "run") == 6 and not held.exists()
     with checkpoint.Checkpoints(tmp_path / "run", 2, progress) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(6), whole["params"], whole["optimizer"]["opt_state"]), 6)
         assert held.is_dir()

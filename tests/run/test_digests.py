@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from igpt.errors import StorageError
-from igpt.run import checkpoint, digests
+from igpt.run import checkpoint, digests, restore
 from igpt.run.digests import DIGESTS, damage
 from igpt.sharding import make_mesh
 from igpt.state import TrainState
@@ -44,9 +44,9 @@ def test_a_file_that_cannot_be_read_now_is_no_damage_and_nothing_is_moved(tmp_pa
     workdir = checkpoint_of(tmp_path)
     monkeypatch.setattr(digests, "_digest", stale)
     with pytest.raises(StorageError, match="cannot be read .*Stale file handle.*move it away"):
-        checkpoint.newest_sound_step(workdir)
+        restore.newest_sound_step(workdir)
     monkeypatch.undo()
-    assert checkpoint.newest_sound_step(workdir) == 1
+    assert restore.newest_sound_step(workdir) == 1
 
 
 def test_a_file_that_only_another_host_misses_is_no_damage(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import train
-from igpt.run import checkpoint
+from igpt.run import checkpoint, restore
 from igpt.run.preemption import PreemptedError, StopSignal
 from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays, records
 
@@ -66,7 +66,7 @@ def test_sigterm_at_any_check_saves_and_the_resumed_run_is_bitwise_equal(tmp_pat
         assert losses(workdir) == losses(tmp_path / "whole")
         evaluated = [record["step"] for record in records(workdir) if "eval/loss" in record]
         assert evaluated == [2, 4]
-        assert checkpoint.progress_at(workdir, 4) == checkpoint.progress_at(tmp_path / "whole", 4)
+        assert restore.progress_at(workdir, 4) == restore.progress_at(tmp_path / "whole", 4)
         assert (workdir / "finetune.json").read_bytes() == (tmp_path / "whole" / "finetune.json").read_bytes()
     assert stopped >= min(len(checks), 10)
 
@@ -82,7 +82,7 @@ def test_an_evaluation_interrupted_twice_is_completed_the_third_time(tmp_path, m
     train.run(config, tmp_path / "run")
     assert_bitwise_equal(read_arrays(tmp_path / "whole", 4), read_arrays(tmp_path / "run", 4))
     assert [record["step"] for record in records(tmp_path / "run") if "eval/loss" in record] == [2, 4]
-    assert checkpoint.progress_at(tmp_path / "run", 4) == checkpoint.progress_at(tmp_path / "whole", 4)
+    assert restore.progress_at(tmp_path / "run", 4) == restore.progress_at(tmp_path / "whole", 4)
 
 
 def test_patience_that_ends_in_a_resumed_evaluation_ends_the_run(tmp_path, monkeypatch, stop_at_check):

@@ -12,7 +12,7 @@ import igpt
 import train
 from igpt.errors import UserError
 from igpt.palette import Palette
-from igpt.run import checkpoint
+from igpt.run import checkpoint, restore
 from tests.helpers import ROOT, assert_bitwise_equal, losses, read_arrays
 
 
@@ -94,6 +94,6 @@ def test_a_run_killed_at_any_moment_resumes_bitwise_as_if_uninterrupted(tmp_path
     assert_bitwise_equal(read_arrays(whole, steps), read_arrays(killed, steps))
     assert losses(killed) == losses(whole)
     if name == "finetune_digits":
-        assert checkpoint.progress_at(killed, steps) == checkpoint.progress_at(whole, steps) != checkpoint.Progress()
+        assert restore.progress_at(killed, steps) == restore.progress_at(whole, steps) != checkpoint.Progress()
         assert (killed / "finetune.json").read_bytes() == (whole / "finetune.json").read_bytes()
         assert checkpoint.finished_steps(killed) == checkpoint.finished_steps(whole)
