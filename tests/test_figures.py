@@ -71,6 +71,13 @@ def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():
         assert f"| {100 * difference['mean']:+.1f} points [{low:.1f}, {high:.1f}] |" in text
 
 
+def test_the_plan_of_the_papers_codes_is_the_recorded_one():
+    plan, text = json.loads((ROOT / "docs" / "results" / "plan_l48vq.json").read_text()), DOCUMENTS["vqvae.md"]
+    estimate, peak = plan["second_estimate"], plan["bytes_per_chip"]["peak"] / 2**30
+    step = f"{estimate['step_seconds']:.2f} s ({estimate['mfu_causal']:.0%} MFU) and {peak:.1f} GiB of a chip's 95"
+    assert plan["fits"] and step in " ".join(text.split()) and f"steps would take {estimate['days']:.0f} days" in text
+
+
 def test_the_figures_of_the_readme_are_the_recorded_ones():
     recorded = json.loads((ROOT / "docs" / "results" / "digits.json").read_text())
     probe = recorded["probe"]
