@@ -8,8 +8,10 @@
 The argument is a source of pictures. They become backgrounds, from which a piece of clothing in a random colour takes
 the difference, as in MNIST-M. The run reads fashion_mnist.npz: configs/fashion_mnist.py says how to make it.
 
-Cost: not run to its end here. A step reads 256 tokens an image, 1.8 times as many as in configs/scattered_digits.py,
-which suggests ten minutes on 2 CPU cores.
+Cost: not run to its end as it is. A step reads 256 tokens an image, 1.8 times as many as in
+configs/scattered_digits.py, which suggests ten minutes on 2 CPU cores. With 8 layers of width 96 it took 16 to 19
+minutes on one core; there the best layer's linear probe has 73 %, raw pixels 61 %
+(docs/results/study_scattered_fashion.json).
 """
 
 from ml_collections import ConfigDict

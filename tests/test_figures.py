@@ -5,6 +5,8 @@ import re
 import runpy
 from unittest import mock
 
+import pytest
+
 from tests.helpers import ROOT
 
 DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -19,16 +21,21 @@ def mean_of(entry: dict) -> dict:
     return {name: entry[name] for name in ("mean", "interval")}
 
 
-def scattered_digits() -> dict:
-    recorded = json.loads((ROOT / "docs" / "results" / "study_scattered_digits.json").read_text())
+def study_of(data: str) -> dict:
+    recorded = json.loads((ROOT / "docs" / "results" / f"study_{data}.json").read_text())
     assert recorded["seeds"] == [0, 1, 2]
     return recorded["findings"]
 
 
-def test_the_figures_of_the_scattered_digits_are_the_recorded_ones():
-    found, text = scattered_digits(), DOCUMENTS["reproduce.md"]
-    section = " ".join(re.search(r"## Where things move\n(.*?)\n## ", text, re.DOTALL)[1].split())
+@pytest.mark.parametrize(
+    ("data", "heading"),
+    [("scattered_digits", "## Where things move"), ("scattered_fashion", "### Clothes, and eight layers")],
+)
+def test_the_figures_of_scattered_images_are_the_recorded_ones(data, heading):
+    found, text = study_of(data), DOCUMENTS["reproduce.md"]
+    section = " ".join(re.search(rf"{heading}\n(.*?)\n##", text, re.DOTALL)[1].split())
     by_layer = found["1 accuracy by layer"]
+    assert by_layer["disjoint"]
     for label, key in (("next pixels", "pretrained"), ("an untrained network", "random_init")):
         assert f"| {label} | " + " | ".join(f"{100 * e['mean']:.1f} %" for e in by_layer[key]) + " |" in section
     for row in found["5 few labels"]["rows"]:
@@ -88,7 +95,7 @@ def test_the_figures_of_the_readme_are_the_recorded_ones():
     def best(kind):
         return accuracy(probe[kind]["layers"][probe[kind]["best_layer"]])
 
-    moved = scattered_digits()["1 accuracy by layer"]
+    moved = study_of("scattered_digits")["1 accuracy by layer"]
     assert moved["disjoint"]  # what the README says about features
     ours, untrained = (percent(**mean_of(moved[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
     raw = percent(moved["raw_pixels"]["mean"], moved["raw_pixels_interval"])
@@ -103,6 +110,9 @@ def test_the_figures_of_the_readme_are_the_recorded_ones():
     }
     rows = re.findall(r"^\| (.*?) \| (.*?) \|$", DOCUMENTS["README.md"].replace("**", ""), re.MULTILINE)
     assert {label: figure for label, figure in rows if label != "loss"} == expected
+    clothes = study_of("scattered_fashion")["1 accuracy by layer"]
+    best, raw = (100 * entry["mean"] for entry in (clothes["best_pretrained"]["linear"], clothes["raw_pixels"]))
+    assert f"{best:.1f} to {raw:.1f} %" in " ".join(DOCUMENTS["README.md"].split())
     training = next(seconds for line, seconds in recorded["seconds_with_start"].items() if "train.py" in line)
     assert "a minute and a half on 2 CPU cores" in DOCUMENTS["README.md"] and training < 90
 
