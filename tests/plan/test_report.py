@@ -88,3 +88,15 @@ def test_the_record_and_the_guide_match_the_present_code(benchmark):
                 assert again["estimate"][figure] == pytest.approx(plan["estimate"][figure]), (name, figure)
     guide = (ROOT / "docs" / "plans.md").read_text()
     assert f"<!-- table -->\n{benchmark.format_table(RECORD)}\n<!-- /table -->" in guide
+
+
+def test_the_calibration_of_the_guide_is_the_recorded_one():
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "plan_calibration.json").read_text())
+    guide = (ROOT / "docs" / "plans.md").read_text()
+    for name, run in recorded["runs"].items():
+        estimates = [run[f"{which}_estimate"] for which in ("first", "second")]
+        shares = [
+            run["published_mfu"],
+            *(one[kind] for one in estimates for kind in ("mfu", "mfu_without_collectives")),
+        ]
+        assert f"| {name} | {run['chips']} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |" in guide
