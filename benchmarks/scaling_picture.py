@@ -46,7 +46,8 @@ def draw_best(panel, results: dict) -> None:
         draw_points(panel, results["fits"][metric], "parameters", color, f"best N for {metric}")
     panel.set_yscale("log")
     panel.set(title="best size by budget, 95 % intervals", xlabel="compute (FLOPs)", ylabel="parameters N")
-    panel.legend(fontsize=8)
+    panel.set_ylim(top=6 * panel.get_ylim()[1])  # room for the legend above the points
+    panel.legend(fontsize=8, loc="upper left")
 
 
 def draw_ratio(panel, results: dict) -> None:

@@ -136,6 +136,6 @@ def test_the_figures_of_the_scaling_page_are_the_recorded_ones(scaling):
     assert f"{len(recorded['runs'])} runs on scattered Fashion-MNIST" in page
     at_a_budget, at_a_size = (scaling[1].agreement(recorded["runs"], shared) for shared in ("flops", "size"))
     values = [f"{value:.2f}" for value in at_a_budget["rank_correlations"].values()]
-    assert f"accuracy {', '.join(values[:-1])} and {values[-1]};" in page
+    assert f"accuracy are {', '.join(values[:-1])} and {values[-1]};" in page
     least, most = (f(at_a_size["rank_correlations"].values()) for f in (min, max))
     assert f"from {least:.2f} to {most:.2f}, mean {at_a_size['mean']:.2f}" in page
