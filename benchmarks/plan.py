@@ -6,7 +6,7 @@
     python benchmarks/plan.py --remat=attention    compiles the splits of kept plans again, with this remat policy
     python benchmarks/plan.py --estimates      compiles nothing; computes the estimates again from the kept programs
 
-No TPU is needed. One plan takes half a minute to two minutes, all of them take hours. An interrupted run continues
+No TPU is needed. One plan takes one to six minutes, all of them take hours. An interrupted run continues
 where it stopped. Each run computes the estimates of kept plans again, from their kernels, collectives and cycles.
 """
 
