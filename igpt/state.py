@@ -22,7 +22,7 @@ from igpt.config import Config
 from igpt.loss import bits_per_dim, make_loss
 from igpt.model import ImageGPT, ModelConfig
 from igpt.optim import make_optimizer
-from igpt.sharding import check_batch_size, shard_batch, shardings, to_devices
+from igpt.sharding import check_batch_size, path_of, shard_batch, shardings, to_devices
 from igpt.vqvae import VQConfig
 
 
@@ -244,15 +244,14 @@ def _moments_last(train_step: Callable) -> Callable:
 
     def ordered(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         new, metrics = train_step(state, batch)
-        structure = jax.tree.structure(new.params)
+        params = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(new.params)}
 
-        def are_moments(part):
-            return jax.tree.structure(part) == structure
+        def last(path, leaf):  # a moment is named as its parameter, after names of the optimizer's own
+            names = path_of(path).split(".")
+            owner = next((name for i in range(len(names)) if (name := ".".join(names[i:])) in params), None)
+            return leaf if owner is None else after(params[owner], leaf)
 
-        def last(part):
-            return jax.tree.map(after, new.params, part) if are_moments(part) else part
-
-        opt_state = jax.tree.map(last, new.opt_state, is_leaf=are_moments)
+        opt_state = jax.tree_util.tree_map_with_path(last, new.opt_state)
         return dataclasses.replace(new, opt_state=opt_state), metrics
 
     return ordered
