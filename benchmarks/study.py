@@ -32,6 +32,17 @@ from study_picture import draw
 from igpt.flops import train_flops_per_image
 from igpt.model import ModelConfig
 
+# A classifier of ten classes, at a constant learning rate.
+TUNED = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
+
+
+def fine_tune(study: Runs, config: str, seed: int, fields: dict) -> None:
+    """Fine-tunes the network of a seed with the joint loss and for classes only, and trains another from scratch."""
+    start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
+    study.train(f"joint_{seed}", config, **start, **fields)
+    study.train(f"classes_{seed}", config, **start, **fields, **{"objective.generative": 0.0})
+    study.train(f"scratch_{seed}", config, seed=seed, **fields)
+
 
 def run_digits(study: Runs) -> None:
     config, finetune = "configs/digits.py", "configs/finetune_digits.py"
@@ -62,18 +73,14 @@ def run_digits(study: Runs) -> None:
 def run_scattered_digits(study: Runs) -> None:
     config = "configs/scattered_digits.py"
     often = {"train.eval_every": 200, "train.checkpoint_every": 200, "train.max_to_keep": 5}
-    tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
-    tuned |= {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+    tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
     tuned |= {"train.steps": 400, "train.eval_every": 50, "train.checkpoint_every": 100}
     probe = {"train_images": 4000}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **often)
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), subsets=3, **probe)
     for seed in study.seeds:
-        start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
-        study.train(f"joint_{seed}", config, **start, **tuned)
-        study.train(f"classes_{seed}", config, **start, **tuned, **{"objective.generative": 0.0})
-        study.train(f"scratch_{seed}", config, seed=seed, **tuned)
+        fine_tune(study, config, seed, tuned)
     for seed in study.seeds:  # each checkpoint costs a pass over the images
         study.probe(f"autoregressive_{seed}", "probes", seed=seed + 100, steps="all", baselines=False, **probe)
     for seed in study.seeds:  # all the steps that pretraining and fine-tuning took together
@@ -88,18 +95,14 @@ def run_scattered_fashion(study: Runs) -> None:
     network = {"data.source": f"scattered:npz:{study.workdir}/fashion_mnist.npz", "data.validation_fraction": 1 / 70}
     network |= {"model.depth": 8, "model.width": 96, "train.eval_batch_size": 100}
     often = {"train.eval_every": 250, "train.checkpoint_every": 250, "train.sample_every": 1000}
-    tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
-    tuned |= {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+    tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
     tuned |= {"train.steps": 300, "train.eval_every": 100, "train.checkpoint_every": 100}
     probe = {"train_images": 4000, "batch_size": 100}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **network, **often)
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), subsets=3, **probe)
     for seed in study.seeds:
-        start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
-        study.train(f"joint_{seed}", config, **start, **network, **tuned)
-        study.train(f"classes_{seed}", config, **start, **network, **tuned, **{"objective.generative": 0.0})
-        study.train(f"scratch_{seed}", config, seed=seed, **network, **tuned)
+        fine_tune(study, config, seed, network | tuned)
     for seed in study.seeds:
         study.train(f"bert_{seed}", config, seed=seed, **network, **often, **{"model.causal": False})
         study.probe(f"bert_{seed}", seed=seed + 100, baselines=False, eval_masks=5, **probe)
@@ -118,17 +121,18 @@ def run_fashion_mnist(study: Runs) -> None:
     }
     often = {"train.eval_every": 500, "train.checkpoint_every": 500, "train.max_to_keep": 8}
     long = small | often | {"train.steps": 4000, "train.sample_every": 4000}
-    tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
-    tuned |= {"optim.learning_rate": 5e-4, "train.steps": 3000, "train.eval_every": 250, "train.checkpoint_every": 250}
+    tuned = TUNED | {
+        "optim.learning_rate": 5e-4,
+        "train.steps": 3000,
+        "train.eval_every": 250,
+        "train.checkpoint_every": 250,
+    }
     few = tuned | {"train.steps": 300, "train.eval_every": 100, "optim.learning_rate": 1e-3}
     probe = {"train_images": 10_000, "batch_size": 100}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **long)
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 400), concatenate=3, **probe)
-        start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
-        study.train(f"joint_{seed}", config, **start, **small, **tuned)
-        study.train(f"classes_{seed}", config, **start, **small, **tuned, **{"objective.generative": 0.0})
-        study.train(f"scratch_{seed}", config, seed=seed, **small, **tuned)
+        fine_tune(study, config, seed, small | tuned)
         for k in (4, 25, 400):
             subset = {"data.labels_per_class": k, "data.subset_seed": seed}
             study.train(f"scratch_{k}_labels_{seed}", config, seed=seed, **small, **few, **subset)
@@ -153,8 +157,7 @@ def run_fashion_codes(study: Runs) -> None:
     network = dict(width=128, depth=4, num_heads=4)
     images = train_flops_per_image(ModelConfig(**network, vocab_size=512, seq_len=49))  # FLOPs of an image of codes
     images /= train_flops_per_image(ModelConfig(**network, vocab_size=16, seq_len=196))  # in images of pixels
-    tuned = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
-    tuned |= {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+    tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
 
     def length(steps, evaluations):
         every = -(-steps // evaluations)
