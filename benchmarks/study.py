@@ -46,9 +46,10 @@ def fine_tune(study: Runs, config: str, seed: int, fields: dict) -> None:
 
 def run_digits(study: Runs) -> None:
     config, finetune = "configs/digits.py", "configs/finetune_digits.py"
-    often = {"optim.name": "adam", "optim.learning_rate": 3e-3, "optim.warmup_steps": 150}  # as in the paper
-    often |= {"data.augment_probability": 0.8, "train.steps": 2600, "train.sample_every": 650}
-    often |= {"train.eval_every": 260, "train.checkpoint_every": 260, "train.max_to_keep": 10}
+    adam = {"optim.name": "adam", "optim.learning_rate": 3e-3, "optim.warmup_steps": 150}  # as in the paper
+    adam |= {"data.augment_probability": 0.8, "train.steps": 2600}
+    often = adam | {"train.eval_every": 260, "train.checkpoint_every": 260, "train.max_to_keep": 10}
+    often |= {"train.sample_every": 650}
     few = {"train.steps": 500, "train.batch_size": 20, "optim.learning_rate": 1e-3}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **often)

@@ -134,7 +134,8 @@ def text_of(executable: jax.stages.Compiled) -> str:
         return executable.as_text()
     except jax.errors.JaxRuntimeError as error:
         found = f"jaxlib {version('jaxlib')} cannot read the program of libtpu {_libtpu_version()}"
-        raise UnreadableProgramError(f"{found} ({first_line(error)}); {install_compiler()}") from None
+        remedy = f"{install_compiler()}, or try another topology, mesh or remat policy"
+        raise UnreadableProgramError(f"{found} ({first_line(error)}); {remedy}") from None
 
 
 def install_compiler() -> str:
