@@ -31,8 +31,10 @@ class TensorBoard:
 
     def __init__(self, folder: Path, config: dict, after: int):
         """Writes the hyper-parameters, and hides the events of steps beyond `after` that an earlier start wrote."""
-        number = len(list(folder.glob("events.*")))  # two starts in one second must not share a file
-        self.events, self.flush_at = EventsWriter(str(folder / "events"), f".{number:04d}"), 0.0
+        # The writer names its file by the second. Two starts in one second must not share a file, in a bucket either,
+        # whose earlier files are not in `folder`. TensorBoard reads files in the order of their names.
+        self.events = EventsWriter(str(folder / "events"), f".{time.time_ns() % 10**9:09d}")
+        self.flush_at = 0.0
         self._write(after + 1, session_log=SessionLog(status=SessionLog.START))
         plain = {name: x if isinstance(x, bool | int | float | str) else str(x) for name, x in config.items()}
         experiment, started, self.ended = hparams(plain, dict.fromkeys(RESULTS))

@@ -43,6 +43,16 @@ def test_a_session_is_marked_as_ended_unless_it_failed(tmp_path, failed):
     assert {"eval/loss", "test/accuracy", "probe/accuracy"} <= set(columns)
 
 
+def test_two_starts_in_one_second_have_a_file_each_even_in_folders_that_end_in_one_bucket(tmp_path):
+    names = []
+    while len(names) < 2 or names[-1][:10] != names[-2][:10]:  # until two fall into one second
+        folder = tmp_path / str(len(names))
+        folder.mkdir()
+        TensorBoard(folder, CONFIG, after=0).close(failed=False)
+        names.append(next(folder.glob("events.*")).name.removeprefix("events.out.tfevents."))
+    assert names[-1] != names[-2] and sorted(names) == names
+
+
 def test_a_kill_loses_nothing_from_before_a_flush(tmp_path):
     writer = TensorBoard(tmp_path, CONFIG, after=0)
     writer.picture(0, "palette", np.zeros((4, 6, 3), np.uint8))  # the next flush is 30 seconds away
