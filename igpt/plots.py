@@ -98,7 +98,7 @@ def confusion_picture(counts: np.ndarray, path, class_names: Sequence[str] | Non
 def probe_curve(results: dict, path) -> None:
     """Draws the accuracy of each layer from eval_probe.py's results, with 95 % intervals, and baselines if present."""
     curves = (("pretrained", "pretrained", "tab:blue"), ("random_init", "random initialisation", "tab:gray"))
-    with _figure(path, width=6.4, height=4.0) as axes:
+    with _figure(path, width=6.4, height=4.8) as axes:
         for name, label, color in curves:
             if name not in results:
                 continue
@@ -111,10 +111,13 @@ def probe_curve(results: dict, path) -> None:
                 votes = [100 * fit["neighbours"] for fit in fits]
                 axes.plot(layers, votes, ":", color=color, label=f"{label}, nearest neighbours")
         if "raw_pixels" in results:
-            pixels = results["raw_pixels"]["test_accuracy"]
-            axes.axhline(100 * pixels, color="tab:orange", linestyle="--", label="raw pixels")
-        axes.set(xlabel="layer", ylabel="linear probe, test accuracy (%)", xticks=layers)
-        axes.legend()
+            pixels = results["raw_pixels"]
+            axes.axhline(100 * pixels["test_accuracy"], color="tab:orange", linestyle="--", label="raw pixels")
+            if "neighbours" in pixels:
+                votes, label = 100 * pixels["neighbours"], "raw pixels, nearest neighbours"
+                axes.axhline(votes, color="tab:orange", linestyle=":", label=label)
+        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=layers, title="linear probe, and nearest neighbours")
+        axes.figure.legend(loc="outside lower center", ncols=2)  # inside, it would lie over a curve
         axes.grid(alpha=0.3)
 
 
