@@ -41,6 +41,7 @@ def run_case(case: dict, repeats: int) -> dict:
     from igpt.state import build_program
 
     config, side = digits.get_config(), round(case["tokens"] ** 0.5)
+    config.optim.name = "adam"  # whose cost does not depend on the batch as Muon's does
     config.model.update(width=case["width"], depth=case["depth"], num_heads=case["width"] // HEAD_SIZE)
     config.data.image_size, config.palette.colors, config.train.batch_size = (side, side), COLORS, case["batch"]
     config, mesh = Config.of(config, trains=True), make_mesh(devices=jax.devices()[:1])

@@ -1,7 +1,8 @@
 """Measures whether transformers' pipeline gives an exported classifier's own classes, with and without SOS.
 
 pip install -e ".[bench]"
-python train.py --config=configs/digits.py --workdir=runs/digits --config.train.steps=1300
+python train.py --config=configs/digits.py --workdir=runs/digits --config.train.steps=1300 \\
+    --config.optim.name=adam --config.optim.learning_rate=3e-3 --config.optim.warmup_steps=150
 python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-ft \\
     --config.train.steps=400
 python train.py --config=configs/finetune_digits.py --config.init_from=runs/digits --workdir=runs/digits-hf \\

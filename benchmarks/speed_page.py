@@ -30,21 +30,23 @@ makes this page from those files.
 
 The middle layer of {features_depth} layers, width {features_width}, {features_images} images of 1,024 tokens
 (`benchmarks/features.py`, `benchmarks/results/features_cpu.json`): {features_ours:.1f} s, with transformers
-{features_peer:.1f} s, {features_ratio:.1f} times as long. The call needs {features_mib:,.0f} MiB of memory,
-transformers' {features_peer_mib:,.0f}: it computes the layers above, too, and keeps all hidden states.
+{features_peer:.1f} s (medians), {features_ratio:.1f} times as long in the median of alternating runs. The call needs
+{features_mib:,.0f} MiB of memory, transformers' {features_peer_mib:,.0f}: it computes the layers above, too, and keeps
+all hidden states.
 
 ## Start
 
 From Enter to the first step of the quickstart {cold_step:.1f} s, and {warm_step:.1f} s when its programs
 were compiled before; to one sample {cold_sample:.1f} and {warm_sample:.1f} s. The whole command takes
-{now_seconds:.0f} s, from cold, where the version before kept programs, huge pages, joined batches and Muon took
-{before_seconds:.0f} s, with validation losses of {now_loss:.3f} and {before_loss:.3f}
+{now_seconds:.0f} s from a cold start. An earlier version, without kept programs, huge pages, joined batches and Muon,
+took {before_seconds:.0f} s. The validation losses are {now_loss:.3f} and {before_loss:.3f}
 (`benchmarks/start.py`, `benchmarks/results/start_cpu.json`; one run each).
 
 ## Training
 
-Beside transformers' ImageGPT in PyTorch (`benchmarks/training.py`, `benchmarks/results/training_cpu.json`).
-Above 1, ours is faster. All contestants of a case are in memory at once and take turns:
+Beside transformers' ImageGPT in PyTorch, with Adam on both sides (`benchmarks/training.py`,
+`benchmarks/results/training_cpu.json`). Above 1, ours is faster. All contestants of a case are in memory at once
+and take turns:
 
 {training}
 

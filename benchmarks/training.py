@@ -86,6 +86,7 @@ def ours(case: Case, device: str, kind: str):
     from igpt.state import build_program
 
     config = digits.get_config()
+    config.optim.name = "adam"  # as the peer's AdamW
     config.model.update(case.model)
     config.palette.colors, config.data.image_size = case.colors, (case.side, case.side)
     config.train.batch_size = case.batch_size

@@ -6,7 +6,8 @@ To learn classes only, add --config.objective.generative=0. To train from scratc
 with the BERT objective, add --config.model.causal=False. For a classifier that the pipelines of transformers serve as
 it is, add --config.model.sos=False (docs/huggingface.md).
 
-Cost: five to seven minutes on one CPU core, like pretraining (docs/results/study_digits.json).
+Cost: five to seven minutes on one CPU core in the study (docs/results/study_digits.json), whose code was slower. Not
+measured since.
 """
 
 from ml_collections import ConfigDict

@@ -116,7 +116,8 @@ def probe_curve(results: dict, path) -> None:
             if "neighbours" in pixels:
                 votes, label = 100 * pixels["neighbours"], "raw pixels, nearest neighbours"
                 axes.axhline(votes, color="tab:orange", linestyle=":", label=label)
-        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=layers, title="linear probe, and nearest neighbours")
+        title = "linear probe, and nearest neighbours"
+        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=layers, title=title)
         axes.figure.legend(loc="outside lower center", ncols=2)  # inside, it would lie over a curve
         axes.grid(alpha=0.3)
 

@@ -1,7 +1,7 @@
 """The classes of image files: names and probabilities, from a model with a classifier.
 
-    igpt predict --model=runs/digits-ft photo.png
-    igpt predict --model=runs/flowers --preprocess=shrink --top=3 --json=classes.json photos/*.jpg
+    igpt predict --model=runs/digits-ft --preprocess=shrink photo.png
+    igpt predict --model=runs/flowers --top=3 --json=classes.json photos/*.jpg
 
 Images are resized as the model's own training resized them, unless --preprocess says otherwise. Files that cannot be
 read are named at the end, and the exit code is then 2.

@@ -139,7 +139,8 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
     if source.train.labels is not None:
         print(f"  python eval_probe.py --config=configs/probe.py --model={model} --workdir={probe}")
     if config.objective.classification:
-        print(f"  igpt predict --model={model} photo.png")
+        resized = " --preprocess=shrink" if config.data.preprocess == "none" else ""  # a photo has some other size
+        print(f"  igpt predict --model={model}{resized} photo.png")
     if config.model.causal and config.objective.classification:
         print(f"  igpt export --model={model} --out=hf_classifier")
     elif config.model.causal:
