@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from igpt.command import Parser, add_shared
 from igpt.compiler import keep_programs
 from igpt.errors import reported
-from igpt.files import check_workdir
+from igpt.files import check_holds_no_run, check_workdir
 from igpt.interop.hub import resolve
 from igpt.interop.load import load, outline
 from igpt.plots import check_drawing
@@ -50,6 +50,7 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
     """
     # Check the settings, the files and the devices.
     config, workdir = ProbeConfig.of(config), check_workdir(workdir)
+    check_holds_no_run(workdir)
     check_features_out(config.features_out, workdir)
     check_drawing()
     mesh = config.mesh.make()

@@ -76,11 +76,18 @@ def _request(path: str | os.PathLike, make: Callable):
         raise OSError(errno.EIO, first_line(error)[:300], str(path)) from error
 
 
+def _is_path(name: str) -> bool:
+    return not {"", ".", ".."} & set(name.split("/"))
+
+
 class _Objects(Backend):
     """The file operations that etils' paths need, on the objects of buckets."""
 
     def names(self, path, begins: str = "") -> list[str]:
-        """The names of all objects in a folder, relative to it, that begin with `begins`."""
+        """The names of all objects in a folder, relative to it, that begin with `begins`.
+
+        A name such as ../x or a//b is no path in that folder, and is passed over: a copy of it would lie elsewhere.
+        """
         import tensorstore as ts
 
         below = split(path)[2].rstrip("/")
@@ -88,7 +95,7 @@ class _Objects(Backend):
         first = start + begins
         keys = ts.KvStore.KeyRange(first, first[:-1] + chr(ord(first[-1]) + 1) if first else "")
         found = _request(path, lambda store, key: store.list(keys, strip_prefix_length=len(start.encode())))
-        return sorted(name for name in (key.decode() for key in found) if name and not name.endswith("/"))
+        return sorted(name for name in (key.decode() for key in found) if _is_path(name))
 
     def found(self, path, **part):
         """TensorStore's answer to a request for an object, or for a part of it. FileNotFoundError if there is none."""

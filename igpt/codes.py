@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
-from safetensors import SafetensorError
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as tensor_bytes
 
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 from igpt.fields import make_section
 from igpt.files import AnyPath, open_binary, whole
 from igpt.vqvae import VQVAE, VQConfig, nearest, to_units
@@ -125,8 +124,8 @@ class Codes:
             params = traverse_util.unflatten_dict(arrays, sep=".")
         except FileNotFoundError:
             raise UserError(f"there is no VQ-VAE at {path}") from None
-        except (ValueError, OSError, SafetensorError, UserError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no VQ-VAE of igpt, or is damaged: {error}") from None
+        except Exception as error:  # a file from a stranger can hold anything
+            raise UserError(f"{path} is no VQ-VAE of igpt, or is damaged: {first_line(error)}") from None
         wanted = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: VQVAE(config, nnx.Rngs(0)))))
         if _shapes(params) != _shapes(wanted):
             raise UserError(f"{path} is damaged: its arrays are not those of the network in its header")

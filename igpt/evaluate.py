@@ -23,7 +23,7 @@ from igpt.data.classes import class_counts, full_names, listed, with_classes
 from igpt.data.examples import SPLITS, Split, check_classes
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.files import check_workdir, write_json
+from igpt.files import check_holds_no_run, check_workdir, write_json
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
@@ -109,7 +109,9 @@ def _trackers(args) -> Trackers | None:
     if not args.workdir:
         return None
     names = tuple(name.strip() for name in args.track.split(",") if name.strip())
-    return Trackers(check_workdir(args.workdir), names, "evaluate", cluster.is_first_process())
+    workdir = check_workdir(args.workdir)
+    check_holds_no_run(workdir)
+    return Trackers(workdir, names, "evaluate", cluster.is_first_process())
 
 
 def add_arguments(parser: Parser) -> None:

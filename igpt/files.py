@@ -93,9 +93,9 @@ def write_text(path: AnyPath | str, text: str) -> None:
 
 def write_array(file: BinaryIO | io.BufferedIOBase, array: np.ndarray) -> None:
     """Writes an array as .npy. Raises OSError on a full disk, where np.save silently loses the end of the array."""
-    header = np.lib.format.header_data_from_array_1_0(array)
-    np.lib.format.write_array_header_1_0(file, header)
-    file.write(np.ascontiguousarray(array).data)
+    array = np.asarray(array, order="C")  # before the header, which states the order of the bytes
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
 
 
 def write_json(path: AnyPath | str, content: dict, indent: int = 1) -> None:
@@ -133,7 +133,13 @@ def _check_json_size(path: AnyPath, size: int) -> None:
         raise UserError(f"{path} has {size:,} bytes; a file of its kind has well under {MAX_JSON_BYTES:,}")
 
 
-def check_workdir(workdir: str | os.PathLike) -> AnyPath:
+def check_holds_no_run(workdir: AnyPath) -> None:
+    """Raises UserError if a folder for results holds a run or a model, whose records the results would replace."""
+    if any((workdir / name).exists() for name in ("config.json", "checkpoints")):
+        raise UserError(f"--workdir={workdir} holds a run or a model; name another folder, such as {workdir / 'probe'}")
+
+
+def check_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> AnyPath:
     """Returns `workdir` as a path. Raises UserError if this process cannot write to it, or cannot reach its bucket."""
     workdir = as_path(workdir)
     if is_bucket(workdir):
@@ -141,13 +147,13 @@ def check_workdir(workdir: str | os.PathLike) -> AnyPath:
             any(workdir.glob("config.json"))
         except OSError as error:
             raise UserError(
-                f"--workdir={workdir} cannot be reached: {error.strerror}. Check the name and the rights of this "
+                f"{flag}={workdir} cannot be reached: {error.strerror}. Check the name and the rights of this "
                 "machine's account, and for a server other than Google's or Amazon's its address (docs/pods.md)"
             ) from None
         return workdir
     nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--workdir={workdir} cannot be written: {nearest} is no writable folder; name another place")
+        raise UserError(f"{flag}={workdir} cannot be written: {nearest} is no writable folder; name another place")
     return workdir
 
 
@@ -162,6 +168,16 @@ def storage_errors(workdir: AnyPath):
             f"{error.filename or place}: {error.strerror or error}. Finished checkpoints are unchanged; make room, or "
             "repair the storage, and run the same command again."
         ) from error
+
+
+@contextlib.contextmanager
+def written(path: AnyPath | str):
+    """Raises UserError if the block, which writes the file `path`, raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{path} cannot be written: {error.strerror or error}"
+        raise UserError(f"{problem}; make room, or name another place") from None
 
 
 def check_new(out: str | Path) -> None:

@@ -18,13 +18,15 @@ from igpt.config import Config
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.classes import full_names, with_classes
 from igpt.data.examples import Source, check_labels, few_labels
-from igpt.files import AnyPath, write_json
+from igpt.files import AnyPath, whole, write_array, write_json
 from igpt.loss import masks_of, vote, wilson_interval
 from igpt.plots import confusion_picture
 from igpt.run.cluster import is_first_process
 from igpt.sharding import process_rows, replicate
 from igpt.state import run_batches
 from igpt.tokenizer import Tokenizer
+
+MOST_IN_JSON = 1000  # classes whose confusion matrix stays below the size of JSON that is read
 
 
 def labelled(source: Source, config: Config, names: Sequence[str] | None = None, whose: str | AnyPath = "") -> Source:
@@ -83,16 +85,23 @@ def output_names(source: Source, config: Config) -> tuple[str, ...] | None:
 def report(
     workdir: AnyPath, counts: Int[np.ndarray, "C C"], details: dict, class_names: Sequence[str] | None = None
 ) -> dict:
-    """Writes test accuracy, its 95 % interval and the confusion matrix to finetune.json, and draws confusion.png."""
+    """Writes test accuracy, its 95 % interval and the confusion matrix to finetune.json, and draws confusion.png.
+
+    With more than MOST_IN_JSON classes the matrix is in confusion.npy instead.
+    """
     correct, total = int(np.trace(counts)), int(counts.sum())
     results = details | {
         "test_accuracy": correct / total,
         "interval": wilson_interval(correct, total),
-        "confusion": counts.tolist(),
     }
+    if len(counts) <= MOST_IN_JSON:
+        results["confusion"] = counts.tolist()
     if class_names:
         results["class_names"] = list(class_names)
     if is_first_process():
+        if len(counts) > MOST_IN_JSON:
+            with whole(workdir / "confusion.npy") as file:
+                write_array(file, counts)
         write_json(workdir / "finetune.json", results)
         confusion_picture(counts, workdir / "confusion.png", class_names)
     return results

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 
 from igpt.color_table import BYTE_LEVELS, MAX_COLORS, ColorTable
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 from igpt.files import AnyPath, open_binary, whole, write_array
 
 
@@ -38,7 +38,7 @@ class Palette:
             raise UserError(f"palette centres are {allowed}, not {centers.dtype}{given}{remedy}")
         if doubt := other_units(float(centers.min()), float(centers.max())):
             warnings.warn(f"-1 is black and 1 is white in a palette, but {doubt}", stacklevel=2)
-        self.centers = centers.astype(np.float32)
+        self.centers = centers.astype(np.float32, order="C")  # transposed arrays keep their order otherwise
         self._table = ColorTable(self.centers, BYTE_LEVELS)
 
     @property
@@ -106,10 +106,11 @@ class Palette:
                 palette = cls(np.load(file, allow_pickle=False))
         except FileNotFoundError:
             raise UserError(f"there is no palette at {path}") from None
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not a palette: a .npy file of floats [V, 3] was expected ({error})") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # a damaged header raises exceptions of many types, MemoryError among them
+            problem = f"a .npy file of floats [V, 3] was expected ({first_line(error)})"
+            raise UserError(f"{path} is not a palette: {problem}") from None
         if repeats := palette.vocab_size - len(np.unique(palette.centers, axis=0)):
             print(f"{path}: {repeats} of {palette.vocab_size} colours repeat earlier ones, and are never used")
         return palette

@@ -21,12 +21,12 @@ from igpt.command import Parser, add_shared, at_least
 from igpt.data.batches import Drops, eval_batches
 from igpt.data.classes import full_names
 from igpt.data.examples import EncodedImages, Split
-from igpt.data.folder import ImagePaths
+from igpt.data.folder import ImagePaths, printable
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.files import write_json
 from igpt.interop.hub import resolve
-from igpt.interop.load import Pretrained, data_settings, load, outline
+from igpt.interop.load import Pretrained, load, outline, picture_settings
 from igpt.loss import masks_of
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate
 from igpt.state import run_batches
@@ -87,7 +87,7 @@ def run(args) -> None:
     directory = resolve(args.model)
     shapes = outline(directory)
     check_classifies(shapes, args.model)
-    settings = data_settings(shapes.config, preprocess=args.preprocess)
+    settings = picture_settings(shapes.config, args.preprocess)
     images = EncodedImages(ImagePaths(args.files, "."), Preprocess.of(settings), settings.channels, skip=True)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(directory, args.step, mesh)
@@ -100,7 +100,8 @@ def run(args) -> None:
             continue
         best = best_classes(shares[i], names, args.top)
         results.append({"file": file, "classes": best})
-        print(f"{file}: " + ", ".join(f"{one['class']} {100 * one['probability']:.1f} %" for one in best), flush=True)
+        likeliest = ", ".join(f"{one['class']} {100 * one['probability']:.1f} %" for one in best)
+        print(f"{printable(file)}: {likeliest}", flush=True)
     if args.json:
         try:
             write_json(args.json, {"model": args.model, "step": pretrained.step, "files": results})

@@ -28,6 +28,7 @@ from igpt.data.sources import open_source
 from igpt.decode import KVCache, decode, decoder_of, grow, prefill
 from igpt.draw import STATIC_RULES, Sampling, draw_tokens, image_keys
 from igpt.errors import UserError
+from igpt.files import written
 from igpt.interop.load import Pretrained, load
 from igpt.model import ImageGPT
 from igpt.plots import check_writable, image_grid, save_png
@@ -248,7 +249,8 @@ def run(args) -> None:
             count, note = args.num, ""
             picture = image_grid(sample_images(pretrained, *options))
     if is_first_process():
-        save_png(picture, args.out)
+        with written(args.out):
+            save_png(picture, args.out)
         print(f"drew {count} images: {clock.speed()}{note}")
         print(f"wrote {args.out}")
 

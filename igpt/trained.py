@@ -25,7 +25,7 @@ from igpt.data.images import Preprocess
 from igpt.draw import Sampling
 from igpt.interop import load as pretrained
 from igpt.interop.hub import resolve
-from igpt.interop.load import Pretrained, data_settings
+from igpt.interop.load import Pretrained, picture_settings
 from igpt.interop.pixels import rgb_batches
 from igpt.pictures import Pictures
 from igpt.predict import best_classes, predict
@@ -120,7 +120,7 @@ class Run(Pretrained):
 
     def prepared(self, images, preprocess: str | None = None) -> UInt8[np.ndarray, "N H W 3"]:
         """PIL images or arrays of any size as the model reads them. `preprocess` None: as in the run's evaluation."""
-        settings = data_settings(self.config, preprocess=preprocess)
+        settings = picture_settings(self.config, preprocess)
         batches, _ = rgb_batches(images, layout="channels_last", convert_rgb=True)
         arrays = [image for batch in batches for image in batch]
         if settings.channels == 1:

@@ -2,12 +2,14 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
 from igpt import lock
-from igpt.bucket import FINISHED, BucketPath
+from igpt.bucket import FINISHED, BucketPath, _store, split
 from igpt.errors import StorageError, UserError
+from igpt.fetch import local_copy
 from igpt.files import as_path, check_workdir, read_json, whole, write_json, write_text
 from igpt.lock import InUseError, Lock, lock_files
 
@@ -31,6 +33,19 @@ def test_a_bucket_is_read_and_written_like_a_folder(bucket):
         read_json(bucket / "b.txt")
     (bucket / "deep").rmtree()
     assert not bucket.exists()
+
+
+@pytest.mark.parametrize("bucket_url", ["gs"], indirect=True)  # the other server takes such names for other requests
+def test_an_object_whose_name_leads_out_of_its_folder_is_passed_over(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "deep" / "cache"))
+    write_text(bucket / "good.txt", "good")
+    scheme, name, key = split(bucket)
+    for evil in ("../../../../evil.txt", "a/../../../../../evil.txt", "/evil.txt", "a//evil.txt", "./evil.txt"):
+        _store(scheme, name).write(f"{key}/{evil}", b"evil").result()
+    assert [path.name for path in bucket.files()] == ["good.txt"]
+    copies = Path(local_copy(str(bucket)))
+    assert (copies / "good.txt").read_text() == "good"
+    assert not list(tmp_path.rglob("evil.txt"))
 
 
 def test_a_file_in_a_bucket_is_whole_or_stays_as_it_was(bucket):

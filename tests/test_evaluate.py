@@ -141,9 +141,12 @@ def test_the_command_evaluates_a_run_on_its_own_data_and_on_others(tiny_config, 
     [
         (["--model=absent"], "no directory absent"),
         (["--model=absent", "--batch_size=0"], "--batch_size is 0"),
+        (["--model=absent", "--workdir=run"], "--workdir=run holds a run or a model; name another folder"),
     ],
 )
-def test_a_mistake_ends_in_one_message_and_exit_code_2(arguments, message, capsys):
+def test_a_mistake_ends_in_one_message_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit) as stopped:
         run_igpt(["evaluate", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -3,10 +3,20 @@
 import os
 import resource
 
+import numpy as np
 import pytest
 
 from igpt.errors import UserError
-from igpt.files import MAX_JSON_BYTES, MAX_JSON_DEPTH, check_new, check_workdir, read_json, write_new, write_text
+from igpt.files import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    check_new,
+    check_workdir,
+    read_json,
+    write_array,
+    write_new,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -78,6 +88,13 @@ def test_a_workdir_is_a_writable_folder_or_can_become_one(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_workdir(workdir)
+
+
+def test_an_array_is_written_in_the_order_that_its_header_states(tmp_path):
+    for array in (np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(2, 3).T, np.arange(9)[::-2], np.float32(3)):
+        with (tmp_path / "a.npy").open("wb") as file:
+            write_array(file, np.asarray(array))
+        np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array)
 
 
 def test_json_is_read_within_its_depth(tmp_path):

@@ -57,6 +57,14 @@ def test_a_loaded_palette_equals_the_saved_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["palette.npy"]
 
 
+def test_a_transposed_palette_is_saved_as_it_is(tmp_path):
+    ours = random_palette()
+    np.save(tmp_path / "given.npy", np.stack(list(ours.centers.T)).T)  # in Fortran's order
+    given = Palette.load(tmp_path / "given.npy")
+    given.save(tmp_path / "palette.npy")
+    assert given.digest == Palette.load(tmp_path / "palette.npy").digest == ours.digest
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -79,6 +87,14 @@ def test_unreadable_and_pickled_palettes_are_refused(tmp_path):
     (tmp_path / "text.npy").write_text("hello")
     with pytest.raises(UserError, match="is not a palette"):
         Palette.load(tmp_path / "text.npy")
+    np.save(tmp_path / "whole.npy", random_palette().centers)
+    whole = (tmp_path / "whole.npy").read_bytes()
+    damage = ((b"(37, 3)", b"(37, 3 "), (b"(37, 3), ", b"(10**9,3)"), (b"(37, 3), }   ", b"(9999999,10**9)"))
+    for i, (before, after) in enumerate((*damage, (b"(37, 3), }      ", b"(10000000, 3), }"))):
+        assert before in whole
+        (tmp_path / f"{i}.npy").write_bytes(whole.replace(before, after))
+        with pytest.raises(UserError, match="is not a palette"):
+            Palette.load(tmp_path / f"{i}.npy")
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(UserError, match="is not a palette"):
         Palette.load(tmp_path / "pickle.npy")

@@ -57,6 +57,19 @@ def test_completing_a_picture_gives_the_bytes_of_the_command(run, photo, tmp_pat
         np.testing.assert_array_equal(command[2 : 2 + 4 * 13 : 13, left : left + 5 * 13 : 13], image)
 
 
+def test_a_model_of_scattered_images_takes_other_pictures_as_they_are(photo, write_npz, tmp_path, capsys):
+    path = write_run(tmp_path / "run", "scattered:digits", steps=(2,), depth=1, num_classes=3)
+    config = json.loads((path / "config.json").read_text())
+    config["data"].update(scatter_copies=3, scatter_scale=[0.3, 0.5])
+    (path / "config.json").write_text(json.dumps(config))
+    run = igpt.load(path)
+    assert run.complete(Image.open(photo), num=2).shape == (1, 2, 4, 5, 3)
+    run_igpt(["predict", f"--model={path}", "--preprocess=shrink", str(photo)])
+    other = write_npz(images=np.zeros((9, 4, 5), np.uint8), labels=np.arange(9) % 3)
+    run_igpt(["evaluate", f"--model={path}", f"--source=npz:{other}", "--split=all"])
+    assert "photo.png: " in capsys.readouterr().out
+
+
 def test_predictions_are_those_of_the_command(named_run, tmp_path):
     folder, images, _ = named_run
     run = igpt.load(folder)

@@ -1,6 +1,5 @@
 """Sources held in memory: scikit-learn's digits and .npz files."""
 
-import zipfile
 from collections.abc import Collection
 
 import numpy as np
@@ -9,7 +8,7 @@ from igpt.data.classes import distinct_names
 from igpt.data.examples import SPLITS, ArrayImages, EncodedImages, Source, Split
 from igpt.data.images import Preprocess
 from igpt.data.settings import DataConfig
-from igpt.errors import UserError
+from igpt.errors import UserError, first_line
 
 PREFIXES = {"train": "", "validation": "validation_", "test": "test_"}  # split -> prefix of its arrays in an .npz
 
@@ -121,8 +120,10 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files if name in known}
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz of plain arrays: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise exceptions of many types
+        raise UserError(f"{path} cannot be read as an .npz of plain arrays: {first_line(error)}") from None
 
 
 def _images_and_labels(path: str, prefix: str, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -167,8 +168,8 @@ def map_array(path: str) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a .npy of numbers: {error}; fetch it again") from None
+    except Exception as error:  # damaged files raise exceptions of many types
+        raise UserError(f"{path} cannot be read as a .npy of numbers: {first_line(error)}; fetch it again") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an .npz of several arrays; a .npy is needed")
     return array

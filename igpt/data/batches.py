@@ -141,11 +141,12 @@ class TrainBatches:
         return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
 
     def iterate(self, start: int, stop: int, threads: int = 1) -> Iterator[dict]:
-        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare up to AHEAD batches in advance."""
+        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare at least AHEAD batches ahead."""
         import grain.python as grain  # the import is slow
 
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
-        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(AHEAD, threads))
+        return iter(steps.to_iter_dataset(options))
 
 
 def eval_batches(

@@ -263,7 +263,9 @@ def _numbered(data: Data, source: str) -> Data:
 
 
 def _is_unlabelled(part, label: str) -> bool:
-    """Whether the first example has no label: ImageNet's test images have -1."""
+    """Whether there is no column of labels, or the first example has no label: ImageNet's test images have -1."""
+    if label not in (part.features or {}):
+        return True
     first = next(iter(part.select_columns([label]).take(1)), {}).get(label)
     return first is None or (not isinstance(first, str) and first < 0)
 

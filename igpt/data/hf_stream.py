@@ -23,12 +23,12 @@ from igpt.data.hf import Data, content_of, label_numbers, load, parse
 from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
-from igpt.files import read_json, write_json
+from igpt.files import read_json, write_json, write_text
 from igpt.tokenizer import Tokenizer
 
 AT_ONCE = 256  # most rows that are decoded and encoded at once
 SAVE_EVERY = 4096  # rows between two saved states
-PROGRESS = "progress.json"
+PROGRESS, REASONS = "progress.json", "reasons.txt"
 
 
 class Stream:
@@ -122,7 +122,10 @@ def _count(part, split: str, data: Data, source: str) -> int:
 
 
 class Staged:
-    """What has been read of a stream: tokens uint16 [N, length], labels int32 [N], which images were readable."""
+    """What has been read of a stream: tokens uint16 [N, length], labels int32 [N], which images were readable.
+
+    A line of reasons.txt has the number of a row and why it could not be read.
+    """
 
     def __init__(self, folder: Path, stream: Stream, length: int):
         self.folder, self.stream = folder, stream
@@ -134,13 +137,14 @@ class Staged:
         """Reads what is missing, and calls `advance` with numbers of rows. UserError if the stream has other rows."""
         self.folder.mkdir(exist_ok=True)
         path = self.folder / PROGRESS
-        progress = read_json(path) if path.is_file() else {"done": 0, "state": None, "reasons": {}}
+        progress = read_json(path) if path.is_file() else {"done": 0, "state": None}
         advance(progress["done"])
         with contextlib.ExitStack() as stack:
             files = {kind: stack.enter_context(self._opened(kind, progress["done"])) for kind in self.kinds}
+            reasons = stack.enter_context(self._opened_reasons(progress["done"]))
             pool = stack.enter_context(ThreadPoolExecutor(threads))
             for i, split in enumerate(self.stream.counts):
-                self._fill_split(split, i, files, progress, tokenizer, pool, advance)
+                self._fill_split(split, i, files, reasons, progress, tokenizer, pool, advance)
 
     def _opened(self, kind: str, done: int):
         """A file of the stage, cut to the rows that the saved state knows."""
@@ -149,7 +153,22 @@ class Staged:
         file.truncate(done * width * np.dtype(dtype).itemsize)
         return file
 
-    def _fill_split(self, split: str, i: int, files: dict, progress: dict, tokenizer: Tokenizer, pool, advance) -> None:
+    def _reasons(self) -> dict[int, str]:
+        """Why rows could not be read. A line that a kill cut off is passed over."""
+        path = self.folder / REASONS
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+        parts = (line.rstrip("\n").partition("\t") for line in lines if line.endswith("\n"))
+        return {int(row): reason for row, _, reason in parts}
+
+    def _opened_reasons(self, done: int):
+        """The file of reasons, cut to the rows that the saved state knows."""
+        kept = {row: reason for row, reason in self._reasons().items() if row < done}
+        write_text(self.folder / REASONS, "".join(f"{row}\t{reason}\n" for row, reason in kept.items()))
+        return (self.folder / REASONS).open("a", encoding="utf-8", errors="backslashreplace")
+
+    def _fill_split(
+        self, split: str, i: int, files: dict, reasons, progress: dict, tokenizer: Tokenizer, pool, advance
+    ) -> None:
         start, end = (int(row) for row in self.stream.starts[i : i + 2])
         if progress["done"] >= end:
             return
@@ -157,7 +176,7 @@ class Staged:
         height, width = settings.image_size
         size = max(1, min(AT_ONCE, (1 << 18) // (height * width)))
         for contents, labels in self.stream.batches(split, progress["done"] - start, progress["state"], size):
-            images, readable = self._decoded(contents, progress, pool)
+            images, readable = self._decoded(contents, progress["done"], reasons, pool)
             written = {
                 "tokens": tokenizer.encode(images).reshape(len(images), -1),
                 "readable": readable,
@@ -168,16 +187,19 @@ class Staged:
             progress["done"] += len(contents)
             advance(len(contents))
             if progress["done"] - saved >= SAVE_EVERY:
-                self._save(files, progress | {"state": self.stream.streamed.state_dict()})
+                self._save([*files.values(), reasons], progress | {"state": self.stream.streamed.state_dict()})
                 saved = progress["done"]
         if progress["done"] != end:
             states = f"{settings.source} states {end - start:,} rows for {split}, but has {progress['done'] - start:,}"
             raise UserError(f"{states}; fetch it without --stream")
         progress["state"] = None
-        self._save(files, progress)
+        self._save([*files.values(), reasons], progress)
 
-    def _decoded(self, contents: list, progress: dict, pool) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [n, H, W, 3], and whether each was readable. UserError at an unreadable one, unless skipped."""
+    def _decoded(self, contents: list, first: int, reasons, pool) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [n, H, W, 3], and whether each was readable. UserError at an unreadable one, unless skipped.
+
+        `first` is the number of the first row. What could not be read is written to `reasons`.
+        """
         settings = self.stream.settings
         preprocess = Preprocess.of(settings)
 
@@ -194,13 +216,13 @@ class Staged:
             if isinstance(image, UnreadableImage):
                 if settings.on_unreadable != "skip":
                     raise UserError(f"{image}. --on_unreadable=skip passes over such images")
-                progress["reasons"][str(progress["done"] + i)] = str(image)
+                reasons.write(f"{first + i}\t{' '.join(str(image).split())}\n")
         blank = np.zeros((*settings.image_size, 3), np.uint8)
         readable = np.array([not isinstance(image, UnreadableImage) for image in found], np.uint8)
         return np.stack([image if ok else blank for image, ok in zip(found, readable, strict=True)]), readable
 
-    def _save(self, files: dict, progress: dict) -> None:
-        for file in files.values():
+    def _save(self, files: list, progress: dict) -> None:
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
         write_json(self.folder / PROGRESS, progress)
@@ -212,12 +234,12 @@ class Staged:
             kind: np.memmap(self.folder / f"{kind}.bin", dtype, "r", shape=shapes[kind])
             for kind, (dtype, _) in self.kinds.items()
         }
-        reasons = read_json(self.folder / PROGRESS)["reasons"]
+        reasons = self._reasons()
         splits = []
         for rows in self.stream.parts:
             images = StagedImages(arrays["tokens"], tokenizer, str(self.folder), self.stream.settings.image_size, rows)
             images.readable = arrays["readable"][:, 0]
-            images.unreadable = {i: reasons[str(row)] for i, row in enumerate(rows.tolist()) if str(row) in reasons}
+            images.unreadable = {i: reasons[row] for i, row in enumerate(rows.tolist()) if row in reasons}
             labels = None if "labels" not in arrays else arrays["labels"][:, 0][rows]
             splits.append(StagedSplit(images, labels))
         settings, names = self.stream.settings, self.stream.data.class_names

@@ -19,6 +19,7 @@ import numpy as np
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.sources import add_source_arguments, load_source, source_settings
 from igpt.errors import UserError
+from igpt.files import written
 from igpt.palette import Palette
 from igpt.plots import check_writable, palette_picture, save_png
 from igpt.progress import progress_bar
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
     pixels, looked_at = sample_pixels(source.train.images, args.pixels, args.seed)
     print(f"{len(pixels):,} pixels of {looked_at:,} of {len(source.train):,} images")
     palette = fit_pixels(pixels, args.colors, args.seed, flag="--colors")
-    palette.save(args.out)
+    with written(args.out):
+        palette.save(args.out)
     held_out, others = sample_pixels(source.validation.images, max(1, args.pixels // 10), args.seed)
     error, psnr = quantisation_error(palette, held_out)
     print(
@@ -130,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
         chosen = np.random.default_rng((args.seed, 4)).permutation(len(source.validation))[:8]
         before = source.validation.images[np.sort(chosen)]
         after = palette.decode(palette.encode(before))
-        save_png(palette_picture(palette.decode(np.arange(palette.vocab_size)), before, after), args.picture)
+        with written(args.picture):
+            save_png(palette_picture(palette.decode(np.arange(palette.vocab_size)), before, after), args.picture)
         print(f"wrote {args.picture}: the palette, and {len(before)} images before (above) and after (below)")
     if source.unreadable:
         print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")

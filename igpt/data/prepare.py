@@ -38,8 +38,8 @@ from igpt.data.prepared import PLAN, count_shards, grid_of, map_shard, open_prep
 from igpt.data.settings import DataConfig
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
-from igpt.files import read_json, whole, write_array, write_json, write_text
-from igpt.lock import Lock
+from igpt.files import check_workdir, read_json, whole, write_array, write_json, write_text
+from igpt.lock import Lock, lock_files
 from igpt.progress import progress_bar
 from igpt.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -83,12 +83,14 @@ def prepare(
     plan |= {"stream": True} if stream else {}
     if (grid := list(tokenizer.grid(*plan["data"]["image_size"]))) != plan["data"]["image_size"]:
         plan["grid"] = grid
-    try:
-        _begin(folder, plan, tokenizer)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
-
+    if folder.is_file():
+        raise UserError(f"--out={folder} is a file; name a new directory")
+    check_workdir(folder, "--out")
     with Lock(folder, frees_at_sigterm=True):
+        try:
+            _begin(folder, plan, tokenizer)
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written: {error.strerror}; name another place") from None
         if stream:
             _write_streamed(rows, tokenizer, plan, folder, workers)
         else:
@@ -131,11 +133,8 @@ def _write_streamed(rows, tokenizer: Tokenizer, plan: dict, folder: Path, thread
 
 
 def _begin(folder: Path, plan: dict, tokenizer: Tokenizer) -> None:
-    """Writes the plan into a new directory. Raises UserError if an existing directory has another plan or no plan."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out={folder} is a file; name a new directory")
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= {f"{PLAN}.partial"}:
-        folder.mkdir(parents=True, exist_ok=True)
+    """Writes the plan into an empty directory. Raises UserError if it has another plan, or other files and no plan."""
+    if {path for path in folder.iterdir() if path not in lock_files(folder)} <= {folder / f"{PLAN}.partial"}:
         write_json(folder / PLAN, plan)
     elif not (folder / PLAN).is_file():
         raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from igpt.data.examples import ArrayImages, Images, Source, Split
-from igpt.data.settings import FILTERS, SCATTER, DataConfig
+from igpt.data.settings import FILTERS, DataConfig
 from igpt.errors import UserError
 
 MOST_BACKGROUNDS = 1024  # pictures of a split that are kept in memory, each at twice the canvas's height and width
@@ -95,8 +95,7 @@ def scatter(source: Source, settings: DataConfig, backgrounds: Source | None) ->
 
 def small_settings(settings: DataConfig, source: str) -> DataConfig:
     """How the small images themselves are read."""
-    plain = {name: getattr(DataConfig, name) for name in SCATTER}
-    return dataclasses.replace(settings, source=source, **plain)
+    return settings.without_places(source=source)
 
 
 def background_settings(settings: DataConfig) -> DataConfig:

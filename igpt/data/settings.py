@@ -86,6 +86,11 @@ class DataConfig:
             problem = f"data.preprocess is {self.preprocess}, but scattered images are placed, not resized"
             raise UserError(f"{problem}; set preprocess=none, and data.scatter_scale if sizes are to differ")
 
+    def without_places(self, **changes) -> "DataConfig":
+        """These settings for images that are not scattered, with `changes`."""
+        plain = {name: getattr(DataConfig, name) for name in SCATTER}
+        return dataclasses.replace(self, **plain | changes)
+
     @classmethod
     def of(cls, settings) -> "DataConfig":
         """Makes a DataConfig from a mapping, such as a ConfigDict. A DataConfig is returned unchanged."""

@@ -16,6 +16,7 @@ from igpt.interop.results import CLASSES, DRAWING, Figure
 from igpt.model import ModelConfig, count_params
 
 FILE = "README.md"
+SOURCES = ("source", "scatter_background")  # fields of `data` that name images
 UNKNOWN = "unknown"  # the hub's word for a licence that nobody has stated
 
 DRAW = """The network reads the start of sequence (SOS), token {sos}, and then the pixels. Neither the processor nor the
@@ -123,7 +124,8 @@ class Card:
     def _model_index(self, source: str) -> Iterator[dict]:
         for figure in self.figures:
             metric = {"type": figure.kind, "name": f"{figure.images} {figure.name}", "value": figure.value}
-            dataset = {"type": source, "name": source, "split": figure.images}
+            of_figure = public_source(figure.source) or source
+            dataset = {"type": of_figure, "name": of_figure, "split": figure.images}
             yield {"task": {"type": figure.task}, "dataset": dataset, "metrics": [metric]}
 
     def _has_head(self) -> bool:
@@ -158,7 +160,7 @@ class Card:
     def _results(self) -> Iterator[str]:
         if self.figures:
             lines = "\n".join(
-                f"| {figure.images} | {figure.name} | {figure.value:.4f}"
+                f"| {figure.images}{self._of_others(figure)} | {figure.name} | {figure.value:.4f}"
                 + (" [{:.4f}, {:.4f}]".format(*figure.interval) if figure.interval else "")
                 + " |"
                 for figure in self.figures
@@ -166,6 +168,11 @@ class Card:
             yield f"## Results\n\n| images | figure | value, 95 % interval |\n|---|---|---|\n{lines}\n"
         for file, shown in self.pictures.items():
             yield f"![{shown}]({file})\n"
+
+    def _of_others(self, figure: Figure) -> str:
+        """Names the source of a figure that was measured on other data than the run's own."""
+        own = figure.source in ("", self.config.data.source)
+        return "" if own else f" of {_cell(public_source(figure.source))}"
 
     def _use(self) -> str:
         model, (height, width) = self.model, self.config.data.image_size
@@ -186,7 +193,8 @@ class Card:
 
     def _configuration(self) -> str:
         """The fields of the configuration, as flags of train.py, without the folders of the machine that trained."""
-        local = {"data.source": public_source(self.config.data.source), "data.data_dir": ""}
+        local = {f"data.{name}": public_source(getattr(self.config.data, name)) for name in SOURCES}
+        local["data.data_dir"] = ""
         for name in ("data.split_file", "palette.path", "init_from"):
             local[name] = _public_path(self.config.flat()[name])
         lines = [f"--config.{name}={shlex.quote(str(value))}" for name, value in (self.config.flat() | local).items()]
@@ -201,6 +209,8 @@ def _cell(text: str) -> str:
 def public_source(source: str) -> str:
     """A data source without the folder of a local file: folder:/home/me/photos is folder:photos."""
     kind, _, place = source.partition(":")
+    if kind == "scattered":
+        return f"{kind}:{public_source(place)}"
     if kind in ("npz", "folder", "tokens", "openai"):
         return f"{kind}:{_public_path(place)}"
     if kind == "hf":

@@ -94,9 +94,10 @@ def export_codes(directory: AnyPath, out: str | Path) -> Path:
 
 def _new_card(directory: AnyPath, pretrained: Pretrained, folder: Path, facts: dict) -> str:
     """The model card of a run, whose pictures it writes into `folder`."""
-    of_run = (directory, pretrained.step, facts["model"].num_classes > 0)
+    model = facts["model"]
+    of_run = (directory, pretrained.step, model.num_classes > 0)
     known = dict(config=pretrained.config, step=pretrained.step, class_names=pretrained.class_names)
-    known |= dict(figures=results.figures(*of_run), pictures=results.pictures(*of_run, folder))
+    known |= dict(figures=results.figures(*of_run, model.depth), pictures=results.pictures(*of_run, folder))
     return card.Card(**facts, **known).text()
 
 

@@ -102,9 +102,18 @@ def is_huggingface(directory: AnyPath) -> bool:
 def data_settings(config: Config, **changes) -> DataConfig:
     """`config.data` with `changes` applied. Changes that are None or "" are ignored."""
     given = {name: value for name, value in changes.items() if value not in (None, "")}
-    if given.get("source", config.data.source) != config.data.source:
-        given["split_file"] = ""  # it names files of the old source
-    return dataclasses.replace(config.data, **given)
+    if given.get("source", config.data.source) == config.data.source:
+        return dataclasses.replace(config.data, **given)
+    given["split_file"] = ""  # it names files of the old source
+    if given["source"].startswith("scattered:"):
+        return dataclasses.replace(config.data, **given)
+    return config.data.without_places(**given)
+
+
+def picture_settings(config: Config, preprocess: str | None = None) -> DataConfig:
+    """How a picture that belongs to no source is read: as in the run's evaluation, unless `preprocess` is given."""
+    preprocess = preprocess or config.data.preprocess
+    return config.data.without_places(source="", split_file="", preprocess=preprocess)
 
 
 def processor_of(directory: AnyPath) -> ImageGPTImageProcessor:

@@ -192,7 +192,7 @@ class ImageGPTImageProcessor:
         unused = {name: overrides.pop(name) for name in overrides.keys() - SETTINGS.keys()}
         if unused and not return_unused:
             raise UserError(f"there is no setting {', '.join(sorted(unused))}; choose from {', '.join(SETTINGS)}")
-        naming = (*TYPE_FIELDS, "processor_class")
+        naming = (*TYPE_FIELDS, "processor_class", "self")  # "self" would be no setting, but our own first argument
         made = cls(**{name: value for name, value in settings.items() if name not in naming} | overrides)
         return (made, unused) if return_unused else made
 

@@ -16,7 +16,10 @@ PIXEL_METRICS = {"eval/bits_per_dim": ("bits_per_dim", "bits per dimension"), "e
 
 
 class Figure(NamedTuple):
-    """One figure: its task, the images it was measured on, its kind and name, its value, and its 95 % interval."""
+    """One figure: its task, the images it was measured on, its kind and name, its value, and its 95 % interval.
+
+    `source` is that of the images, if it is not that of the run's own data.
+    """
 
     task: str
     images: str
@@ -24,9 +27,10 @@ class Figure(NamedTuple):
     name: str
     value: float
     interval: tuple[float, float] | None = None
+    source: str = ""
 
 
-def figures(directory: AnyPath, step: int, classifies: bool) -> tuple[Figure, ...]:
+def figures(directory: AnyPath, step: int, classifies: bool, depth: int) -> tuple[Figure, ...]:
     """The figures that a run measured at this step: test accuracy, linear probe, validation loss."""
     found = []
     tuned, probe = _results(directory / "finetune.json", step), _results(directory / "probe" / "probe.json", step)
@@ -36,8 +40,9 @@ def figures(directory: AnyPath, step: int, classifies: bool) -> tuple[Figure, ..
         fits = probe["pretrained"]["layers"]
         best = next(fit for fit in fits if fit["layer"] == probe["pretrained"]["best_layer"])
         if _is_number(best["test_accuracy"]):
-            name = f"accuracy of a linear probe on layer {best['layer']} of {len(fits) - 1}"
-            found.append(Figure(CLASSES, "test", "accuracy", name, best["test_accuracy"], _interval(best)))
+            name = f"accuracy of a linear probe on layer {best['layer']} of {depth}"
+            source = str(probe.get("source") or "")
+            found.append(Figure(CLASSES, "test", "accuracy", name, best["test_accuracy"], _interval(best), source))
     evaluated = _records(directory, step).get(step, {})
     if classifies and "eval/accuracy" in evaluated:
         found.append(Figure(CLASSES, "validation", "accuracy", "accuracy", evaluated["eval/accuracy"]))

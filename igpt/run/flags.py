@@ -50,7 +50,7 @@ def _read(given: str | ConfigDict, overrides: list[str]) -> ConfigDict:
         words, define = overrides, functools.partial(config_flags.DEFINE_config_dict, config=given)
     else:
         words, define = [f"--config={given}", *overrides], config_flags.DEFINE_config_file
-        if (root := str(Path(given.partition(":")[0]).absolute().parents[1])) not in sys.path:
+        if (root := str(Path(given.partition(":")[0]).absolute().parent.parent)) not in sys.path:
             sys.path.append(root)  # so that configs/digits.py can import configs.base
     options = dict(flag_values=values, lock_config=True, sys_argv=["igpt", *words], help_string="-")
     try:

@@ -43,6 +43,8 @@ def progress_at(workdir: AnyPath, step: int) -> checkpoint.Progress | None:
     """The progress in a checkpoint, or None if the checkpoint has parameters only."""
     if not exists(checkpoint.folder_of(workdir, step) / "progress"):
         return None
+    if reason := damage(checkpoint.folder_of(workdir, step), "progress/"):
+        raise _damaged(workdir, step, reason)
     with checkpoint.reader(workdir) as checkpoints:
         found = checkpoints.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     try:
@@ -81,7 +83,7 @@ def params(workdir: AnyPath, abstract: dict, step: int | None = None) -> tuple[d
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps}")
     if reason := damage(checkpoint.folder_of(workdir, step), "params/"):
-        raise UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
+        raise _damaged(workdir, step, reason)
     _check_params(workdir, step, abstract)
     return _restored(workdir, step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params, step
 
@@ -91,7 +93,10 @@ def _check_params(workdir: AnyPath, step: int, abstract: dict) -> None:
 
     If Orbax found the difference, its other reads would go on, fail, and print tracebacks after the message.
     """
-    found = checkpoint.described(checkpoint.folder_of(workdir, step) / "params")
+    try:
+        found = checkpoint.described(checkpoint.folder_of(workdir, step) / "params")
+    except Exception as error:  # a checkpoint of parameters only has no digests that would have shown the damage
+        raise _damaged(workdir, step, first_line(error)[:300]) from error
     there, here = (
         {path_of(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (found, abstract)
@@ -103,6 +108,11 @@ def _check_params(workdir: AnyPath, step: int, abstract: dict) -> None:
     ]
     if differing:
         raise _unfit(workdir, step, f"{differing[0]} ({len(differing)} of its arrays differ)")
+
+
+def _damaged(workdir: AnyPath, step: int, reason: str) -> UserError:
+    steps = checkpoint.common_steps(workdir)
+    return UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
 
 
 def _unfit(workdir: AnyPath, step: int, why: str) -> UserError:

@@ -311,6 +311,39 @@ def test_unreadable_images_of_a_stream_are_refused_by_name_or_skipped_and_listed
     assert contents(tmp_path / "False") == contents(tmp_path / "True")
 
 
+def test_a_reason_that_a_kill_cut_off_is_written_anew(palette, tmp_path, monkeypatch):
+    bad = [{"bytes": b"no image", "path": f"bad{i}.png"} for i in range(9)]
+    good = [{"bytes": encoded(i), "path": None} for i in range(9)]
+    data = datasets.load_from_disk(saved_with(tmp_path, *(one for pair in zip(bad, good, strict=True) for one in pair)))
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "train.parquet")
+    prepared(tmp_path / "data", palette, tmp_path / "whole", stream=True, on_unreadable="skip")
+    monkeypatch.setattr(hf_stream, "AT_ONCE", 4)
+    monkeypatch.setattr(hf_stream, "SAVE_EVERY", 4)
+    real, saves = hf_stream.Staged._save, []
+
+    def killed(staged, files, progress):
+        real(staged, files, progress)
+        saves.append(progress["done"])
+        if len(saves) == 2:
+            files[-1].write("12")  # the beginning of a line
+            files[-1].flush()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hf_stream.Staged, "_save", killed)
+        prepared(tmp_path / "data", palette, tmp_path / "cut", stream=True, on_unreadable="skip")
+    prepared(tmp_path / "data", palette, tmp_path / "cut", stream=True, on_unreadable="skip")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_test_split_without_the_column_of_labels_is_passed_over(tmp_path):
+    unlabelled = table(range(4)).remove_columns("label")
+    datasets.DatasetDict(train=table(range(12)), test=unlabelled).save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved", validation_fraction=0.2, test_fraction=0.2)
+    assert source.test.labels is not None and len(source.test) == 2
+
+
 def test_a_data_set_of_the_hub_is_read_and_streamed(places, palette, hub, tmp_path, monkeypatch):
     state, _ = hub
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", os.environ["HF_ENDPOINT"])

@@ -132,6 +132,18 @@ def test_the_card_has_the_figures_and_pictures_of_the_exported_step(tmp_path):
     }
 
 
+def test_a_probe_of_other_images_is_told_with_their_source(tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    add_results(run, step=3)
+    probe = json.loads((run / "probe" / "probe.json").read_text())
+    (run / "probe" / "probe.json").write_text(json.dumps(probe | {"source": "folder:/home/anna/birds"}))
+    out = export(run, tmp_path / "hf")
+    sources = {r.metric_name: r.dataset_type for r in ModelCard.load(out / "README.md").data.eval_results}
+    assert sources.pop("test accuracy of a linear probe on layer 2 of 3") == "folder:birds"
+    assert set(sources.values()) == {igpt.load(run).config.data.source}
+    assert "| test of folder:birds | accuracy of a linear probe" in (out / "README.md").read_text()
+
+
 def test_the_card_of_a_classifier_has_its_test_accuracy_and_its_classes(tmp_path):
     run = write_imported_run(tmp_path / "run", num_classes=3)
     save_names(["ant", "bee | wasp", "cat"], run)
@@ -152,14 +164,24 @@ def test_figures_of_another_step_are_not_published(tmp_path):
     assert sorted(path.name for path in out.glob("*.png")) == ["curves.png", "samples.png"]
 
 
-def test_the_card_names_no_folder_of_the_machine(tmp_path):
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (dict(source="folder:/home/anna/photos", split_file="/home/anna/s.csv"), "folder:photos"),
+        (
+            dict(source="scattered:npz:/home/anna/a.npz", scatter_background="folder:/home/anna/b"),
+            "scattered:npz:a.npz",
+        ),
+    ],
+)
+def test_the_card_names_no_folder_of_the_machine(tmp_path, data, shown):
     run = write_imported_run(tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    config["data"].update(source="folder:/home/anna/photos", data_dir="/home/anna/data", split_file="/home/anna/s.csv")
+    config["data"].update(data_dir="/home/anna/data", **data)
     config["palette"]["path"], config["init_from"] = "/home/anna/palette.npy", "/home/anna/runs/first"
     (run / "config.json").write_text(json.dumps(config))
     text = (export(run, tmp_path / "hf") / "README.md").read_text()
-    assert "anna" not in text and "folder:photos" in text and str(tmp_path) not in text
+    assert "anna" not in text and shown in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(tiny_config, finished
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
 
 
+def test_damage_to_what_is_read_first_is_told_in_words(tiny_config, finished_run, tmp_path):
+    progress = tmp_path / "run" / "checkpoints" / "6" / "progress" / "metadata"
+    os.truncate(progress, 5)
+    with pytest.raises(UserError, match=r"checkpoint of step 6 of .* is damaged \(progress/metadata differs"):
+        restore.params(tmp_path / "run", {})
+    checkpoint.save_params(tmp_path / "imported", {"gain": jnp.ones(3)}, 4)  # parameters only, without digests
+    os.truncate(tmp_path / "imported" / "checkpoints" / "4" / "params" / "_METADATA", 5)
+    with pytest.raises(UserError, match=r"checkpoint of step 4 of .* is damaged"):
+        restore.params(tmp_path / "imported", {"gain": jnp.ones(3)})
+
+
 def test_a_save_that_a_kill_cut_short_is_passed_over_and_cleared_away(tiny_config, finished_run, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     unfinished = folder / "6.orbax-checkpoint-tmp"
