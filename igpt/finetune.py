@@ -26,7 +26,7 @@ from igpt.sharding import process_rows, replicate
 from igpt.state import run_batches
 from igpt.tokenizer import Tokenizer
 
-MOST_IN_JSON = 1000  # classes whose confusion matrix stays below the size of JSON that is read
+MOST_IN_JSON = 500  # classes whose confusion matrix stays below the size of JSON that is read
 
 
 def labelled(source: Source, config: Config, names: Sequence[str] | None = None, whose: str | AnyPath = "") -> Source:

@@ -27,6 +27,7 @@ from igpt.data.arrays import split_indices
 from igpt.data.batches import Drops
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError
+from igpt.files import read_json
 from igpt.interop.export import export
 from igpt.interop.import_run import import_checkpoint
 from igpt.palette import Palette
@@ -405,6 +406,16 @@ def test_unusable_labels_are_refused_in_every_split(images, start, tmp_path, wri
         with pytest.raises(UserError, match=message):
             train.run(tuning(path, start), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_matrix_of_many_classes_has_a_file_of_its_own(tmp_path):
+    counts = np.eye(finetune.MOST_IN_JSON + 1, dtype=int)
+    finetune.report(tmp_path, counts, {"step": 3})
+    np.testing.assert_array_equal(np.load(tmp_path / "confusion.npy"), counts)
+    assert read_json(tmp_path / "finetune.json")["test_accuracy"] == 1
+    counts = np.full((finetune.MOST_IN_JSON,) * 2, 12_345)
+    finetune.report(tmp_path, counts, {"step": 3})
+    assert read_json(tmp_path / "finetune.json")["confusion"] == counts.tolist()
 
 
 def test_the_interval_and_the_matrix_follow_from_the_counts(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import threading
 
 import jax
 import numpy as np
@@ -281,6 +282,12 @@ def test_an_unreadable_image_stops_the_threads_that_read_ahead(tmp_path):
         batches = TrainBatches(source.train, COLORS, 7, 5, Augmentation(), slice(None)).iterate(0, 100, threads)
         with pytest.raises(UserError, match=r"a?b?/05\.png cannot be read as an image.*data\.on_unreadable=skip"):
             list(batches)
+
+
+def test_as_many_batches_are_prepared_at_once_as_there_are_threads(monkeypatch):
+    all_at_work = threading.Barrier(7, timeout=30)
+    monkeypatch.setattr(TrainBatches, "__getitem__", lambda self, step: all_at_work.wait() >= 0 and {"step": step})
+    assert [batch["step"] for batch in batches_of(numbered_split()).iterate(0, 7, threads=7)] == list(range(7))
 
 
 def photo_config(tiny_config, tmp_path, policy):
