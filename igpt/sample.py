@@ -204,6 +204,8 @@ def _in_batches(pretrained, prefix, seed, sampling, batch_size, clock) -> np.nda
     """
     grid = pretrained.tokenizer.grid(*pretrained.config.data.image_size)
     count, images = len(prefix), []
+    if count < 1 or batch_size < 1:
+        raise UserError(f"{count} images in batches of {batch_size} were asked for; give at least 1 of each")
     keys = image_keys(seed, count)
     batch_size = min(batch_size, count)
     batch_size += -batch_size % batch_shards(jax.sharding.get_abstract_mesh())

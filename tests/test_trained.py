@@ -105,6 +105,16 @@ def test_a_mistake_is_explained(run, call, message):
         call(run)
 
 
+def test_nothing_and_batches_of_nothing_are_refused(run, photo):
+    for call in (
+        lambda: run.sample(0),
+        lambda: run.complete(Image.open(photo), num=0),
+        lambda: run.sample(2, batch_size=0),
+    ):
+        with pytest.raises(UserError, match="were asked for; give at least 1 of each"):
+            call()
+
+
 def test_a_model_on_several_devices_samples_the_same(run):
     split = igpt.load(run.path, mesh=make_mesh(4, 1, 2))
     assert split.mesh.shape == {"data": 4, "fsdp": 1, "tensor": 2}

@@ -14,13 +14,21 @@ FLAGS=${FLAGS:---config=configs/imagenet.py:l --config.data.source=tokens:/mnt/b
 
 tpus() { gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"; }
 everywhere() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
-state() { tpus queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null; }
+state() { # of the slice; NONE if there is no such slice, nothing if Google could not be asked
+  if found=$(tpus queued-resources describe "$NAME" --format='value(state.state)' 2>&1); then
+    echo "$found"
+  elif [[ $found == *NOT_FOUND* ]]; then
+    echo NONE
+  else
+    echo "$found" >&2
+  fi
+}
 
 errors=0
 while true; do
   case $(state) in
     ACTIVE) ;;
-    "") tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
+    NONE) tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
       --runtime-version="$RUNTIME" --spot || exit 1 ;;
     FAILED | SUSPENDED) tpus queued-resources delete "$NAME" --quiet --force ;;
   esac
@@ -30,6 +38,7 @@ while true; do
   fi
 
   everywhere "
+    set -e
     mountpoint -q /mnt/bucket || { sudo mkdir -p /mnt/bucket && sudo chown \$USER /mnt/bucket &&
       gcsfuse --implicit-dirs $BUCKET /mnt/bucket; }
     [ -d igpt ] || git clone $REPOSITORY igpt

@@ -132,7 +132,7 @@ def loss(logits: Float[Array, "B *T V"], labels: Array, problem: str) -> Float[A
     if problem == "regression":
         return jnp.mean(jnp.square(logits - labels.reshape(logits.shape)))
     if problem == "multi_label_classification":
-        return jnp.mean(jnp.logaddexp(0.0, logits) - labels * logits)
+        return jnp.mean(jnp.logaddexp(0.0, logits) - labels.reshape(logits.shape) * logits)
     if problem == "next_token":
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != IGNORED  # if no label counts, the mean is NaN, as in PyTorch

@@ -20,6 +20,7 @@ from igpt.interop.documented import check_refused, refusals
 from igpt.sample import continue_inputs
 
 FILE_NAME = "generation_config.json"
+NUMBERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "temperature", "top_k", "top_p")
 DEFAULTS = (  # the settings of a draw, with transformers' defaults; without a length, the image is completed
     dict(max_length=None, max_new_tokens=None, num_return_sequences=1)
     | dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0)
@@ -83,7 +84,8 @@ class GenerationConfig:
     def from_directory(cls, directory: Path) -> "GenerationConfig":
         """Reads generation_config.json, if it is there. `generate` checks it, since a model has other uses, too."""
         path, config = directory / FILE_NAME, cls()
-        vars(config).update(_public(read_json(path)) if path.is_file() else {})
+        found = _public(read_json(path)) if path.is_file() else {}
+        vars(config).update({name: value for name, value in found.items() if not hasattr(cls, name)})  # no methods
         return config
 
 
@@ -135,6 +137,9 @@ def _settings(own: GenerationConfig, given, arguments: dict) -> SimpleNamespace:
     off = ("top_k", "top_p")  # for these, None means that they are not used
     arguments = check_refused("generate", arguments, REFUSED, known=DEFAULTS)
     settings |= {name: value for name, value in arguments.items() if value is not None or name in off}
+    for name in NUMBERS:
+        if isinstance(settings[name], str | list | dict):  # from a generation_config.json
+            raise UserError(f"{name} is {settings[name]!r}; give a number")
     if not isinstance(settings["num_return_sequences"], int) or settings["num_return_sequences"] < 1:
         raise UserError(f"num_return_sequences is {settings['num_return_sequences']}; give 1 or more")
     return SimpleNamespace(**settings)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from igpt.api.forward import IGNORED, Inputs
-from igpt.api.outputs import Cache, as_cache
+from igpt.api.outputs import Cache, as_cache, from_torch
 from igpt.errors import UserError
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.sample import padded_length
@@ -75,7 +75,7 @@ def as_array(name: str, x, shape: tuple[int, ...] | None = None):
         return None
     if not isinstance(x, jax.Array):
         try:
-            x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+            x = np.asarray(from_torch(x))
         except ValueError:
             raise UserError(f"{name} has rows of different lengths; pad them, and give an attention_mask") from None
         if x.dtype.kind not in "biuf":

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from igpt.errors import UserError
@@ -84,8 +85,16 @@ def as_cache(given: Any, shape: tuple) -> Cache | None:
     return Cache(keys, values, length)
 
 
+def from_torch(x):
+    """A PyTorch tensor on the CPU, in a type that NumPy has. Anything else as it is."""
+    if not hasattr(x, "detach"):
+        return x
+    x = x.detach().cpu()
+    return x.float() if str(x.dtype) == "torch.bfloat16" else x
+
+
 def _floats(x) -> Array:
-    x = jnp.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x)
+    x = jnp.asarray(np.asarray(from_torch(x)) if hasattr(x, "detach") else x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 

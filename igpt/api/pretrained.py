@@ -35,7 +35,7 @@ from igpt.interop.hf_network import to_model_config
 from igpt.interop.hub import resolve
 from igpt.interop.load import parameter_fields
 from igpt.interop.mapping import abstract_params
-from igpt.interop.weight_files import write_safetensors
+from igpt.interop.weight_files import SAFETENSORS, write_safetensors
 from igpt.model import ImageGPT
 
 OWN_NAMES = "weights have transformers' names and are float32, float16 or bfloat16"
@@ -165,7 +165,11 @@ class ImageGPTPreTrainedModel:
         model = cls(config, seed=seed, dtype=dtype, params=weights.read())
         own = GenerationConfig.from_directory(directory)
         model.generation_config = own if generation_config is None else GenerationConfig.of(generation_config)
-        missing = sorted(hf_weights.targets(weights.model).keys() - weights.tensors.keys())
+        sizes = weights.other_sizes
+        missing = sorted(hf_weights.targets(weights.model).keys() - weights.tensors.keys() - sizes.keys())
+        for name, (there, here) in sizes.items():
+            problem = f"{ref} has {name} of the shape {list(there)}, not {list(here)}"
+            warnings.warn(f"{problem}: it is initialised at random, train it before use", stacklevel=2)
         for name in missing:
             warnings.warn(f"{ref} has no {name}: it is initialised at random, train it before use", stacklevel=2)
         if cls.head == "classes" and model.config.other.get("prepend_sos"):
@@ -173,7 +177,8 @@ class ImageGPTPreTrainedModel:
             warnings.warn(f"{ref} reads a start of sequence: {recipe}", stacklevel=2)
         if not output_loading_info:
             return model
-        return model, {"missing_keys": missing, "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        mismatched = [(name, *shapes) for name, shapes in sizes.items()]
+        return model, {"missing_keys": missing, "unexpected_keys": [], "mismatched_keys": mismatched, "error_msgs": []}
 
     def save_pretrained(self, directory: str | Path, **refused) -> None:
         """Writes config.json, model.safetensors and generation_config.json, if it has settings, for transformers.
@@ -202,7 +207,8 @@ class ImageGPTPreTrainedModel:
             os.replace(partial / name, directory / name)
         partial.rmdir()
         # Remove the files of an earlier save that had more of them.
-        for old in {FILE_NAME, *(file.name for file in directory.glob("model*.safetensors*"))} - written:
+        earlier = {file.name for file in directory.iterdir() if SAFETENSORS.fullmatch(file.name)}
+        for old in {FILE_NAME, *earlier} - written:
             (directory / old).unlink(missing_ok=True)
 
     def __getattr__(self, name: str):  # Python calls this only for attributes that do not exist
@@ -316,6 +322,8 @@ def _computed_in(dtype: Any, config: ImageGPTConfig) -> str:
     if isinstance(dtype, str) and dtype == "auto":
         saved = str(config.other.get("dtype") or config.other.get("torch_dtype"))
         return "bfloat16" if saved.endswith("bfloat16") else "float32"
+    if dtype is None:
+        return "float32"
     try:
         name = str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else jnp.dtype(dtype).name
     except TypeError:

@@ -58,11 +58,15 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 
 
 class Weights(NamedTuple):
-    """The configuration of a directory, its network, and its unread tensors by name, without the prefix."""
+    """The configuration of a directory, its network, and its unread tensors by name, without the prefix.
+
+    other_sizes: heads of another size that were left out, with their shapes there and here.
+    """
 
     config: ImageGPTConfig
     model: ModelConfig
     tensors: dict[str, Tensor]
+    other_sizes: dict[str, tuple[tuple, tuple]]
 
     def read(self, abstract: dict | None = None) -> dict:
         """Reads the parameters, with the shardings of `abstract` or, without it, to the default device."""
@@ -82,18 +86,21 @@ def open_directory(
 
     head: a key of ARCHITECTURES, or None for the directory's own head. A given head may be missing in the files, and
     other heads in the files are ignored. So fine-tuning can start from a pretrained directory. With `any_size`, a head
-    of another size counts as missing.
+    of another size is left out, and its shapes there and here are noted in `other_sizes`.
     """
     config = config or ImageGPTConfig.from_pretrained(directory)
     errors = []
     tensors = _without_prefix(list_tensors(directory, errors), errors)
-    optional = () if head is None else HEADS.values()
+    optional, other_sizes = () if head is None else HEADS.values(), {}
     head = head or _head_of(config, tensors)
     model = to_model_config(config, "none" if head == "pixels" and config.tie_word_embeddings else head)
     table = targets(model)
     for name in optional:
-        fits = {name} <= tensors.keys() & table.keys() and tensors[name].shape == table[name].shape(sizes(model))
-        if name not in table or (any_size and not fits):
+        if any_size and name in tensors.keys() & table.keys():
+            there, here = tensors[name].shape, table[name].shape(sizes(model))
+            if there != here:
+                other_sizes[name] = (tuple(there), tuple(here))
+        if name not in table or name in other_sizes:
             tensors.pop(name, None)
         if name not in tensors:
             table.pop(name, None)
@@ -101,7 +108,7 @@ def open_directory(
         tensors.pop(HEADS["pixels"], None)  # .bin files contain the tied table twice
     problem = f"the weights in {directory} do not fit their config.json; fetch both again, or correct the config"
     check_tensors(tensors, table, sizes(model), FLOATS, problem, errors)
-    return Weights(config, model, tensors)
+    return Weights(config, model, tensors, other_sizes)
 
 
 def _without_prefix(tensors: dict[str, Tensor], errors: list[str]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ A model is given as a path, as a path in a bucket, or as an id of the hub.
 """
 
 import difflib
-import fnmatch
 import re
 from pathlib import Path
 
@@ -12,12 +11,14 @@ from igpt.errors import UserError, first_line
 from igpt.fetch import local_copy
 from igpt.files import AnyPath, as_path, expand_home, is_bucket, read_json
 from igpt.interop.results import PICTURES
+from igpt.interop.weight_files import SAFETENSORS
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 CONFIG_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "README.md"]
-EXPORTED = [*CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json"]  # files that a push may delete
-EXPORTED += PICTURES
-WEIGHT_FILES = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model*.json"])
+WEIGHT_FILES = (
+    ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"],
+)
 
 
 def resolve(
@@ -116,7 +117,8 @@ def push(directory: Path, repo: str, private: bool = False) -> str:
         if private and not known.private:
             raise UserError(f"{repo} is there already, and public; leave --private out, or push to another name")
         there = {file.rfilename for file in known.siblings or ()}
-        old = [file for file in there - {*files} if any(fnmatch.fnmatch(file, pattern) for pattern in EXPORTED)]
+        exported = {*CONFIG_FILES, *PICTURES}
+        old = [file for file in there - {*files} if file in exported or SAFETENSORS.fullmatch(file)]
         operations = [CommitOperationDelete(file) for file in old]
         operations += [CommitOperationAdd(file, directory / file) for file in files]
         api.create_commit(repo, operations, commit_message="Export of igpt")

@@ -27,6 +27,8 @@ from igpt.interop.mapping import Tensor
 
 MAX_SHARD_BYTES = 2 << 30  # bytes per file that this module writes
 MAX_HEADER_BYTES = 2 << 20  # bytes per safetensors header or pickle; iGPT-XL needs about 100 kB
+# The names of files that an export writes. Others, such as model_best.safetensors, are the user's.
+SAFETENSORS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # All names that the pickle of a state dict needs. torch's weights_only loader would allow bytearray(10**10), too.
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z]\w*Storage")

@@ -1,5 +1,6 @@
 """What the page asks a model for: images drawn row by row, the probe's curve, the nearest training images."""
 
+import dataclasses
 import functools
 import io
 import threading
@@ -31,7 +32,7 @@ class Answers:
 
     def __init__(self, run: Run, train_images: int, probe: str | Path | None = None):
         self.run, self.data = run, run.config.data
-        self.computing = threading.Lock()
+        self.computing, self.decoding = threading.Lock(), threading.Lock()
         self.probe_folder = Path(probe) if probe else run.path / "probe"
         self.probe = read_json(self.probe_folder / "probe.json") if self._has_probe(probe) else None
         self.examples, self.train, self.why_no_data = None, None, ""
@@ -75,8 +76,9 @@ class Answers:
     def picture(self, content: bytes, example: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
         """An uploaded file, or an image of the test split, as the model reads it."""
         if example is None:
-            image = decode(content, "the picture", self.data.channels)
-            return Preprocess(self.data.image_size, "shrink")(image, None, "the picture")
+            with self.decoding:  # one picture may take a gigabyte
+                image = decode(content, "the picture", self.data.channels)
+                return Preprocess(self.data.image_size, "shrink")(image, None, "the picture")
         if self.examples is None or not 0 <= example < len(self.examples):
             raise UserError(f"there is no example {example}")
         return np.asarray(self.examples[example])
@@ -88,12 +90,17 @@ class Answers:
     def complete(self, image, keep: float, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
         """The continuations after each row: see `completed_rows`."""
         check_number(num)
-        return completed_rows(self.run, image, keep, num, seed, sampling)
+        return completed_rows(self.run, image, keep, num, seed, self._known(sampling))
 
     def sample(self, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
         """New images after each row: see `sampled_rows`."""
         check_number(num)
-        return sampled_rows(self.run, num, seed, sampling)
+        return sampled_rows(self.run, num, seed, self._known(sampling))
+
+    def _known(self, sampling: Sampling) -> Sampling:
+        """The same rules. Every other top_k is another program, so that all that keep all tokens become one."""
+        is_all = sampling.top_k >= self.run.tokenizer.vocab_size
+        return dataclasses.replace(sampling, top_k=0) if is_all else sampling
 
     def nearest(self, image, layer: int) -> list[tuple[np.ndarray, float, str]]:
         """The training images whose features are the most similar: (image, cosine, class), the most similar first."""
@@ -112,6 +119,8 @@ class Answers:
         if self.train.labels is None:
             return ""
         label = int(self.train.labels[np.array([index])][0])
+        if label < 0:  # this image has none
+            return ""
         return full_names(self.names, label + 1)[label] if self.names else str(label)
 
 

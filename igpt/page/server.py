@@ -63,6 +63,9 @@ class Server(ThreadingHTTPServer):
         """A client that goes away is no error."""
 
 
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
 def make_server(answers: Answers, host: str, port: int) -> Server:
     """A server that listens. Raises UserError if the address cannot be used."""
 
@@ -75,7 +78,8 @@ def make_server(answers: Answers, host: str, port: int) -> Server:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host={host} --port={port} cannot be used: {reason}; --port=0 takes a free port") from None
-    Handler.is_local = ipaddress.ip_address(server.server_address[0]).is_loopback
+    address = server.server_address[0]
+    Handler.local_names = LOCAL | {address, host.lower()} if ipaddress.ip_address(address).is_loopback else None
     return server
 
 
@@ -88,10 +92,13 @@ class RefusedError(UserError):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """Answers one request. `make_server` sets the class's `answers` and `is_local`."""
+    """Answers one request. `make_server` sets the class's `answers` and `local_names`.
+
+    local_names: how this machine may be called by a page on itself. None: the page is for other machines, too.
+    """
 
     answers: Answers
-    is_local: bool
+    local_names: frozenset[str] | None
     timeout = SECONDS_TO_SEND
     server_version, sys_version = "igpt", ""
 
@@ -168,7 +175,7 @@ class PageHandler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         origin = self.headers.get("Origin")
-        if self.is_local and name not in ("localhost", "127.0.0.1", "::1"):
+        if self.local_names is not None and name not in self.local_names:
             raise RefusedError(HTTPStatus.FORBIDDEN, f"this page is not {host}")
         if origin is not None and origin != f"http://{host}":
             raise RefusedError(HTTPStatus.FORBIDDEN, f"{origin} may not use this page")

@@ -132,8 +132,8 @@ def candidates(model: ModelConfig, batch_size: int, chips: int, chip: Chip, slic
     powers = [2**n for n in range(chips.bit_length()) if chips % 2**n == 0]
     for split in itertools.product(powers, powers, MICRO_BATCHES, KEPT_WIDTHS):
         tensor, fsdp, accumulate, _ = split
-        whole_mesh = chips % (tensor * fsdp * slices) == model.num_heads % tensor == model.width % fsdp == 0
-        if whole_mesh and batch_size % (chips // tensor * accumulate) == 0:
+        whole_mesh = chips % (tensor * fsdp * slices) == model.num_heads % tensor == model.mlp_width % tensor == 0
+        if whole_mesh and model.width % fsdp == 0 and batch_size % (chips // tensor * accumulate) == 0:
             seconds = _predict_seconds(model, batch_size, chips, chip, *split)
             yield Candidate(*split, seconds, _predict_memory(model, batch_size, chips, *split))
 

@@ -130,6 +130,14 @@ def test_the_classifier_returns_the_logits_and_loss_of_its_problem(config, label
     assert_close(*call_both(models, input_ids=api_tokens()[:, 1:], labels=labels, **EVERYTHING))
 
 
+def test_one_class_of_several_at_once_is_compared_row_by_row(tmp_path):
+    config, labels = dict(num_labels=1, problem_type="multi_label_classification"), np.array([1, 0, 1], np.float32)
+    theirs, ours = hf_and_ours(tmp_path, head="classes", **config)
+    expected = theirs(torch.tensor(api_tokens()), labels=torch.tensor(labels[:, None])).loss.item()
+    for given in (labels, labels[:, None]):
+        np.testing.assert_allclose(ours(api_tokens(), labels=given).loss, expected, rtol=0, atol=1e-5)
+
+
 def test_a_loss_is_nan_if_every_label_is_ignored(causal):
     theirs, ours = call_both(causal, input_ids=api_tokens(), labels=np.full((3, 23), -100))
     assert np.isnan(theirs.loss) and np.isnan(ours.loss)

@@ -1,6 +1,7 @@
 """`generate` takes the documented arguments: prompts, settings and outputs agree with transformers."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -131,6 +132,18 @@ def test_settings_come_from_the_call_then_its_config_then_the_model_s(causal, tm
     own.generation_config.num_beams = 4
     with pytest.raises(UserError, match="the model's generation_config does not support num_beams=4"):
         own.generate(x)
+
+
+def test_a_strange_generation_config_is_refused_in_words(causal, tmp_path):
+    _, ours = causal
+    ours.save_pretrained(tmp_path)
+    for content, message in (
+        ({"to_dict": None, "max_length": "1024"}, "max_length is '1024'; give a number"),
+        ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            type(ours).from_pretrained(tmp_path).generate(api_tokens(length=5))
 
 
 def test_each_call_draws_afresh_unless_a_seed_is_given(causal):

@@ -36,6 +36,15 @@ def test_bad_inputs_are_refused_by_name(causal, inputs, message):
         causal[1](**inputs)
 
 
+def test_tensors_in_bfloat16_are_taken(causal):
+    mask = torch.ones(2, dtype=torch.bfloat16)
+    ours = causal[1]
+    expected = ours(api_tokens(), head_mask=np.ones(2, np.float32), use_cache=True)
+    np.testing.assert_array_equal(ours(api_tokens(), head_mask=mask).logits, expected.logits)
+    cache = [(torch.zeros(3, 2, 4, 11, dtype=torch.bfloat16),) * 2 for _ in range(3)]
+    assert ours(api_tokens(length=5), past_key_values=cache).logits.shape[:2] == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -71,11 +71,17 @@ def test_a_classifier_of_another_size_is_replaced_on_request(saved, tmp_path):
     ImageGPTForImageClassification(ImageGPTConfig(**API_SIZES, label2id=NAMES)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"score\.weight has shape \[3, 22\]; it must be \[5, 22\]"):
         ImageGPTForImageClassification.from_pretrained(tmp_path, num_labels=5)
-    with pytest.warns(UserWarning, match=r"no score\.weight"):
+    with pytest.warns(UserWarning, match=r"score\.weight of the shape \[3, 22\], not \[5, 22\]"):
         model, info = ImageGPTForImageClassification.from_pretrained(
             tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    assert model(api_tokens()).logits.shape == (3, 5) and info["missing_keys"] == ["score.weight"]
+    assert model(api_tokens()).logits.shape == (3, 5) and not info["missing_keys"]
+    theirs = transformers.ImageGPTForImageClassification.from_pretrained(
+        tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )[1]
+    assert {tuple(map(str, one)) for one in info["mismatched_keys"]} == {
+        (name, str(tuple(there)), str(tuple(here))) for name, there, here in theirs["mismatched_keys"]
+    }
     assert model.config.id2label[4] == "LABEL_4" and model.num_labels == 5
 
 
@@ -108,6 +114,15 @@ def test_the_saved_dtype_is_what_is_in_the_file(dtype, causal, tmp_path):
     assert settings["dtype"] == settings["torch_dtype"] == "float32"
     again = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
     np.testing.assert_array_equal(again.transformer.wte.weight.detach(), model.params["token_table"])
+
+
+def test_a_save_removes_the_shards_of_an_earlier_one_and_no_other_file(tmp_path):
+    own = {"model_best.safetensors", "model.safetensors.bak", "model-ema.safetensors", "mine.safetensors"}
+    earlier = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    for name in own | earlier:
+        (tmp_path / name).write_bytes(b"x")
+    ImageGPTModel(ImageGPTConfig(**API_SIZES), dtype=None).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == own | {"config.json", "model.safetensors"}
 
 
 def test_nothing_is_saved_that_could_not_be_loaded_again(tmp_path):

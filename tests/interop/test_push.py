@@ -85,10 +85,11 @@ def test_a_second_push_is_one_commit_that_leaves_no_file_of_the_first(hub, run, 
     run_igpt(["export", f"--model={run}", f"--out={tmp_path}/first"])
     repo = state.repos["models", "someone/draws"]
     assert "model.safetensors.index.json" in repo["files"]
-    repo["files"]["notes.txt"] = b"of the user"
+    own = {"notes.txt", "models/other.safetensors", "model_int8/weights.safetensors", "model-ema.safetensors"}
+    repo["files"] |= dict.fromkeys(own, b"of the user")
     run_igpt(["export", f"--model={tmp_path}/first", "--push=someone/draws"])
     names = {"README.md", "config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors"}
-    assert set(repo["files"]) == names | {"notes.txt"} and repo["commits"] == 2
+    assert set(repo["files"]) == names | own and repo["commits"] == 2
     assert repo["files"]["README.md"] == (tmp_path / "first" / "README.md").read_bytes()
 
 

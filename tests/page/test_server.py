@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -18,6 +19,7 @@ from PIL import Image
 import igpt
 from igpt.draw import Sampling
 from igpt.errors import UserError
+from igpt.page import answers as answers_module
 from igpt.page.answers import Answers
 from igpt.page.server import FILES, MAX_CONNECTIONS, MAX_UPLOAD, make_server
 from igpt.sample import complete_images
@@ -38,14 +40,22 @@ def run(tmp_path_factory):
     return igpt.load(path)
 
 
-@pytest.fixture(scope="module")
-def server(run):
-    with make_server(Answers(run, train_images=40), "127.0.0.1", 0) as server:
+@contextlib.contextmanager
+def serving(answers, host="127.0.0.1"):
+    with make_server(answers, host, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    with serving(Answers(run, train_images=40)) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -144,6 +154,31 @@ def test_a_large_upload_is_refused_before_it_is_read(server):
 def test_pages_of_other_sites_are_refused(ask, headers):
     for method, path in (("GET", "/about"), ("POST", "/sample?num=1&seed=0")):
         assert ask(method, path, **headers)[0] == 403
+
+
+@pytest.mark.parametrize("name", ["127.0.0.2", "LOCALHOST"])
+def test_the_page_answers_to_the_name_that_it_was_given(run, name):
+    with serving(Answers(run, train_images=0), name) as server:
+        address = (name, server.server_address[1])
+        with contextlib.closing(http.client.HTTPConnection(*address, timeout=60)) as connection:
+            connection.request("GET", "/about")
+            assert connection.getresponse().status == 200
+
+
+def test_an_image_without_a_label_is_near_without_a_class(run):
+    answers = Answers(run, train_images=8)
+    labels = np.array([-1, *answers.train.labels[1:]])
+    answers.train = dataclasses.replace(answers.train, labels=labels)
+    own = answers.train.images[[0]][0]
+    assert answers.nearest(own, 1)[0][2] == "" and all(one[2] for one in answers.nearest(own, 1)[1:])
+
+
+def test_all_rules_that_keep_every_colour_share_one_program(run, monkeypatch):
+    used = []
+    monkeypatch.setattr(answers_module, "sampled_rows", lambda *given: iter([used.append(given[-1].top_k)]))
+    for top_k in (0, 16, 17, 600):
+        Answers(run, train_images=0).sample(1, 0, Sampling(top_k=top_k))
+    assert used == [0, 16, 0, 0]
 
 
 def test_a_client_that_goes_away_stops_its_drawing(server, ask, monkeypatch):

@@ -33,6 +33,8 @@ def test_candidates_divide_the_batch_the_heads_and_the_chips():
         assert 64 % (data * one.fsdp * one.accumulate) == 0
     assert {one.tensor for one in found} == {4, 8}  # 64 images cannot feed 256 chips otherwise
     assert not candidates("xl", 63, 256)
+    narrow = ModelConfig(**PRESETS["s"] | {"num_heads": 16, "mlp_width": 1000})
+    assert {one.tensor for one in search.candidates(narrow, 64, 16, V5P)} == {1, 2, 4, 8}
 
 
 def test_predictions_know_what_costs_time_and_what_saves_memory():
