@@ -33,6 +33,7 @@ def get_config(name: str, *arguments: str):
     [(name, ()) for name in TRAINABLE]
     + [(name, (size,)) for name in ("imagenet", "finetune_imagenet") for size in (*PRESETS, *BERT)]
     + [("imagenet", (name,)) for name in ("l48vq", "vqvae")]
+    + [(name, ("folder:photos",)) for name in ("scattered_digits", "scattered_fashion")]
     + [("finetune_cifar10", (size,)) for size in ("s:cifar100", "m:stl10", "l")],
 )
 def test_a_shipped_config_builds_its_whole_state_abstractly(name, arguments):

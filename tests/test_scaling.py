@@ -112,6 +112,7 @@ def test_a_run_spends_its_budget(scaling):
             flops = run["tokens"] * (6 * run["parameters"] + 6 * 256 * width * depth)
             assert flops == pytest.approx(cost, rel=0.06)
             assert run["fields"]["optim.warmup_steps"] <= run["steps"] // 2
+            assert run["fields"]["optim.name"] == "adam"  # the rates are Adam's
     with pytest.raises(SystemExit, match="pay 0 steps of 512x8"):
         module.plan_run(1e9, "512x8", args)
 

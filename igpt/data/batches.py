@@ -141,7 +141,7 @@ class TrainBatches:
         return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
 
     def iterate(self, start: int, stop: int, threads: int = 1) -> Iterator[dict]:
-        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare at least AHEAD batches ahead."""
+        """Yields batches start, ..., stop - 1 in order. `threads` threads prepare the next AHEAD, or one each."""
         import grain.python as grain  # the import is slow
 
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)

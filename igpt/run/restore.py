@@ -111,7 +111,7 @@ def _check_params(workdir: AnyPath, step: int, abstract: dict) -> None:
 
 
 def _damaged(workdir: AnyPath, step: int, reason: str) -> UserError:
-    steps = checkpoint.common_steps(workdir)
+    steps = checkpoint.finished_steps(workdir)
     return UserError(f"the checkpoint of step {step} of {workdir} is damaged ({reason}); there are {steps}")
 
 
