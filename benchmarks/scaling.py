@@ -52,7 +52,9 @@ def plan_run(cost: float, size: str, args: argparse.Namespace) -> dict:
     fields = {"model.width": width, "model.depth": depth, "model.num_heads": heads}
     fields |= {"train.steps": steps, "train.batch_size": args.batch_size, "optim.warmup_steps": max(1, steps // 10)}
     fields |= {f"train.{name}": steps for name in ("eval_every", "sample_every", "checkpoint_every")}
-    fields |= {"optim.learning_rate": round(rate, 6)} | dict(pair.split("=", 1) for pair in args.set)
+    fields |= {"optim.name": args.optimizer, "optim.learning_rate": round(rate, 6)} | dict(
+        pair.split("=", 1) for pair in args.set
+    )
     tokens = steps * args.batch_size * model.seq_len
     run = {"flops": cost, "size": size, "parameters": parameters(model), "all_parameters": count_params(model)}
     return run | {"steps": steps, "tokens": tokens, "fields": fields}
@@ -86,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="WIDTHxDEPTH; at least four for each budget")
     parser.add_argument("--batch_size", type=int, default=8, help="images in a step, the same for all runs")
     parser.add_argument("--head_size", type=int, default=16, help="channels of an attention head")
+    parser.add_argument("--optimizer", default="adam", help="the other defaults are meant for Adam")
     parser.add_argument(
         "--rate", type=float, default=3e-3, help="learning rate at --rate_width; others: 1 / sqrt(width)"
     )

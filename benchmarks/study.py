@@ -1,17 +1,18 @@
-"""Repeats five findings of Chen et al. 2020 on real images, at a size that a laptop can train.
+"""Repeats the findings of Chen et al. 2020 on real images, at a size that a laptop can train.
 
 python benchmarks/study.py --workdir=runs/study --out=docs/results
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=scattered_fashion --idx=FOLDER
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_mnist --idx=FOLDER
 python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashion_codes --idx=FOLDER
 
-1. accuracy by layer, compared with raw pixels and random initialisation;
+1. accuracy by layer, compared with raw pixels and random initialisation; pooling by attention;
 2. probe accuracy against validation loss, over the checkpoints of a run;
-3. next pixels compared with BERT at equal compute;
+3. next pixels compared with BERT at equal compute, and at equally many predicted positions;
 4. fine-tuning: joint, classes only, from scratch;
 5. few labels: a probe on features, a probe on pixels, and training from scratch;
 6. codes of a VQ-VAE (28 x 28 pixels as 7 x 7 codes) compared with pixels (14 x 14) at equal compute, with
-   --data=fashion_codes. The VQ-VAE, which all seeds share, does not count.
+   --data=fashion_codes. The VQ-VAE, which all seeds share, does not count;
+7. accuracy by layer in colour, on parts of photographs.
 
 Every part is a seeded run of train.py or eval_probe.py in a new process, stored under --workdir. A part that has
 finished is not run again, so the study can be stopped and continued. --summarize runs nothing and reads what exists.
@@ -20,12 +21,15 @@ FOLDER holds the four IDX files of Fashion-MNIST's release; its images are scale
 
 import argparse
 import gzip
+import itertools
 import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from report import write
 from runs import Runs
+from sklearn.datasets import load_sample_images
 from study_findings import findings
 from study_picture import draw
 
@@ -36,11 +40,14 @@ from igpt.model import ModelConfig
 TUNED = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
 
 
-def fine_tune(study: Runs, config: str, seed: int, fields: dict) -> None:
-    """Fine-tunes the network of a seed with the joint loss and for classes only, and trains another from scratch."""
-    start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}")}
-    study.train(f"joint_{seed}", config, **start, **fields)
-    study.train(f"classes_{seed}", config, **start, **fields, **{"objective.generative": 0.0})
+def fine_tune(study: Runs, config: str, seed: int, fields: dict, gently: dict | None = None) -> None:
+    """Fine-tunes the network of a seed with the joint loss and for classes only, and trains another from scratch.
+
+    `gently` has more fields for the two that are fine-tuned, such as a lower learning rate.
+    """
+    start = {"seed": seed, "init_from": study.path(f"autoregressive_{seed}"), **fields, **(gently or {})}
+    study.train(f"joint_{seed}", config, **start)
+    study.train(f"classes_{seed}", config, **start, **{"objective.generative": 0.0})
     study.train(f"scratch_{seed}", config, seed=seed, **fields)
 
 
@@ -72,30 +79,52 @@ def run_digits(study: Runs) -> None:
 
 
 def run_scattered_digits(study: Runs) -> None:
-    config = "configs/scattered_digits.py"
-    often = {"train.eval_every": 200, "train.checkpoint_every": 200, "train.max_to_keep": 5}
-    tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
-    tuned |= {"train.steps": 400, "train.eval_every": 50, "train.checkpoint_every": 100}
-    probe = {"train_images": 4000}
+    config, photographs = "configs/scattered_digits.py", study.workdir / "photographs"
+    cut_photographs(photographs)
+    often = {"train.eval_every": 100, "train.checkpoint_every": 100, "train.max_to_keep": 5}
+    classifier = {"model.num_classes": 10, "objective.classification": 1.0}
+    short = classifier | {"train.steps": 250, "train.eval_every": 50, "train.checkpoint_every": 50}
+    # All the steps that pretraining and fine-tuning take together.
+    long = classifier | {"train.steps": 750, "train.eval_every": 50, "train.checkpoint_every": 50}
+    probe, steps_of_bert = {"train_images": 4000}, round(500 / 0.15)  # BERT predicts 15 % of the positions
+    longer = {"train.steps": steps_of_bert, "train.eval_every": 500, "train.checkpoint_every": 1000}
+    bert, alone = {"model.causal": False}, {"baselines": False, **probe}
+    pooled = {"pool": "attention", "layers": (4, 6, 8), "neighbours": 0}
     for seed in study.seeds:
         study.train(f"autoregressive_{seed}", config, seed=seed, **often)
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), subsets=3, **probe)
     for seed in study.seeds:
-        fine_tune(study, config, seed, tuned)
-    for seed in study.seeds:  # each checkpoint costs a pass over the images
-        study.probe(f"autoregressive_{seed}", "probes", seed=seed + 100, steps="all", baselines=False, **probe)
-    for seed in study.seeds:  # all the steps that pretraining and fine-tuning took together
-        study.train(f"long_scratch_{seed}", config, seed=seed, **tuned | {"train.steps": 1400})
+        fine_tune(study, config, seed, short, {"optim.learning_rate": 2e-3})
     for seed in study.seeds:
-        study.train(f"bert_{seed}", config, seed=seed, **often, **{"model.causal": False})
-        study.probe(f"bert_{seed}", seed=seed + 100, baselines=False, **probe)
+        study.train(f"color_{seed}", f"{config}:folder:{photographs}", seed=seed, **often)
+        study.probe(f"color_{seed}", seed=seed + 100, **probe)
+    in_color = {"data.scatter_color": True, "data.channels": 3, "palette.colors": 64}
+    for seed in study.seeds:
+        study.train(f"color_on_black_{seed}", config, seed=seed, **often, **in_color)
+        study.probe(f"color_on_black_{seed}", seed=seed + 100, **probe)
+    longest = {"train.steps": 2000, "train.eval_every": 500, "train.checkpoint_every": 500}
+    study.train("color_longer_0", f"{config}:folder:{photographs}", **longest)  # does more training help?
+    study.probe("color_longer_0", seed=100, **alone)
+    for seed in study.seeds:
+        study.train(f"bert_{seed}", config, seed=seed, **often, **bert)
+        study.probe(f"bert_{seed}", seed=seed + 100, **alone)
+    for seed in study.seeds:  # each checkpoint costs a pass over the images
+        study.probe(f"autoregressive_{seed}", "probes", seed=seed + 100, steps="all", **alone)
+        study.probe(f"autoregressive_{seed}", "attention", seed=seed + 100, **pooled, **alone)
+    for seed in study.seeds:
+        study.train(f"long_scratch_{seed}", config, seed=seed, **long)
+    for seed in study.seeds:
+        study.train(f"bert_longer_{seed}", config, seed=seed, **longer, **bert)
+        study.probe(f"bert_longer_{seed}", seed=seed + 100, **alone)
 
 
 def run_scattered_fashion(study: Runs) -> None:
     config = "configs/scattered_fashion.py"
     network = {"data.source": f"scattered:npz:{study.workdir}/fashion_mnist.npz", "data.validation_fraction": 1 / 70}
-    network |= {"model.depth": 8, "model.width": 96, "train.eval_batch_size": 100}
-    often = {"train.eval_every": 250, "train.checkpoint_every": 250, "train.sample_every": 1000}
+    network |= {"train.eval_batch_size": 100}
+    network |= {"optim.name": "adam"}  # as in the paper
+    often = {"optim.learning_rate": 3e-3, "optim.warmup_steps": 150, "train.steps": 1000}
+    often |= {"train.eval_every": 250, "train.checkpoint_every": 250, "train.sample_every": 1000}
     tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
     tuned |= {"train.steps": 300, "train.eval_every": 100, "train.checkpoint_every": 100}
     probe = {"train_images": 4000, "batch_size": 100}
@@ -184,6 +213,19 @@ RECIPES = {  # data set: its runs, the number of seeds
     "fashion_mnist": (run_fashion_mnist, 1),
     "fashion_codes": (run_fashion_codes, 3),
 }
+
+
+def cut_photographs(folder: Path) -> None:
+    """Writes 48 parts of the two photographs that scikit-learn brings along, as PNG."""
+    if folder.exists():
+        return
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    for number, photograph in enumerate(load_sample_images().images):  # 427 x 640
+        for top, left in itertools.product(range(0, 400, 106), range(0, 600, 106)):
+            part = photograph[top : top + 106, left : left + 106]
+            Image.fromarray(part).save(partial / f"{number}-{top:03d}-{left:03d}.png")
+    partial.rename(folder)
 
 
 def read_idx(idx: str, path: Path, shrink: int = 1) -> None:

@@ -1,6 +1,8 @@
-"""What the runs of benchmarks/study.py say about each of the five findings: means, intervals, yes or no."""
+"""What the runs of benchmarks/study.py say about each finding: means, intervals, yes or no."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +36,10 @@ def best_layer(results: dict, key: str = "pretrained") -> dict:
     return next(layer for layer in results[key]["layers"] if layer["layer"] == results[key]["best_layer"])
 
 
+def best_of(probes: list[dict], key: str = "pretrained") -> list[dict]:
+    return [best_layer(probe, key) for probe in probes]
+
+
 def best_layers(probes: list[dict]) -> dict:
     """The layers that validation chose, over seeds, beside the raw pixels, whose interval is that of one run.
 
@@ -57,115 +63,168 @@ def best_layers(probes: list[dict]) -> dict:
     return found
 
 
+def layers_of(probes: list[dict]) -> list[int]:
+    return [layer["layer"] for layer in probes[0]["pretrained"]["layers"]]
+
+
+def accuracies_by_layer(probes: list[dict], key: str = "pretrained") -> list[dict]:
+    accuracies = [[layer["test_accuracy"] for layer in probe[key]["layers"]] for probe in probes]
+    return [over_runs(seeds) for seeds in zip(*accuracies, strict=True)]
+
+
+def by_layer(probes: list[dict]) -> dict:
+    """Accuracies by layer, of networks that were trained and of untrained ones, and what they beat."""
+    best, layers = best_of(probes), layers_of(probes)
+    curves = {key: accuracies_by_layer(probes, key) for key in ("pretrained", "random_init")}
+    return {
+        "layers": layers,
+        **curves,
+        "converged": {  # by layer, the number of runs whose chosen fit converged
+            key: [sum(probe[key]["layers"][i]["converged"] for probe in probes) for i in range(len(layers))]
+            for key in curves
+        },
+        "best_layers": [layer["layer"] for layer in best],
+        **best_layers(probes),
+        "test_intervals_of_the_best": [layer["interval"] for layer in best],
+        "raw_pixels": over_runs(probe["raw_pixels"]["test_accuracy"] for probe in probes),
+        "middle_beats_last": beats(best, [probe["pretrained"]["layers"][-1] for probe in probes]),
+        "beats_raw_pixels": beats(best, [probe["raw_pixels"] for probe in probes]),
+        "beats_random_init": beats(best, best_of(probes, "random_init")),
+    }
+
+
 def findings(study) -> dict:
-    """Each of the five findings whose runs exist."""
-    found = {}
-    probes, bert_probes = study.read("autoregressive", "probe/probe.json"), study.read("bert", "probe/probe.json")
-    best = [best_layer(probe) for probe in probes]
-    if probes:
-        layers = [layer["layer"] for layer in probes[0]["pretrained"]["layers"]]
-        curves = {
-            key: [over_runs(probe[key]["layers"][i]["test_accuracy"] for probe in probes) for i in range(len(layers))]
-            for key in ("pretrained", "random_init")
-        }
-        found["1 accuracy by layer"] = {
-            "paper": "the best features lie in the middle; far above random initialisation and raw pixels",
-            "layers": layers,
-            **curves,
-            "converged": {  # by layer, the number of runs whose chosen fit converged
-                key: [sum(probe[key]["layers"][i]["converged"] for probe in probes) for i in range(len(layers))]
-                for key in curves
-            },
-            "best_layers": [layer["layer"] for layer in best],
-            **best_layers(probes),
-            "test_intervals_of_the_best": [layer["interval"] for layer in best],
-            "raw_pixels": over_runs(probe["raw_pixels"]["test_accuracy"] for probe in probes),
-            "middle_beats_last": beats(best, [probe["pretrained"]["layers"][-1] for probe in probes]),
-            "beats_raw_pixels": beats(best, [probe["raw_pixels"] for probe in probes]),
-            "beats_random_init": beats(best, [best_layer(probe, "random_init") for probe in probes]),
-        }
+    """Each finding whose runs exist."""
+    found = {name: find(study) for name, find in FINDINGS.items()}
+    return {name: finding for name, finding in found.items() if finding}
+
+
+def probes_of(study, run: str = "autoregressive", folder: str = "probe") -> list[dict]:
+    return study.read(run, f"{folder}/probe.json")
+
+
+def accuracy_by_layer(study) -> dict | None:
+    if probes := probes_of(study):
+        found = {"paper": "the best features lie in the middle; far above random initialisation and raw pixels"}
+        found |= by_layer(probes)
         if "concatenated" in probes[0]:
-            joined = over_runs(probe["concatenated"]["test_accuracy"] for probe in probes)
-            found["1 accuracy by layer"]["concatenated"] = joined
-    with_checkpoints = study.read("autoregressive", "probes/probe.json")
-    if with_checkpoints:
+            found["concatenated"] = over_runs(probe["concatenated"]["test_accuracy"] for probe in probes)
+        return found
+
+
+def pooling_by_attention(study) -> dict | None:
+    pooled, probes = probes_of(study, folder="attention"), probes_of(study)
+    if pooled and probes:
+        return {
+            "what": "a weighted mean over positions, whose weights a learnt query gives, instead of the plain mean",
+            "layers": layers_of(pooled),
+            "accuracies": accuracies_by_layer(pooled),
+            "best": over_runs(layer["test_accuracy"] for layer in best_of(pooled)),
+            "beats_the_mean": beats(best_of(pooled), best_of(probes)),
+        }
+
+
+def loss_against_accuracy(study) -> dict | None:
+    if probes := probes_of(study, folder="probes"):
         points = [
-            [(c["step"], c["validation_loss"], c["test_accuracy"]) for c in probe["checkpoints"]]
-            for probe in with_checkpoints
+            [(c["step"], c["validation_loss"], c["test_accuracy"]) for c in probe["checkpoints"]] for probe in probes
         ]
         ranks = [np.argsort(np.argsort(np.array(run)[:, 1:], axis=0), axis=0) for run in points]
         correlations = over_runs(np.corrcoef(rank.T)[0, 1] for rank in ranks)
         low, high = correlations["interval"] or (correlations["mean"],) * 2
-        found["2 accuracy against validation loss"] = {
+        return {
             "paper": "the lower the validation loss of a checkpoint, the better its features",
             "step, validation loss, test accuracy": points,
             "rank_correlation": correlations,
             "holds": "yes" if high < 0 else "no" if low > 0 else "undecided",
         }
-    tuned = {name: study.read(name, "finetune.json") for name in TUNED}
-    accuracy = {name: over_runs(run["test_accuracy"] for run in runs) for name, runs in tuned.items() if runs}
-    if probes and bert_probes:
-        bert_best = [best_layer(probe) for probe in bert_probes]
-        found["3 next pixels against BERT"] = {
+
+
+def against_bert(study, run: str = "bert") -> dict | None:
+    """The best layers of next pixels beside those of BERT."""
+    ours, bert = probes_of(study), probes_of(study, run)
+    if ours and bert:
+        return {
             "paper": "next pixels win the probe (CIFAR-10 by over 1 point, ImageNet by 6); fine-tuned, they are even",
-            "probe": {"next pixels": over_runs(b["test_accuracy"] for b in best),
-                      "BERT": over_runs(b["test_accuracy"] for b in bert_best)},
-            "bert_layers": [over_runs(probe["pretrained"]["layers"][i]["test_accuracy"] for probe in bert_probes)
-                            for i in range(len(bert_probes[0]["pretrained"]["layers"]))],
-            "next_pixels_beat_bert_in_the_probe": beats(best, bert_best),
-            "fine-tuned": {name: accuracy[run] for name, run in (("next pixels", "joint"), ("BERT", "bert_joint"))
-                           if run in accuracy},
-        }  # fmt: skip
-    if "long_scratch" in accuracy and "joint" in accuracy:
-        found["4 fine-tuning against scratch at equal compute"] = {
-            "what": "training from scratch for as many steps as pretraining and fine-tuning took together",
-            "pretrained_beats_long_scratch": beats(tuned["joint"], tuned["long_scratch"]),
+            "probe": {
+                name: over_runs(layer["test_accuracy"] for layer in best_of(probes))
+                for name, probes in (("next pixels", ours), ("BERT", bert))
+            },
+            "bert_layers": accuracies_by_layer(bert),
+            "next_pixels_beat_bert_in_the_probe": beats(best_of(ours), best_of(bert)),
         }
+
+
+def against_bert_at_equal_compute(study) -> dict | None:
+    if found := against_bert(study):
+        accuracy, _ = fine_tuned(study)
+        ways = {"next pixels": "joint", "BERT": "bert_joint"}
+        return found | {"fine-tuned": {name: accuracy[run] for name, run in ways.items() if run in accuracy}}
+
+
+def against_bert_at_equal_predictions(study) -> dict | None:
+    if found := against_bert(study, "bert_longer"):
+        return {"what": "BERT sees so many more images that both predict equally many positions"} | found
+
+
+def fine_tuned(study) -> tuple[dict, dict]:
+    """The accuracies of the classifiers that exist, over seeds, and their runs."""
+    runs = {name: study.read(name, "finetune.json") for name in TUNED}
+    return {name: over_runs(run["test_accuracy"] for run in some) for name, some in runs.items() if some}, runs
+
+
+def fine_tuning(study) -> dict | None:
+    accuracy, runs = fine_tuned(study)
     if {"joint", "classes", "scratch"} <= accuracy.keys():
-        found["4 fine-tuning"] = {
+        return {
             "paper": "the joint loss beats classes only, and fine-tuning beats the probe and training from scratch",
             "test_accuracy": accuracy,
-            "test_intervals": {name: [run["interval"] for run in runs] for name, runs in tuned.items()},
-            "joint_beats_classes_only": beats(tuned["joint"], tuned["classes"]),
-            "pretrained_beats_scratch": beats(tuned["joint"], tuned["scratch"]),
-            "fine-tuning_beats_the_probe": beats(tuned["joint"], best),
+            "test_intervals": {name: [run["interval"] for run in some] for name, some in runs.items()},
+            "joint_beats_classes_only": beats(runs["joint"], runs["classes"]),
+            "pretrained_beats_scratch": beats(runs["joint"], runs["scratch"]),
+            "fine-tuning_beats_the_probe": beats(runs["joint"], best_of(probes_of(study))),
         }
-    if probes and "few_labels" in probes[0]:
-        rows = []
-        for i, entry in enumerate(probes[0]["few_labels"]["features"]):
-            k = entry["labels_per_class"]
-            scratch = study.read(f"scratch_{k}_labels", "finetune.json")
-            ways = {
-                name: [probe["few_labels"][name][i]["mean"] for probe in probes] for name in ("features", "raw_pixels")
-            }
-            row = {"labels_per_class": k} | {name: over_runs(means) for name, means in ways.items()}
-            row["std_over_subsets"] = {
-                name: [probe["few_labels"][name][i]["std"] for probe in probes] for name in ("features", "raw_pixels")
-            }
-            if scratch:
-                row["scratch"] = over_runs(run["test_accuracy"] for run in scratch)
-            rows.append(row)
-        found["5 few labels"] = {
-            "paper": "the probe on features of iGPT-L is near the state of the art: 73.2, 87.6, 94.3 % at 4, 25, 400",
-            "rows": rows,
-        }
-    ways = {name: study.read(name, "probe/probe.json") for name in ("codes", "pixels")}
-    if all(ways.values()):
-        found["6 codes against pixels"] = codes_against_pixels(study, ways)
-    return found
 
 
-def codes_against_pixels(study, probes: dict[str, list[dict]]) -> dict:
+def fine_tuning_at_equal_compute(study) -> dict | None:
+    accuracy, runs = fine_tuned(study)
+    if {"joint", "long_scratch"} <= accuracy.keys():
+        return {
+            "what": "training from scratch for as many steps as pretraining and fine-tuning took together",
+            "pretrained_beats_long_scratch": beats(runs["joint"], runs["long_scratch"]),
+        }
+
+
+def few_labels(study) -> dict | None:
+    probes = probes_of(study)
+    if not probes or "few_labels" not in probes[0]:
+        return None
+    rows = []
+    for i, entry in enumerate(probes[0]["few_labels"]["features"]):
+        row = {"labels_per_class": (k := entry["labels_per_class"]), "std_over_subsets": {}}
+        for name in ("features", "raw_pixels"):
+            row[name] = over_runs(probe["few_labels"][name][i]["mean"] for probe in probes)
+            row["std_over_subsets"][name] = [probe["few_labels"][name][i]["std"] for probe in probes]
+        if scratch := study.read(f"scratch_{k}_labels", "finetune.json"):
+            row["scratch"] = over_runs(run["test_accuracy"] for run in scratch)
+        rows.append(row)
+    return {
+        "paper": "the probe on features of iGPT-L is near the state of the art: 73.2, 87.6, 94.3 % at 4, 25, 400",
+        "rows": rows,
+    }
+
+
+def codes_against_pixels(study) -> dict | None:
     """Probes and fine-tuned runs of both, at equal FLOPs."""
-    best = {name: [best_layer(probe) for probe in some] for name, some in probes.items()}
+    probes = {name: probes_of(study, name) for name in ("codes", "pixels")}
+    if not all(probes.values()):
+        return None
+    best = {name: best_of(some) for name, some in probes.items()}
     tuned = {name: study.read(f"{name}_joint", "finetune.json") for name in probes}
     made = {
         "paper": "on ImageNet 69.0 % with codes (the first version's abstract), 65.2 % with the pixels of 48 x 48",
-        "layers": [layer["layer"] for layer in probes["codes"][0]["pretrained"]["layers"]],
-        "by_layer": {
-            name: [over_runs(accuracies) for accuracies in zip(*(accuracies_of(probe) for probe in some), strict=True)]
-            for name, some in probes.items()
-        },
+        "layers": layers_of(probes["codes"]),
+        "by_layer": {name: accuracies_by_layer(some) for name, some in probes.items()},
         "best_layers": {name: [layer["layer"] for layer in some] for name, some in best.items()},
         "probe": {name: over_runs(layer["test_accuracy"] for layer in some) for name, some in best.items()},
         "neighbours": {name: over_runs(layer["neighbours"] for layer in some) for name, some in best.items()},
@@ -182,5 +241,43 @@ def codes_against_pixels(study, probes: dict[str, list[dict]]) -> dict:
     return made
 
 
-def accuracies_of(probe: dict) -> list[float]:
-    return [layer["test_accuracy"] for layer in probe["pretrained"]["layers"]]
+def in_color(study, run: str = "color") -> dict | None:
+    if probes := probes_of(study, run):
+        return by_layer(probes)
+
+
+def in_color_on_black(study) -> dict | None:
+    return in_color(study, "color_on_black")
+
+
+def in_color_longer(study) -> dict | None:
+    if probes := probes_of(study, "color_longer"):
+        return {
+            "what": "four times as many steps, one seed",
+            "layers": layers_of(probes),
+            "accuracies": accuracies_by_layer(probes),
+            "best": over_runs(layer["test_accuracy"] for layer in best_of(probes)),
+            "test_interval": best_of(probes)[0]["interval"],
+            "last_losses": {run: last_losses(study.path(f"{run}_0")) for run in ("color", "color_longer")},
+        }
+
+
+def last_losses(run: Path) -> dict[str, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {name: [x[name] for x in records if name in x][-1] for name in ("train/loss", "eval/loss")}
+
+
+FINDINGS = {
+    "1 accuracy by layer": accuracy_by_layer,
+    "1 pooling by attention": pooling_by_attention,
+    "2 accuracy against validation loss": loss_against_accuracy,
+    "3 next pixels against BERT": against_bert_at_equal_compute,
+    "3 as many predicted positions": against_bert_at_equal_predictions,
+    "4 fine-tuning": fine_tuning,
+    "4 fine-tuning against scratch at equal compute": fine_tuning_at_equal_compute,
+    "5 few labels": few_labels,
+    "6 codes against pixels": codes_against_pixels,
+    "7 in colour, on photographs": in_color,
+    "7 in colour, on photographs, longer": in_color_longer,
+    "7 in colour, on black": in_color_on_black,
+}

@@ -3,11 +3,14 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+TUNED = {"classes": "classes only", "scratch": "from scratch", "long_scratch": "from scratch, equal compute"}
+TUNED["bert_joint"] = "BERT, joint"
+
 
 def draw(found: dict, path: str) -> None:
     """Draws the findings that were made, one panel each, and writes the picture as PNG."""
     panels = {"1 ": draw_layers, "2 ": draw_checkpoints, "4 fine-tuning": draw_tuning, "5 ": draw_few_labels}
-    panels["6 "] = draw_codes
+    panels |= {"6 ": draw_codes, "7 ": draw_color}
     made = [panel for start, panel in panels.items() if any(name.startswith(start) for name in found)]
     rows, columns = (len(made) + 1) // 2, min(len(made), 2)
     figure = Figure(figsize=(5.5 * columns, 4.0 * rows), layout="constrained")
@@ -29,16 +32,41 @@ def draw_line(panel, x, entries: list[dict], label: str, **style) -> None:
         panel.fill_between(x, low, high, alpha=0.15, linewidth=0, color=line.get_color())
 
 
+def legend_below(panel) -> None:
+    """Puts the legend where it hides no curve."""
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+
+
 def draw_layers(panel, found: dict) -> None:
     if by_layer := found.get("1 accuracy by layer"):
-        draw_line(panel, by_layer["layers"], by_layer["pretrained"], "next pixels", color="tab:blue")
-        draw_line(panel, by_layer["layers"], by_layer["random_init"], "random initialisation", color="tab:gray")
-        if bert := found.get("3 next pixels against BERT"):
-            draw_line(panel, by_layer["layers"], bert["bert_layers"], "BERT", color="tab:green")
-        panel.axhline(100 * by_layer["raw_pixels"]["mean"], color="tab:orange", linestyle="--", label="raw pixels")
-        panel.set_xticks(by_layer["layers"])
-        panel.legend()
+        draw_networks(panel, by_layer)
+        for name, label, color in (
+            ("3 next pixels against BERT", "BERT", "tab:green"),
+            ("3 as many predicted positions", "BERT, as many predictions", "tab:olive"),
+        ):
+            if bert := found.get(name):
+                draw_line(panel, by_layer["layers"], bert["bert_layers"], label, color=color)
+        legend_below(panel)
     panel.set(title="linear probe by layer", xlabel="layer", ylabel="test accuracy (%)")
+
+
+def draw_color(panel, found: dict) -> None:
+    for name, color in (("on black", "tab:blue"), ("on photographs", "tab:purple")):
+        if by_layer := found.get(f"7 in colour, {name}"):
+            draw_line(panel, by_layer["layers"], by_layer["pretrained"], f"next pixels, {name}", color=color)
+            pixels = 100 * by_layer["raw_pixels"]["mean"]
+            panel.axhline(pixels, color=color, linestyle=":", label=f"raw pixels, {name}")
+            panel.set_xticks(by_layer["layers"])
+    legend_below(panel)
+    panel.set(title="in colour: linear probe by layer", xlabel="layer", ylabel="test accuracy (%)")
+
+
+def draw_networks(panel, by_layer: dict) -> None:
+    """The layers of networks that were trained and of untrained ones, and raw pixels."""
+    draw_line(panel, by_layer["layers"], by_layer["pretrained"], "next pixels", color="tab:blue")
+    draw_line(panel, by_layer["layers"], by_layer["random_init"], "random initialisation", color="tab:gray")
+    panel.axhline(100 * by_layer["raw_pixels"]["mean"], color="tab:orange", linestyle="--", label="raw pixels")
+    panel.set_xticks(by_layer["layers"])
 
 
 def draw_checkpoints(panel, found: dict) -> None:
@@ -55,7 +83,7 @@ def draw_tuning(panel, found: dict) -> None:
     if tuning := found.get("4 fine-tuning"):
         names = list(tuning["test_accuracy"])
         means = [100 * tuning["test_accuracy"][name]["mean"] for name in names]
-        panel.barh(names, means, color="tab:blue", alpha=0.6)
+        panel.barh([TUNED.get(name, name) for name in names], means, color="tab:blue", alpha=0.6)
         for row, name in enumerate(names):
             values = tuning["test_accuracy"][name]["values"]
             panel.plot(100 * np.array(values), [row] * len(values), "k.")

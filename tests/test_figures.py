@@ -27,27 +27,94 @@ def study_of(data: str) -> dict:
     return recorded["findings"]
 
 
-@pytest.mark.parametrize(
-    ("data", "heading"),
-    [("scattered_digits", "## Where things move"), ("scattered_fashion", "### Clothes, and eight layers")],
-)
-def test_the_figures_of_scattered_images_are_the_recorded_ones(data, heading):
-    found, text = study_of(data), DOCUMENTS["reproduce.md"]
-    section = " ".join(re.search(rf"{heading}\n(.*?)\n##", text, re.DOTALL)[1].split())
-    by_layer = found["1 accuracy by layer"]
+def section_of(heading: str) -> str:
+    """A section of reproduce.md up to the next heading, in one line."""
+    return " ".join(re.search(rf"{heading}\n(.*?)\n##", DOCUMENTS["reproduce.md"], re.DOTALL)[1].split())
+
+
+def assert_layers_are_told(by_layer: dict, section: str) -> None:
     assert by_layer["disjoint"]
     for label, key in (("next pixels", "pretrained"), ("an untrained network", "random_init")):
         assert f"| {label} | " + " | ".join(f"{100 * e['mean']:.1f} %" for e in by_layer[key]) + " |" in section
+    best = (percent(**mean_of(by_layer[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
+    assert "the layer that validation chose has {}, an untrained network's {}, and raw".format(*best) in section
+    assert f"raw pixels {percent(by_layer['raw_pixels']['mean'], by_layer['raw_pixels_interval'])}" in section
+
+
+def votes(by_layer: dict) -> str:
+    pixels, features = by_layer["neighbours_of_raw_pixels"], by_layer["best_pretrained"]["neighbours"]
+    return f"raw pixels have {100 * pixels['mean']:.1f} %, and the features {100 * features['mean']:.1f} %"
+
+
+@pytest.mark.parametrize(
+    ("data", "heading"),
+    [("scattered_digits", "## Where things move"), ("scattered_fashion", "### Clothes")],
+)
+def test_the_figures_of_scattered_images_are_the_recorded_ones(data, heading):
+    found, section = study_of(data), section_of(heading)
+    assert_layers_are_told(found["1 accuracy by layer"], section)
+    assert votes(found["1 accuracy by layer"]) in section
     for row in found["5 few labels"]["rows"]:
         features, pixels = percent(**mean_of(row["features"])), f"{100 * row['raw_pixels']['mean']:.1f} %"
         assert f"| {row['labels_per_class']} | {features} | {pixels} |" in section
-    votes = (by_layer["neighbours_of_raw_pixels"], by_layer["best_pretrained"]["neighbours"])
-    sentences = ["raw pixels have {:.1f} %, and the features {:.1f} %".format(*(100 * e["mean"] for e in votes))]
-    best = (percent(**mean_of(by_layer[f"best_{kind}"]["linear"])) for kind in ("pretrained", "untrained"))
-    sentences += ["the layer that validation chose has {}, an untrained network's {}, and raw".format(*best)]
-    sentences += [f"raw pixels {percent(by_layer['raw_pixels']['mean'], by_layer['raw_pixels_interval'])}"]
-    for sentence in sentences:
-        assert sentence in section
+
+
+def test_the_figures_in_colour_are_the_recorded_ones():
+    found, section = study_of("scattered_digits"), section_of("### In colour")
+    black, photographs = found["7 in colour, on black"], found["7 in colour, on photographs"]
+    assert_layers_are_told(black, section)
+    assert votes(black) in section and votes(photographs) in section
+    assert black["middle_beats_last"]["holds"] == "yes"
+    best = percent(**mean_of(photographs["best_pretrained"]["linear"]))
+    assert not photographs["disjoint"] and f"the best layer has {best}, and raw pixels" in section
+    longer = found["7 in colour, on photographs, longer"]
+    assert f"did not help: {percent(longer['best']['mean'], longer['test_interval'])} in one run" in section
+    ours, theirs = longer["last_losses"]["color"], longer["last_losses"]["color_longer"]
+    for what, verb in (("train", "fell"), ("eval", "rose")):
+        assert f"{verb} from {ours[f'{what}/loss']:.2f} to {theirs[f'{what}/loss']:.2f}" in section
+
+
+def test_what_the_paper_found_is_told_of_scattered_digits_as_recorded():
+    found, section = study_of("scattered_digits"), section_of("### The other findings")
+    words = {"yes": "holds", "no": "does not hold", "undecided": "undecided"}
+
+    def told(compared: dict, ours: dict, theirs: dict) -> str:
+        low, high = (100 * bound for bound in compared["difference"]["interval"])
+        difference = f"{100 * compared['difference']['mean']:+.1f} [{low:.1f}, {high:.1f}]"
+        means = f"{100 * ours['mean']:.1f} % against {100 * theirs['mean']:.1f} %"
+        return f"| **{words[compared['holds']]}** | {means} | {difference} |"
+
+    tuning = found["4 fine-tuning"]
+    accuracy, probe = tuning["test_accuracy"], found["1 accuracy by layer"]["best_pretrained"]["linear"]
+    joint, long = accuracy["joint"], found["4 fine-tuning against scratch at equal compute"]
+    pooled = found["1 pooling by attention"]
+    rows = {
+        "fine-tuning, the joint loss beats classes only": told(
+            tuning["joint_beats_classes_only"], joint, accuracy["classes"]
+        ),
+        "fine-tuning beats training from scratch, equal steps": told(
+            tuning["pretrained_beats_scratch"], joint, accuracy["scratch"]
+        ),
+        "fine-tuning beats training from scratch, equal compute": told(
+            long["pretrained_beats_long_scratch"], joint, accuracy["long_scratch"]
+        ),
+        "fine-tuning beats the best probe": told(tuning["fine-tuning_beats_the_probe"], joint, probe),
+        "pooling by attention beats the mean": told(pooled["beats_the_mean"], pooled["best"], probe),
+    }
+    for label, name in (
+        ("equal compute", "next pixels against BERT"),
+        ("equal predictions", "as many predicted positions"),
+    ):
+        bert = found[f"3 {name}"]
+        rows[f"next pixels beat BERT in the probe, {label}"] = told(
+            bert["next_pixels_beat_bert_in_the_probe"], bert["probe"]["next pixels"], bert["probe"]["BERT"]
+        )
+    for label, row in rows.items():
+        assert f"| {label} {row}" in section
+    checkpoints = found["2 accuracy against validation loss"]
+    low, high = checkpoints["rank_correlation"]["interval"]
+    correlation = f"{checkpoints['rank_correlation']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+    assert f"| **{words[checkpoints['holds']]}** | rank correlation {correlation} | |" in section
 
 
 def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():

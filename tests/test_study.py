@@ -6,7 +6,9 @@ import sys
 from ast import literal_eval
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import ROOT
 
@@ -111,16 +113,50 @@ def probe_of(trained, untrained, raw):
     return dict(pretrained=network(trained), random_init=network(untrained), raw_pixels=layer(raw))
 
 
+def finish(folder, run, probe, trained, *others):
+    """Writes the probes of three seeds, whose accuracies differ a little."""
+    for seed, shift in enumerate((-0.01, 0.0, 0.01)):
+        place = folder / f"set_{run}_{seed}" / "probe"
+        place.mkdir(parents=True)
+        (place / "probe.json").write_text(json.dumps(probe(trained + shift, *others)))
+
+
 @pytest.mark.parametrize(("untrained", "raw", "disjoint"), [(0.5, 0.34, True), (0.84, 0.34, False), (0.5, 0.82, False)])
 def test_features_are_above_the_baselines_only_if_the_intervals_are_disjoint(study, tmp_path, untrained, raw, disjoint):
     from study_findings import findings
 
     runs, _ = study(seeds=3)
-    for seed, shift in enumerate((-0.01, 0.0, 0.01)):
-        folder = tmp_path / f"set_autoregressive_{seed}" / "probe"
-        folder.mkdir(parents=True)
-        (folder / "probe.json").write_text(json.dumps(probe_of(0.85 + shift, untrained + shift, raw)))
+    finish(tmp_path, "autoregressive", probe_of, 0.85, untrained, raw)
     found = findings(runs)["1 accuracy by layer"]
     assert found["disjoint"] is disjoint and found["best_layers"] == [1, 1, 1]
     assert found["raw_pixels_interval"] == pytest.approx([raw - 0.05, raw + 0.05])
     assert found["best_pretrained"]["linear"]["mean"] == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(("longer", "holds"), [(0.5, "yes"), (0.85, "undecided"), (0.99, "no")])
+def test_bert_is_compared_at_equal_compute_and_at_equal_predictions(study, tmp_path, longer, holds):
+    from study_findings import findings
+
+    runs, _ = study(seeds=3)
+    finish(tmp_path, "autoregressive", probe_of, 0.85, 0.5, 0.3)
+    finish(tmp_path, "bert", probe_of, 0.6, 0.5, 0.3)
+    assert "3 as many predicted positions" not in findings(runs)
+    shifted = iter((longer - 0.02, longer + 0.01, longer + 0.03))
+    finish(tmp_path, "bert_longer", lambda _, *others: probe_of(next(shifted), *others), 0, 0.5, 0.3)
+    found = findings(runs)
+    assert found["3 next pixels against BERT"]["next_pixels_beat_bert_in_the_probe"]["holds"] == "yes"
+    compared = found["3 as many predicted positions"]
+    assert compared["next_pixels_beat_bert_in_the_probe"]["holds"] == holds
+    assert compared["bert_layers"][1]["mean"] == compared["probe"]["BERT"]["mean"]
+
+
+def test_the_photographs_behind_the_digits_are_cut_once(benchmarks, tmp_path):
+    from study import cut_photographs
+
+    cut_photographs(tmp_path / "photographs")
+    parts = sorted((tmp_path / "photographs").iterdir())
+    pixels = np.stack([np.asarray(Image.open(part)) for part in parts])
+    assert pixels.shape == (48, 106, 106, 3) and len({part.tobytes() for part in pixels}) == 48
+    parts[0].unlink()
+    cut_photographs(tmp_path / "photographs")
+    assert len(list((tmp_path / "photographs").iterdir())) == 47
