@@ -52,9 +52,8 @@ def plan_run(cost: float, size: str, args: argparse.Namespace) -> dict:
     fields = {"model.width": width, "model.depth": depth, "model.num_heads": heads}
     fields |= {"train.steps": steps, "train.batch_size": args.batch_size, "optim.warmup_steps": max(1, steps // 10)}
     fields |= {f"train.{name}": steps for name in ("eval_every", "sample_every", "checkpoint_every")}
-    fields |= {"optim.name": args.optimizer, "optim.learning_rate": round(rate, 6)} | dict(
-        pair.split("=", 1) for pair in args.set
-    )
+    fields |= {"optim.name": args.optimizer, "optim.learning_rate": round(rate, 6)}
+    fields |= dict(pair.split("=", 1) for pair in args.set)
     tokens = steps * args.batch_size * model.seq_len
     run = {"flops": cost, "size": size, "parameters": parameters(model), "all_parameters": count_params(model)}
     return run | {"steps": steps, "tokens": tokens, "fields": fields}

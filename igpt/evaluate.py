@@ -23,7 +23,7 @@ from igpt.data.classes import class_counts, full_names, listed, with_classes
 from igpt.data.examples import SPLITS, Split, check_classes
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.files import check_holds_no_run, check_workdir, write_json
+from igpt.files import check_holds_no_run, check_workdir, write_json, written
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
@@ -153,10 +153,8 @@ def run(args) -> None:
     if tracked:
         record(results, tracked)
     if args.json:
-        try:
+        with written(f"--json={args.json}"):
             write_json(args.json, results)
-        except OSError as error:
-            raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
     for name, value in results.items():
         if isinstance(value, dict):
             value = listed([f"{part}: {share:.4f}" for part, share in value.items()])

@@ -171,12 +171,12 @@ def storage_errors(workdir: AnyPath):
 
 
 @contextlib.contextmanager
-def written(path: AnyPath | str):
-    """Raises UserError if the block, which writes the file `path`, raises OSError."""
+def written(what: str):
+    """Raises UserError if the block, which writes the file of a flag `what`, --out=a.png, raises OSError."""
     try:
         yield
     except OSError as error:
-        problem = f"{path} cannot be written: {error.strerror or error}"
+        problem = f"{what} cannot be written: {error.strerror or error}"
         raise UserError(f"{problem}; make room, or name another place") from None
 
 

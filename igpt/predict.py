@@ -24,7 +24,7 @@ from igpt.data.examples import EncodedImages, Split
 from igpt.data.folder import ImagePaths, printable
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
-from igpt.files import write_json
+from igpt.files import write_json, written
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, load, outline, picture_settings
 from igpt.loss import masks_of
@@ -103,10 +103,8 @@ def run(args) -> None:
         likeliest = ", ".join(f"{one['class']} {100 * one['probability']:.1f} %" for one in best)
         print(f"{printable(file)}: {likeliest}", flush=True)
     if args.json:
-        try:
+        with written(f"--json={args.json}"):
             write_json(args.json, {"model": args.model, "step": pretrained.step, "files": results})
-        except OSError as error:
-            raise UserError(f"--json={args.json} cannot be written: {error.strerror}") from None
     if images.unreadable:
         sys.stdout.flush()
         reasons = "\n  ".join(images.unreadable[i] for i in sorted(images.unreadable))

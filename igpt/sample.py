@@ -251,7 +251,7 @@ def run(args) -> None:
             count, note = args.num, ""
             picture = image_grid(sample_images(pretrained, *options))
     if is_first_process():
-        with written(args.out):
+        with written(f"--out={args.out}"):
             save_png(picture, args.out)
         print(f"drew {count} images: {clock.speed()}{note}")
         print(f"wrote {args.out}")

@@ -1,5 +1,6 @@
 """`igpt.load` gives a model with methods, which do what the commands do."""
 
+import errno
 import json
 
 import jax
@@ -10,6 +11,7 @@ from PIL import Image
 
 import igpt
 import train
+from igpt import sample
 from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
 from igpt.sharding import make_mesh
@@ -43,6 +45,17 @@ def test_sampling_gives_the_bytes_of_the_command(run, tmp_path):
     images = run.sample(5, seed=3, top_k=9)
     assert images.shape == (5, 4, 5, 3) and images.dtype == np.uint8
     assert images._repr_png_() == (tmp_path / "command.png").read_bytes()
+
+
+def test_a_full_disk_under_a_command_is_told_with_its_flag(run, monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sample, "save_png", full)
+    with pytest.raises(SystemExit) as stopped:
+        run_igpt(["sample", f"--model={run.path}", "--num=1", f"--out={tmp_path}/a.png"])
+    assert stopped.value.code == 2
+    assert f"--out={tmp_path}/a.png cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_completing_a_picture_gives_the_bytes_of_the_command(run, photo, tmp_path):

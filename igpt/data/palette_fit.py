@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     pixels, looked_at = sample_pixels(source.train.images, args.pixels, args.seed)
     print(f"{len(pixels):,} pixels of {looked_at:,} of {len(source.train):,} images")
     palette = fit_pixels(pixels, args.colors, args.seed, flag="--colors")
-    with written(args.out):
+    with written(f"--out={args.out}"):
         palette.save(args.out)
     held_out, others = sample_pixels(source.validation.images, max(1, args.pixels // 10), args.seed)
     error, psnr = quantisation_error(palette, held_out)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         chosen = np.random.default_rng((args.seed, 4)).permutation(len(source.validation))[:8]
         before = source.validation.images[np.sort(chosen)]
         after = palette.decode(palette.encode(before))
-        with written(args.picture):
+        with written(f"--picture={args.picture}"):
             save_png(palette_picture(palette.decode(np.arange(palette.vocab_size)), before, after), args.picture)
         print(f"wrote {args.picture}: the palette, and {len(before)} images before (above) and after (below)")
     if source.unreadable:
