@@ -37,10 +37,11 @@ from igpt.data.classes import load_names
 from igpt.data.examples import SPLITS, Source
 from igpt.data.palette_fit import fit
 from igpt.data.sources import open_source
-from igpt.errors import reported
+from igpt.errors import UserError, reported
 from igpt.files import as_path, check_workdir, storage_errors
 from igpt.interop import load
 from igpt.interop.hub import resolve
+from igpt.palette import Palette
 from igpt.plots import check_drawing, palette_picture
 from igpt.run import restore
 from igpt.run.changes import parse_changes
@@ -72,10 +73,10 @@ def run(
     config = Config.of(config, trains=True)
     kind = "finetune" if config.objective.classification else "train"
     with locked(workdir) as lock, Trackers(check_workdir(workdir), config.track, kind, is_first_process()) as trackers:
-        return pretrain(config, RunDirectory(workdir, config, start_over, allowed, lock), trackers)
+        return train_in(RunDirectory(workdir, config, start_over, allowed, lock), config, trackers)
 
 
-def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run | Codes:
+def train_in(run: RunDirectory, config: Config, trackers: Trackers) -> Run | Codes:
     """Trains in a fresh or a resumed run directory, which no other program uses. Returns and raises like `run`."""
     train, mesh = config.train, config.mesh.make()
     if config.objective.classification:
@@ -85,7 +86,8 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run | Cod
     program = build_program(config, mesh)
 
     # The tokenizer turns the source's images into tokens. The seed and the step determine every batch.
-    source = finetune.labelled(run.same_images(open_source(config.data)), config, *known_classes(config, run))
+    source = run.same_images(open_source(config.data))
+    source = finetune.labelled(source, config, *known_classes(config, run))
     tokenizer = choose_tokenizer(config, run, source)
     batches = training_batches(config, source, tokenizer, mesh)
 
@@ -128,9 +130,9 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run | Cod
                 journal.settle()  # raises if this step diverged, so that it is neither evaluated nor saved
                 run.check_lock()
 
-                is_new = not stopping and evaluator(state.params, step)
+                must_save = not stopping and evaluator(state.params, step)
                 stopping = signal.requested()
-                if stopping or is_new or train.is_due(step, train.checkpoint_every):
+                if stopping or must_save or train.is_due(step, train.checkpoint_every):
                     journal.save(state, step)
                 if stopping or run.has_ended_early:
                     break
@@ -146,14 +148,15 @@ def pretrain(config: Config, run: RunDirectory, trackers: Trackers) -> Run | Cod
     is_tested = step == run.first_step and not evaluation and exists(run.path / "finetune.json")
     if config.objective.classification and source.test.labels is not None and not is_tested:
         evaluation |= test_classifier(config, run, program, source, tokenizer, trackers, step)
-    seconds, last = time.perf_counter() - started, step
-    params, names = state.params, finetune.output_names(source, config)
+    seconds = time.perf_counter() - started
+    params, best_step = state.params, step
     if config.objective.classification:  # the best checkpoint, which `igpt.load` would load
         with storage_errors(run.path):
-            params, step = restore.params(run.path, program.abstract.params)
-    model = nnx.merge(program.graph, params)
-    result = TASKS[config.program].result(run.path, load.Pretrained(config, model, tokenizer, step, names), evaluation)
-    farewell(run, last, evaluation, seconds, source)
+            params, best_step = restore.params(run.path, program.abstract.params)
+    names, model = finetune.output_names(source, config), nnx.merge(program.graph, params)
+    trained = load.Pretrained(config, model, tokenizer, best_step, names)
+    result = TASKS[config.program].result(run.path, trained, evaluation)
+    farewell(run, step, evaluation, seconds, source)
     return result
 
 
@@ -172,13 +175,15 @@ def choose_tokenizer(config: Config, run: RunDirectory, source: Source) -> Token
     """
     if config.program == "vqvae":
         return Bytes()
-    resumed, init_from, path = run.tokenizer(), config.init_from, config.palette.path
-    name = f"palette.path={path}" if config.tokenizer == "palette" else f"tokenizer={config.tokenizer}"
-    if config.tokenizer != "palette":
-        path = config.tokenizer
+    resumed, init_from = run.tokenizer(), config.init_from
+    by_colors = config.tokenizer == "palette"
+    field, path = ("palette.path", config.palette.path) if by_colors else ("tokenizer", config.tokenizer)
+    name = f"{field}={path}"
     # A resumed run has its own copy. A VQ-VAE that is still at its old place must not have changed since.
-    is_read = path and (not resumed or (config.tokenizer != "palette" and exists(as_path(path))))
+    is_read = path and (not resumed or (not by_colors and exists(as_path(path))))
     named = find_tokenizer(path) if is_read else None
+    if isinstance(named, Palette) and not by_colors:
+        raise UserError(f"{name} is a palette; name it in palette.path, and leave tokenizer=palette")
     if resumed:
         origin, tokenizer = run.path, resumed
         check_same(tokenizer, origin, named, name)

@@ -12,6 +12,7 @@ where it stopped. Each run computes the estimates of kept plans again, from thei
 
 import argparse
 import json
+import math
 import os
 import sys
 from importlib.metadata import version
@@ -38,10 +39,7 @@ OVERSIZED = {"train.batch_size": 16384, "model.remat": "none"}
 
 
 def count_chips(topology: str) -> int:
-    count = 1
-    for side in topology.partition(":")[2].split("x"):
-        count *= int(side)
-    return count
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def make_config(size: str, chips: int):

@@ -92,8 +92,8 @@ def main() -> None:
         fitted("raw pixels", probe.pixels(), 0)
         histograms = []
         for split in source.splits().values():
-            tokens = np.asarray(shapes.tokenizer.encode(split.read(np.arange(len(split)))[0]))
-            of_each = np.asarray(by_cells(side, fine)(jax.nn.one_hot(tokens.reshape(len(split), -1), 16)))
+            tokens = shapes.tokenizer.encode(split.read(np.arange(len(split)))[0]).reshape(len(split), -1)
+            of_each = np.asarray(by_cells(side, fine)(jax.nn.one_hot(tokens, shapes.tokenizer.vocab_size)))
             histograms.append(Features({0: of_each[:, None]}, split.labels))
         for grid in GRIDS:
             fitted(f"colours, {grid} x {grid}", coarser(histograms, 0, fine, grid), 0)

@@ -12,7 +12,8 @@ python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashio
 5. few labels: a probe on features, a probe on pixels, and training from scratch;
 6. codes of a VQ-VAE (28 x 28 pixels as 7 x 7 codes) compared with pixels (14 x 14) at equal compute, with
    --data=fashion_codes. The VQ-VAE, which all seeds share, does not count;
-7. accuracy by layer in colour, on parts of photographs.
+7. accuracy by layer in colour: on black, on parts of two photographs, and on the tiles of WORKDIR/tiles, if
+   benchmarks/tiles.py has put photographs there.
 
 Every part is a seeded run of train.py or eval_probe.py in a new process, stored under --workdir. A part that has
 finished is not run again, so the study can be stopped and continued. --summarize runs nothing and reads what exists.
@@ -23,6 +24,7 @@ import argparse
 import gzip
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from runs import Runs
 from sklearn.datasets import load_sample_images
 from study_findings import findings
 from study_picture import draw
+from tiles import cut
 
 from igpt.flops import train_flops_per_image
 from igpt.model import ModelConfig
@@ -79,15 +82,26 @@ def run_digits(study: Runs) -> None:
 
 
 def run_scattered_digits(study: Runs) -> None:
-    config, photographs = "configs/scattered_digits.py", study.workdir / "photographs"
-    cut_photographs(photographs)
-    often = {"train.eval_every": 100, "train.checkpoint_every": 100, "train.max_to_keep": 5}
-    classifier = {"model.num_classes": 10, "objective.classification": 1.0}
+    run_scattered(study, "configs/scattered_digits.py", {})
+
+
+def run_scattered_fashion(study: Runs) -> None:
+    source = {"data.source": f"scattered:npz:{study.workdir}/fashion_mnist.npz", "train.eval_batch_size": 100}
+    held_out = {"data.validation_fraction": 1 / 70, "data.test_fraction": 2 / 70}  # 1,000 and 2,000 images
+    run_scattered(study, "configs/scattered_fashion.py", source | held_out)
+
+
+def run_scattered(study: Runs, config: str, fields: dict) -> None:
+    """All findings on images at random places. Whoever wants a part of them gives --only."""
+    few, many = study.workdir / "photographs", study.workdir / "tiles"
+    cut_photographs(few)
+    often = fields | {"train.eval_every": 100, "train.checkpoint_every": 100, "train.max_to_keep": 5}
+    classifier = fields | {"model.num_classes": 10, "objective.classification": 1.0}
     short = classifier | {"train.steps": 250, "train.eval_every": 50, "train.checkpoint_every": 50}
     # All the steps that pretraining and fine-tuning take together.
     long = classifier | {"train.steps": 750, "train.eval_every": 50, "train.checkpoint_every": 50}
     probe, steps_of_bert = {"train_images": 4000}, round(500 / 0.15)  # BERT predicts 15 % of the positions
-    longer = {"train.steps": steps_of_bert, "train.eval_every": 500, "train.checkpoint_every": 1000}
+    longer = fields | {"train.steps": steps_of_bert, "train.eval_every": 500, "train.checkpoint_every": 1000}
     bert, alone = {"model.causal": False}, {"baselines": False, **probe}
     pooled = {"pool": "attention", "layers": (4, 6, 8), "neighbours": 0}
     for seed in study.seeds:
@@ -95,15 +109,16 @@ def run_scattered_digits(study: Runs) -> None:
         study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), subsets=3, **probe)
     for seed in study.seeds:
         fine_tune(study, config, seed, short, {"optim.learning_rate": 2e-3})
-    for seed in study.seeds:
-        study.train(f"color_{seed}", f"{config}:folder:{photographs}", seed=seed, **often)
-        study.probe(f"color_{seed}", seed=seed + 100, **probe)
+    colors = {"color": few} | ({"color_on_many": many} if many.exists() else {})
+    for name, seed in itertools.product(colors, study.seeds):
+        study.train(f"{name}_{seed}", f"{config}:folder:{colors[name]}", seed=seed, **often)
+        study.probe(f"{name}_{seed}", seed=seed + 100, **probe)
     in_color = {"data.scatter_color": True, "data.channels": 3, "palette.colors": 64}
     for seed in study.seeds:
         study.train(f"color_on_black_{seed}", config, seed=seed, **often, **in_color)
         study.probe(f"color_on_black_{seed}", seed=seed + 100, **probe)
-    longest = {"train.steps": 2000, "train.eval_every": 500, "train.checkpoint_every": 500}
-    study.train("color_longer_0", f"{config}:folder:{photographs}", **longest)  # does more training help?
+    longest = fields | {"train.steps": 2000, "train.eval_every": 500, "train.checkpoint_every": 500}
+    study.train("color_longer_0", f"{config}:folder:{few}", **longest)  # does more training help?
     study.probe("color_longer_0", seed=100, **alone)
     for seed in study.seeds:
         study.train(f"bert_{seed}", config, seed=seed, **often, **bert)
@@ -116,26 +131,6 @@ def run_scattered_digits(study: Runs) -> None:
     for seed in study.seeds:
         study.train(f"bert_longer_{seed}", config, seed=seed, **longer, **bert)
         study.probe(f"bert_longer_{seed}", seed=seed + 100, **alone)
-
-
-def run_scattered_fashion(study: Runs) -> None:
-    config = "configs/scattered_fashion.py"
-    network = {"data.source": f"scattered:npz:{study.workdir}/fashion_mnist.npz", "data.validation_fraction": 1 / 70}
-    network |= {"train.eval_batch_size": 100}
-    network |= {"optim.name": "adam"}  # as in the paper
-    often = {"optim.learning_rate": 3e-3, "optim.warmup_steps": 150, "train.steps": 1000}
-    often |= {"train.eval_every": 250, "train.checkpoint_every": 250, "train.sample_every": 1000}
-    tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
-    tuned |= {"train.steps": 300, "train.eval_every": 100, "train.checkpoint_every": 100}
-    probe = {"train_images": 4000, "batch_size": 100}
-    for seed in study.seeds:
-        study.train(f"autoregressive_{seed}", config, seed=seed, **network, **often)
-        study.probe(f"autoregressive_{seed}", seed=seed + 100, labels_per_class=(4, 25, 100), subsets=3, **probe)
-    for seed in study.seeds:
-        fine_tune(study, config, seed, network | tuned)
-    for seed in study.seeds:
-        study.train(f"bert_{seed}", config, seed=seed, **network, **often, **{"model.causal": False})
-        study.probe(f"bert_{seed}", seed=seed + 100, baselines=False, eval_masks=5, **probe)
 
 
 def run_fashion_mnist(study: Runs) -> None:
@@ -220,11 +215,9 @@ def cut_photographs(folder: Path) -> None:
     if folder.exists():
         return
     partial = folder.with_suffix(".partial")
-    partial.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
     for number, photograph in enumerate(load_sample_images().images):  # 427 x 640
-        for top, left in itertools.product(range(0, 400, 106), range(0, 600, 106)):
-            part = photograph[top : top + 106, left : left + 106]
-            Image.fromarray(part).save(partial / f"{number}-{top:03d}-{left:03d}.png")
+        cut(Image.fromarray(photograph), 106, partial / str(number))
     partial.rename(folder)
 
 

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 TUNED = ("joint", "classes", "scratch", "long_scratch", "bert_joint")  # fine-tuned runs, and those from scratch
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of runs
 
 
 def over_runs(values) -> dict:
@@ -16,7 +16,7 @@ def over_runs(values) -> dict:
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"values": values, "mean": mean, "interval": None}
-    half = T_95[len(values)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return {"values": values, "mean": mean, "interval": [mean - half, mean + half]}
 
 
@@ -246,6 +246,10 @@ def in_color(study, run: str = "color") -> dict | None:
         return by_layer(probes)
 
 
+def in_color_on_many(study) -> dict | None:
+    return in_color(study, "color_on_many")
+
+
 def in_color_on_black(study) -> dict | None:
     return in_color(study, "color_on_black")
 
@@ -279,5 +283,6 @@ FINDINGS = {
     "6 codes against pixels": codes_against_pixels,
     "7 in colour, on photographs": in_color,
     "7 in colour, on photographs, longer": in_color_longer,
+    "7 in colour, on many photographs": in_color_on_many,
     "7 in colour, on black": in_color_on_black,
 }

@@ -8,10 +8,12 @@ TUNED["bert_joint"] = "BERT, joint"
 
 
 def draw(found: dict, path: str) -> None:
-    """Draws the findings that were made, one panel each, and writes the picture as PNG."""
+    """Draws the findings that were made, one panel each, and writes the picture as PNG. Without any, it writes none."""
     panels = {"1 ": draw_layers, "2 ": draw_checkpoints, "4 fine-tuning": draw_tuning, "5 ": draw_few_labels}
     panels |= {"6 ": draw_codes, "7 ": draw_color}
     made = [panel for start, panel in panels.items() if any(name.startswith(start) for name in found)]
+    if not made:
+        return
     rows, columns = (len(made) + 1) // 2, min(len(made), 2)
     figure = Figure(figsize=(5.5 * columns, 4.0 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -51,7 +53,8 @@ def draw_layers(panel, found: dict) -> None:
 
 
 def draw_color(panel, found: dict) -> None:
-    for name, color in (("on black", "tab:blue"), ("on photographs", "tab:purple")):
+    colors = {"on black": "tab:blue", "on photographs": "tab:purple", "on many photographs": "tab:green"}
+    for name, color in colors.items():
         if by_layer := found.get(f"7 in colour, {name}"):
             draw_line(panel, by_layer["layers"], by_layer["pretrained"], f"next pixels, {name}", color=color)
             pixels = 100 * by_layer["raw_pixels"]["mean"]

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0  # for initialisation, data order, augmentation and dropout
+    config.seed = 0  # for all that is random: parameters, order, augmentation, masks, dropout, samples, a new palette
     config.init_from = ""  # start from its weights and palette: a run directory, a Hugging Face directory or a hub id
     config.track = ("tensorboard",)  # copies of metrics.jsonl: some of tensorboard, wandb, trackio; (): none
 
@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     model.sos = True  # reads the start of sequence; False: as transformers' pipelines, which feed none. BERT reads none
     model.pixel_head = True  # False: no head over the palette, for features and classes only
     model.num_classes = 0  # C, of the classifier on the pooled final norm, for fine-tuning; 0: no classifier
-    model.activation = "quick_gelu"  # quick_gelu | gelu | gelu_new | relu | silu | tanh
+    model.activation = "quick_gelu"  # or gelu, relu, ...: igpt/activations.py has all
     model.scale_scores = True  # by 1 / sqrt(K); change this and the next field only for weights that were trained so
     model.scale_scores_by_layer = False  # in addition by 1 / (l + 1), for layer l = 0, 1, ...
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
@@ -118,5 +118,5 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # splits the batch, the parameters and Adam's moments
     mesh.tensor = 1  # splits attention heads and mlp channels
     mesh.dcn_data = 1  # TPU slices, joined by a data-centre network; only the batch is split over them; 1: one slice
-    mesh.cpu_devices = 0  # on a machine without accelerator: devices to make from its cores; 0: one
+    mesh.cpu_devices = 0  # read by the commands: devices to make from the cores of a machine without GPU or TPU; 0: 1
     return config

@@ -8,7 +8,7 @@
         --config.tokenizer=runs/photos-vqvae --config.vqvae.codes=512 --config.vqvae.stride=4 \\
         --config.train.batch_size=32 --config.train.steps=900 --workdir=runs/photos-codes
 
-Cost: 13 minutes for the VQ-VAE and 5 for the model, each on one CPU core (docs/vqvae.md has the results).
+Cost: 8 minutes for the VQ-VAE and 4 for the model, each on one CPU core (docs/vqvae.md has the results).
 
 A few hundred photographs fill a small codebook only: the line "perplexity" of the evaluation says how many codes are in
 use, and --config.vqvae.codes=128 makes fewer.

@@ -70,15 +70,15 @@ def keep_programs(folder: str | None = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
-    path = Path(folder) if folder else cache_directory() / "igpt" / _processor()
     try:
+        path = Path(folder) if folder else _usual_folder()
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if folder:
             raise UserError(
                 f"--compilation_cache={folder} cannot be made: {error.strerror}; name a writable folder, or off"
             ) from None
-        return  # a home that is read-only is no mistake; each start then compiles
+        return  # a home that is read-only, or missing, is no mistake; each start then compiles
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -89,7 +89,11 @@ def share_programs(folder: Path) -> None:
 
     Process 0 alone writes there.
     """
-    if kept_programs() == str(cache_directory() / "igpt" / _processor()):
+    try:
+        usual = str(_usual_folder())
+    except OSError:  # this user has none, and keeps no programs
+        return
+    if kept_programs() == usual:
         jax.config.update("jax_compilation_cache_dir", str(folder / _processor()))
         jax.config.update("jax_compilation_cache_max_size", -1)  # a limit needs file locks, which a network may lack
 
@@ -98,6 +102,10 @@ def kept_programs() -> str:
     """The folder that keeps compiled programs, or "not kept"."""
     config = jax.config
     return (config.jax_enable_compilation_cache and config.jax_compilation_cache_dir) or "not kept"
+
+
+def _usual_folder() -> Path:
+    return cache_directory() / "igpt" / _processor()
 
 
 def _processor() -> str:

@@ -166,13 +166,13 @@ class Config:
         With `trains`, the sections that only training reads are required, too. Raises UserError, which names the field,
         for an unknown field, a missing field, or an impossible value.
         """
-        if isinstance(values, cls):
-            return values
+        fields = vars(values) if isinstance(values, cls) else dict(values.items())
         needed = ("data", "palette", "model", *(("objective", *OF_TRAINING) if trains else ()))
-        if missing := [name for name in needed if name not in values]:
+        if missing := [name for name in needed if fields.get(name) is None]:
             kind = "training configuration" if trains else "configuration of igpt"
             raise UserError(f"this is no {kind}: it has no {', '.join(missing)}; start from configs/base.py")
-        fields = dict(values.items())
+        if isinstance(values, cls):
+            return values
         for name in (name for name in SECTIONS if name in fields and name != "model"):
             fields[name] = make_section(SECTIONS[name], f"{name}.", fields[name])
         vqvae = fields["vqvae"] = dataclasses.replace(fields.get("vqvae", VQConfig()), channels=fields["data"].channels)

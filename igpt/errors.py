@@ -1,10 +1,12 @@
 """Errors that the user can correct, and how a command reports them."""
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
 
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # of a path: the user named another than meant
 PREEMPTED = 75  # exit code of every process of a preempted run; EX_TEMPFAIL of sysexits.h, "try again later"
 
 
@@ -54,12 +56,26 @@ def reported():
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _exit(130)  # the exit code that shells report for SIGINT
-    except Exception:
-        if not _is_one_of_several():
-            raise
+    except BrokenPipeError:  # whoever read the output has left, as in `igpt evaluate ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes stdout
+        _exit(141)  # the exit code that shells report for SIGPIPE
+    except OSError as error:
+        if error.errno not in UNUSABLE or not error.filename:
+            _defect()
         with contextlib.suppress(OSError):
-            traceback.print_exc()
-        _exit(1)
+            print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
+        _exit(2)
+    except Exception:
+        _defect()
+
+
+def _defect() -> None:
+    """Ends with the traceback of the exception that is being handled."""
+    if not _is_one_of_several():
+        raise
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+    _exit(1)
 
 
 def _is_one_of_several() -> bool:

@@ -95,13 +95,10 @@ def accuracy_by_class(labels: Int[np.ndarray, "N"], correct: Float[np.ndarray, "
 def record(results: dict, trackers: Trackers) -> None:
     """Records the numbers of an evaluation, named by their split, such as test/loss. Raises UserError on failure."""
     numbers = {name: value for name, value in results.items() if isinstance(value, int | float) and name != "step"}
-    with trackers:
-        try:
-            trackers.folder.mkdir(parents=True, exist_ok=True)
-            trackers.open({name: results[name] for name in ("model", "step", "source", "split")})
-            trackers.summary(results["step"], {f"{results['split']}/{name}": x for name, x in numbers.items()})
-        except OSError as error:
-            raise UserError(f"--workdir={trackers.folder} cannot be written: {error.strerror}") from None
+    with trackers, written(f"--workdir={trackers.folder}"):
+        trackers.folder.mkdir(parents=True, exist_ok=True)
+        trackers.open({name: results[name] for name in ("model", "step", "source", "split")})
+        trackers.summary(results["step"], {f"{results['split']}/{name}": x for name, x in numbers.items()})
 
 
 def _trackers(args) -> Trackers | None:
@@ -150,12 +147,12 @@ def run(args) -> None:
     results |= evaluate(pretrained, splits, args.batch_size, args.masks, mesh)
     if not cluster.is_first_process():
         return
+    for name, value in results.items():  # first, so that a full disk does not lose them
+        if isinstance(value, dict):
+            value = listed([f"{part}: {share:.4f}" for part, share in value.items()])
+        print(f"{name:<20}{value}", flush=True)
     if tracked:
         record(results, tracked)
     if args.json:
         with written(f"--json={args.json}"):
             write_json(args.json, results)
-    for name, value in results.items():
-        if isinstance(value, dict):
-            value = listed([f"{part}: {share:.4f}" for part, share in value.items()])
-        print(f"{name:<20}{value}")

@@ -14,7 +14,7 @@ from filelock import FileLock
 from igpt.errors import UserError
 from igpt.files import as_path, cache_directory, is_bucket, read_json, whole, write_json
 
-RECORD = ".fetched.json"
+FETCHED_SUFFIX = ".fetched.json"
 
 
 def local_copy(place: str) -> str:
@@ -45,7 +45,7 @@ def local_copy(place: str) -> str:
 
 def _fetch(path, copy: Path) -> bool:
     """Fetches a file unless its copy is good. Returns whether it did."""
-    record = copy.with_name(copy.name + RECORD)
+    record = copy.with_name(copy.name + FETCHED_SUFFIX)
     if record.exists() and copy.exists():
         with copy.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -62,5 +62,5 @@ def _fetch(path, copy: Path) -> bool:
 def _remove_others(copies: Path, names: set[str]) -> None:
     """Removes copies of files that are no longer in the bucket."""
     for path in copies.rglob("*"):
-        if path.is_file() and str(path.relative_to(copies)).removesuffix(RECORD) not in names:
+        if path.is_file() and str(path.relative_to(copies)).removesuffix(FETCHED_SUFFIX) not in names:
             path.unlink()

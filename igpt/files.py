@@ -43,8 +43,11 @@ def as_path(path: str | os.PathLike) -> AnyPath:
 
 
 def cache_directory() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """The user's cache folder: $XDG_CACHE_HOME, or ~/.cache. Raises OSError if this user has no home directory."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, str(error)) from None
 
 
 def open_binary(path: str | os.PathLike) -> io.BufferedIOBase:
@@ -141,6 +144,8 @@ def check_holds_no_run(workdir: AnyPath) -> None:
 
 def check_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> AnyPath:
     """Returns `workdir` as a path. Raises UserError if this process cannot write to it, or cannot reach its bucket."""
+    if not str(workdir):
+        raise UserError(f"{flag} is empty; name a folder ({flag}=. is the current one)")
     workdir = as_path(workdir)
     if is_bucket(workdir):
         try:
@@ -159,9 +164,11 @@ def check_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> AnyPat
 
 @contextlib.contextmanager
 def storage_errors(workdir: AnyPath):
-    """Raises StorageError if the block, which reads or writes files of a run or its data, raises OSError."""
+    """Turns an OSError of the block into a StorageError. The block reads or writes files of a run, or of its data."""
     try:
         yield
+    except BrokenPipeError:  # whoever read what this program prints has left
+        raise
     except OSError as error:
         place = workdir if error.errno in STORAGE_ERRORS else "a file of the run, or of its data"
         raise StorageError(
@@ -172,7 +179,7 @@ def storage_errors(workdir: AnyPath):
 
 @contextlib.contextmanager
 def written(what: str):
-    """Raises UserError if the block, which writes the file of a flag `what`, --out=a.png, raises OSError."""
+    """Turns an OSError of the block into a UserError. `what` names a flag and its file: --out=a.png."""
     try:
         yield
     except OSError as error:

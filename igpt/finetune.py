@@ -68,7 +68,7 @@ def confusion(
         classes = jnp.stack([jnp.argmax(model.classify(batch["tokens"], keep), axis=-1) for keep in masks_of(batch)])
         C = model.config.num_classes
         true = jax.nn.one_hot(batch["label"], C) * batch["mask"][:, None]
-        return replicate(jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes, C), C), precision="highest"))
+        return replicate(jnp.einsum("bc,bd->cd", true, jax.nn.one_hot(vote(classes), C), precision="highest"))
 
     batches = eval_batches(source.test, tokenizer, batch_size, process_rows(batch_size, mesh), drops)
     with jax.set_mesh(mesh):

@@ -26,7 +26,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from igpt.errors import StorageError, UserError
+from igpt.errors import PREEMPTED, StorageError, UserError
 from igpt.files import AnyPath, is_bucket, read_json, storage_errors, write_text
 
 BEAT = 10.0  # seconds between two renewals of a program's own file
@@ -47,7 +47,8 @@ class Lock:
 
     Entering raises InUseError, which names the other program, or StorageError if the folder cannot be written. On
     leaving, the lock's file is removed, and so are folders that it made and that are still empty. With
-    `frees_at_sigterm`, a SIGTERM that nobody else handles also removes the file before it ends the process.
+    `frees_at_sigterm`, a SIGTERM that nobody else handles does the same, and ends the process with the code PREEMPTED:
+    there is nothing to save then.
     """
 
     def __init__(self, folder: AnyPath, frees_at_sigterm: bool = False):
@@ -130,8 +131,9 @@ class Lock:
 
     def _end(self, *_) -> None:
         self.path.unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
+        self._remove_folders()
+        os.write(2, b"stopped: SIGTERM came when there was nothing to save; the same command goes on from there\n")
+        os._exit(PREEMPTED)  # an exception could be taken for one of the work that it interrupts
 
     def _remove_folders(self) -> None:
         for folder in self.made:

@@ -66,7 +66,7 @@ def make_loss(graph: nnx.GraphDef, generative: float = 1.0, classification: floa
             return {"loss": generative * values["generative_loss"]}
         values["loss"] = generative * values.get("generative_loss", 0.0)
         values["loss"] += classification * values["classification_loss"]
-        values["accuracy"] = (vote(jnp.stack(classes), model.config.num_classes) == batch["label"]).astype(jnp.float32)
+        values["accuracy"] = (vote(jnp.stack(classes)) == batch["label"]).astype(jnp.float32)
         return values
 
     return loss
@@ -77,14 +77,14 @@ def masks_of(batch: dict) -> list[Bool[Array, "B T"] | None]:
     return list(jnp.moveaxis(batch["keep"], 1, 0)) if "keep" in batch else [None]
 
 
-def vote(classes: Int[Array, "M B"], num_classes: int) -> Int[Array, "B"]:
+def vote(classes: Int[Array, "M B"]) -> Int[Array, "B"]:
     """The class that most masks chose. If several classes tie, the class among them that the earliest mask chose wins.
 
     The masks are random, so that ties are broken at random (section 4.6), but independently of the rest of the batch.
     """
-    # Mask i weighs 1 + 2^-(i+2): earlier masks win ties but never outvote a majority.
-    weights = 1.0 + 0.5 ** jnp.arange(2, len(classes) + 2)
-    return jnp.argmax(jnp.sum(weights[:, None, None] * jax.nn.one_hot(classes, num_classes), axis=0), axis=-1)
+    support = jnp.sum(classes[:, None] == classes[None], axis=1)  # [M, B]: how many masks chose the class of each mask
+    earliest = jnp.argmax(support, axis=0, keepdims=True)  # argmax returns the first of equal values
+    return jnp.take_along_axis(classes, earliest, axis=0)[0]
 
 
 def bits_per_dim(nats_per_token: float, model: ModelConfig, height: int, width: int, channels: int) -> float:

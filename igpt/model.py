@@ -112,8 +112,8 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given.
 
-    `flat` is the kernel's shape in the product, if it differs: a last axis for a head is slow on TPUs. In the equation,
-    `...` stands for B and T, which `joined` makes one dimension.
+    `flat` is the kernel's shape in the product, where N and K are one axis: a last axis of K alone is slow on TPUs. In
+    the equation, `...` stands for B and T; with `joined`, they are one dimension in the product.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ def grid_pool(normed: Float[Array, "B T D"], shape: tuple[int, int], cells: int)
     rows, columns = ([jnp.arange(side) * cells // side == cell for cell in range(cells)] for side in shape)
     inside = jnp.stack([jnp.outer(row, column).reshape(-1) for row in rows for column in columns])  # [cells^2, T]
     shares = inside / jnp.sum(inside, axis=1, keepdims=True)
-    means = jnp.einsum("ct,btd->bcd", shares, normed.astype(jnp.float32))
+    means = jnp.einsum("ct,btd->bcd", shares, normed.astype(jnp.float32), precision="highest")
     return means.reshape(len(normed), -1)
 
 

@@ -46,12 +46,13 @@ class OptimConfig:
     name: str = "adam"
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise UserError(f"optim.learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("learning_rate", "eps"):  # without eps, a gradient of 0 would give 0 / 0
+            if not getattr(self, name) > 0:
+                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be above 0")
         for name in ("b1", "b2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optim.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        check_at_least(self, "optim.", warmup_steps=0, eps=0.0, weight_decay=0.0, clip_norm=0.0)
+        check_at_least(self, "optim.", warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
         check_choice(self, "optim.", schedule=("cosine", "constant"), name=("adam", "muon"))
 
 

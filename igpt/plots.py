@@ -116,8 +116,7 @@ def probe_curve(results: dict, path) -> None:
             if "neighbours" in pixels:
                 votes, label = 100 * pixels["neighbours"], "raw pixels, nearest neighbours"
                 axes.axhline(votes, color="tab:orange", linestyle=":", label=label)
-        title = "linear probe, and nearest neighbours"
-        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=layers, title=title)
+        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=layers, title="probe by layer")
         axes.figure.legend(loc="outside lower center", ncols=2)  # inside, it would lie over a curve
         axes.grid(alpha=0.3)
 

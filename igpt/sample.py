@@ -23,13 +23,14 @@ from jaxtyping import Array, Int, Integer
 from igpt.bandwidth import Clock
 from igpt.command import Parser, add_shared, at_least
 from igpt.compiler import token_options
+from igpt.config import Config
 from igpt.data.images import read_image
 from igpt.data.sources import open_source
 from igpt.decode import KVCache, decode, decoder_of, grow, prefill
 from igpt.draw import STATIC_RULES, Sampling, draw_tokens, image_keys
 from igpt.errors import UserError
 from igpt.files import written
-from igpt.interop.load import Pretrained, load
+from igpt.interop.load import Pretrained, load, picture_settings
 from igpt.model import ImageGPT
 from igpt.plots import check_writable, image_grid, save_png
 from igpt.run.cluster import add_process_arguments, is_first_process, join_from
@@ -242,7 +243,7 @@ def run(args) -> None:
     options = args.num, args.seed, sampling, args.batch_size, clock
     with jax.set_mesh(mesh):
         if args.complete:
-            images = _images_to_complete(args, pretrained.config.data)
+            images = _images_to_complete(args, pretrained.config)
             continuations = complete_images(pretrained, images, args.keep, *options)
             count = len(images) * args.num
             picture = completion_picture(pretrained.tokenizer, images, args.keep, continuations)
@@ -257,13 +258,13 @@ def run(args) -> None:
         print(f"wrote {args.out}")
 
 
-def _images_to_complete(args, data) -> np.ndarray:
+def _images_to_complete(args, config: Config) -> np.ndarray:
     """Returns the image of the file --complete, or the first --images images of the test split: uint8 [N, H, W, 3]."""
     if args.complete != "test":
-        return read_image(args.complete, *data.image_size, data.channels)[None]
-    if not data.source:
+        return read_image(args.complete, picture_settings(config, "shrink"))[None]
+    if not config.data.source:
         raise UserError(f"{args.model} was not trained here and has no test split; give an image file")
-    return open_source(data).test.images[: args.images]
+    return open_source(config.data).test.images[: args.images]
 
 
 def kept_note(tokenizer: Tokenizer, size: tuple[int, int], keep: float) -> str:

@@ -129,7 +129,10 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if devices % fixed or (not free and fixed != devices):
         asked = f"{'a multiple of ' if free else ''}{fixed} devices"
-        raise UserError(f"mesh {sizes} asks for {asked}, but there are {devices}; choose sizes with that product")
+        raise UserError(
+            f"mesh {sizes} asks for {asked}, but there are {devices}; choose sizes with that product. Of a CPU, the "
+            "commands make mesh.cpu_devices; in Python, set jax.config.jax_num_cpu_devices before JAX starts"
+        )
     return sizes | dict.fromkeys(free, devices // fixed)
 
 

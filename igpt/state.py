@@ -128,13 +128,15 @@ def _vqvae_program(config: Config, mesh: Mesh) -> TrainProgram:
         }
         return state, metrics | {f"train/{name}": value for name, value in used.items()}
 
+    def eval_metrics(means: dict, bits_name: str) -> dict:
+        return vqvae.eval_metrics(means)
+
     def of_images(params, batch):
         losses, forward = passed(params, batch)
         return losses | {"share": jax.vmap(lambda codes: vqvae.shares(codes.reshape(-1), model))(forward.codes)}
 
     step = _jitted(train_step, abstract, mesh.devices.flat[0].platform)
-    metrics = lambda means, bits_name: vqvae.eval_metrics(means)  # noqa: E731
-    return TrainProgram(model, graph, optimizer, abstract, step, make_eval_step(of_images), mesh, metrics)
+    return TrainProgram(model, graph, optimizer, abstract, step, make_eval_step(of_images), mesh, eval_metrics)
 
 
 def _compile(step: Callable, state: Any, batch: dict, mesh: Mesh) -> None:

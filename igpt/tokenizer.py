@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
     kind: str  # "palette" or "VQ-VAE", for messages
     place: str  # what one token stands for: "pixel", "code"
     noun: str  # what a token is, in the plural: "colours"
-    bits_name: str  # the name of bits per byte of the image, which are those of its tokens
+    bits_name: str  # the metric's name: "bits_per_dim", and another for codes, whose bits leave out what they lose
     is_per_pixel: bool  # every pixel has its own token, so that tokens can be cropped and mirrored like images
     uses_all_cores: bool  # encoding is parallel already: other processes would only take turns with it
     colors: np.ndarray | None  # uint8 [V, 3]: the colours of the tokens, or None if a token is no colour

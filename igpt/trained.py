@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import SupportsIndex
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ class Run(Pretrained):
             return complete_images(self, images, keep, num, seed, sampling, batch_size).view(Pictures)
 
     def features(
-        self, images, layers: int | Sequence[int] | None = None, batch_size: int = 64
+        self, images, layers: SupportsIndex | Sequence[int] | None = None, batch_size: int = 64
     ) -> Float[np.ndarray, "*l N D"]:
         """The mean features of `layers` (default: all) of each of N images: [l, N, D], or [N, D] for one number.
 
@@ -102,7 +103,7 @@ class Run(Pretrained):
         batch_size += -batch_size % batch_shards(self.mesh)
         stream = stream_features(self.model, split, self.tokenizer, batch_size, self.mesh, tuple(wanted))
         features = np.concatenate([rows[:, :, 0] for rows, _ in stream])  # [N, l, D]
-        return features[:, 0] if isinstance(layers, int) else np.moveaxis(features, 1, 0)
+        return features[:, 0] if layers is not None and np.ndim(layers) == 0 else np.moveaxis(features, 1, 0)
 
     def predict(self, images, top: int = 5, masks: int = 5, batch_size: int = 64) -> list[list[dict]]:
         """The `top` likeliest classes of each image: [{"class": name, "probability": share}, ...], the best first.

@@ -232,7 +232,7 @@ def follow(
     sums = jnp.einsum("nv,nd->vd", one_hot, latents, precision="highest") / len(latents)
     usage = config.decay * averages.usage + (1 - config.decay) * shares(codes, config)
     sums = config.decay * averages.sums + (1 - config.decay) * sums
-    dead = usage < config.revive_below / config.codes
+    dead = usage <= config.revive_below / config.codes
     chosen = latents[jax.random.randint(key, (config.codes,), 0, len(latents))]
     codebook = jnp.where(dead[:, None], chosen, sums / jnp.maximum(usage, TINY)[:, None])
     usage = jnp.where(dead, 1 / config.codes, usage)
@@ -247,8 +247,8 @@ def with_codebook(adam: optax.GradientTransformation, config: VQConfig) -> optax
     """
 
     def init(params):
-        usage, sums = jnp.zeros(config.codes), jnp.zeros((config.codes, config.code_width))
-        return adam.init(params), Averages(usage, sums, jnp.zeros((), jnp.int32))  # no usage: all codes are revived
+        usage, sums = jnp.zeros(config.codes), jnp.zeros((config.codes, config.code_width))  # all unused, so revived
+        return adam.init(params), Averages(usage, sums, jnp.zeros((), jnp.int32))
 
     def update(grads, state, params, *, latents, codes, key):
         updates, inner = adam.update(grads, state[0], params)

@@ -18,7 +18,9 @@ import igpt
 import train
 from igpt.__main__ import main as run_igpt
 from igpt.codes import Codes
+from igpt.draw import Sampling
 from igpt.errors import UserError
+from igpt.page.answers import Answers
 from igpt.run.directory import load_config
 from igpt.tokenizer import Bytes, Tokenizer, find_tokenizer
 from igpt.vqvae import VQVAE, VQConfig
@@ -189,6 +191,14 @@ def test_completion_says_which_pixels_were_given(model_run, tmp_path, capsys):
     assert "given: the upper 4 of 8 rows of pixels, as 2 of 4 rows of codes" in capsys.readouterr().out
 
 
+def test_the_page_expects_a_step_for_each_row_of_codes(model_run):
+    answers = Answers(igpt.load(model_run), train_images=10)
+    drawn, about = list(answers.sample(2, seed=5, sampling=Sampling())), answers.about()
+    assert len(drawn) == about["rows"] == 4 and about["noun"] == "codes"
+    np.testing.assert_array_equal(drawn[-1], answers.run.sample(2, seed=5))
+    assert (drawn[0][:, 2:] == 255).all() and answers.nearest(drawn[-1][0], layer=1)
+
+
 def test_stored_codes_are_those_that_training_would_make_of_the_images(model_run, vqvae_run, tmp_path):
     train.run(codes_config("digits", vqvae_run), tmp_path / "direct")
     jax.tree.map(np.testing.assert_array_equal, read_arrays(tmp_path / "direct", 6), read_arrays(model_run, 6))
@@ -223,6 +233,13 @@ def test_what_codes_cannot_do_is_refused_in_words(model_run, vqvae_run, prepared
         run_igpt(["export", f"--model={model_run}", f"--out={tmp_path}/hf"])
     with pytest.raises(UserError, match="is a VQ-VAE, which makes tokens of images"):
         igpt.load(vqvae_run)
+
+
+def test_a_palette_is_no_tokenizer_of_codes(tmp_path):
+    GREY_PALETTE.save(tmp_path / "palette.npy")
+    config = codes_config("digits", tmp_path / "palette.npy")
+    with pytest.raises(UserError, match="is a palette; name it in palette.path"):
+        train.run(config, tmp_path / "run")
 
 
 def test_export_writes_the_file_of_a_vqvae(vqvae_run, tmp_path):

@@ -79,6 +79,18 @@ def test_without_a_place_for_them_programs_are_not_kept(tmp_path):
     assert start(tmp_path)[0] == "not kept"
 
 
+def test_a_user_without_a_home_keeps_no_programs(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compiler.Path, "home", homeless)
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("nothing is to be kept"))
+    monkeypatch.setattr(type(jax.config), "jax_enable_compilation_cache", True, raising=False)
+    compiler.keep_programs()
+    compiler.share_programs(compiler.Path("shared"))
+
+
 def test_a_named_place_that_cannot_be_made_is_a_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     jax.config.update("jax_enable_compilation_cache", True)

@@ -11,6 +11,7 @@ from igpt.config import OF_TRAINING, SECTIONS, Config
 from igpt.errors import UserError
 from igpt.model import ModelConfig
 from igpt.run import changes
+from tests.helpers import TINY_MODEL
 
 
 def test_every_field_of_base_is_a_field_of_its_section():
@@ -63,6 +64,8 @@ def test_a_network_from_elsewhere_has_no_training():
 def test_a_configuration_of_another_kind_is_refused():
     with pytest.raises(UserError, match="no configuration of igpt: it has no data, palette, model"):
         Config.of(probe_digits.get_config())
+    with pytest.raises(UserError, match="no training configuration: it has no optim, train, mesh"):
+        Config.of(Config.of_network(TINY_MODEL, (8, 8), 1), trains=True)
 
 
 @pytest.mark.parametrize(

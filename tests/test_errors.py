@@ -1,9 +1,13 @@
 """How a command ends."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
 from igpt import errors
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -43,6 +47,27 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_exit(one_of_several, mon
         with pytest.raises(SystemExit), errors.reported():
             raise error
     assert one_of_several == [1, 1]
+
+
+def test_a_path_that_cannot_be_used_is_told_without_a_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped, errors.reported():
+        (tmp_path / ("long" * 75)).read_bytes()
+    assert stopped.value.code == 2 and "File name too long; name another place" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError), errors.reported():  # a defect: whoever opened it did not look
+        (tmp_path / "absent").read_bytes()
+
+
+def test_a_reader_that_leaves_ends_the_program_without_a_word():
+    code = (
+        "from igpt.errors import reported; from igpt.files import storage_errors\n"
+        "with reported(), storage_errors('run'):\n"
+        "    while True: print('a line', flush=True)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.readline()
+        program.stdout.close()
+        assert program.wait(timeout=60) == 141 and program.stderr.read() == b""
 
 
 def test_a_single_process_shows_the_traceback_of_a_defect():

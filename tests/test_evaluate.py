@@ -136,6 +136,14 @@ def test_the_command_evaluates_a_run_on_its_own_data_and_on_others(tiny_config, 
     assert json.loads((tmp_path / "other.json").read_text())["images"] == 2
 
 
+def test_results_that_cannot_be_written_are_printed_all_the_same(named_run, tmp_path, capsys):
+    path, *_ = named_run
+    with pytest.raises(SystemExit):
+        run_igpt(["evaluate", f"--model={path}", f"--json={tmp_path}/absent/results.json"])
+    printed = capsys.readouterr()
+    assert "accuracy" in printed.out and "--json=" in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -130,7 +130,7 @@ def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():
     assert f"says for {best.replace(' [', ' of the test tiles [')}, from layer 0" in text
     assert f"from layer 0 of an untrained network ({100 * probe['random_init'][0]:.1f} %)" in text
     last = [f"{100 * probe[name][-1]:.1f} %" for name in ("pretrained", "random_init")]
-    assert f"ahead, {last[0]} against {last[1]}. Raw pixels: {100 * probe['raw_pixels']:.1f} %." in text
+    assert f"far ahead, {last[0]} against {last[1]}. Raw pixels: {100 * probe['raw_pixels']:.1f} %." in text
     assert f"the network names {tuned}" in text
     study = json.loads((ROOT / "docs" / "results" / "study_fashion_codes.json").read_text())
     found = study["findings"]["6 codes against pixels"]

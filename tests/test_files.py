@@ -85,6 +85,7 @@ def test_a_workdir_is_a_writable_folder_or_can_become_one(tmp_path):
     for workdir, message in (
         (tmp_path / "file" / "run", "no writable folder"),
         ("az://bucket/run", "begin with gs://"),
+        ("", "--workdir is empty"),
     ):
         with pytest.raises(UserError, match=message):
             check_workdir(workdir)

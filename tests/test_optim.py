@@ -109,6 +109,7 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
     ("change", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"eps": 0.0}, "eps is 0.0; it must be above 0"),
         ({"b2": 1.0}, r"b2 is 1.0; it must lie in \[0, 1\)"),
         ({"schedule": "linear"}, "'linear'; choose cosine, constant"),
         ({"name": "sgd"}, "optim.name is 'sgd'; choose adam, muon"),

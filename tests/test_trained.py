@@ -100,6 +100,7 @@ def test_features_are_those_of_the_network(run):
     expected = jax.jit(lambda model, tokens: model.features(tokens))(run.model, tokens)
     np.testing.assert_allclose(run.features(images), expected, atol=1e-5)
     np.testing.assert_allclose(run.features(images, 1, batch_size=2), expected[1], atol=1e-5)
+    np.testing.assert_allclose(run.features(images, np.int64(1)), expected[1], atol=1e-5)
     np.testing.assert_allclose(run.features(images, (2, 0)), expected[np.array([2, 0])], atol=1e-5)
 
 

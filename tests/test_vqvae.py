@@ -103,7 +103,7 @@ def test_the_codebook_follows_its_latents_and_revives_dead_codes_as_a_float64_re
         for k in range(V):
             usage[k] = 0.6 * usage[k] + 0.4 * np.mean(codes == k)
             sums[k] = 0.6 * sums[k] + 0.4 * latents[codes == k].sum(axis=0) / N
-            if usage[k] < 0.3 / V:
+            if usage[k] <= 0.3 / V:
                 usage[k], sums[k], dead = 1 / V, latents[chosen[k]] / V, dead + 1
             expected[k] = sums[k] / usage[k]
         np.testing.assert_allclose(codebook, expected, rtol=1e-4, atol=1e-6)
@@ -111,6 +111,16 @@ def test_the_codebook_follows_its_latents_and_revives_dead_codes_as_a_float64_re
         revived.append(int(ours.revived))
         assert revived[-1] == dead
     assert revived[0] >= 3 and 0 in revived and sum(revived[1:]) >= 3  # revived at once, spared for a while, and again
+
+
+def test_without_a_threshold_only_codes_that_no_batch_has_used_are_revived():
+    config = dataclasses.replace(TINY, revive_below=0.0)
+    averages = Averages(jnp.zeros(TINY.codes), jnp.zeros((TINY.codes, TINY.code_width)), jnp.zeros((), jnp.int32))
+    latents, codes = jnp.ones((8, TINY.code_width)), jnp.array([0, 1, 2, 0, 1, 2, 0, 1])
+    for expected in (TINY.codes - 3, 0):
+        codebook, averages = vqvae.follow(averages, latents, codes, jax.random.key(0), config)
+        assert averages.revived == expected
+        np.testing.assert_allclose(codebook, 1.0, rtol=1e-6)  # and no code is zero
 
 
 def test_perplexity_counts_the_codes_that_are_used_equally():

@@ -43,7 +43,7 @@ while true; do
       gcsfuse --implicit-dirs $BUCKET /mnt/bucket; }
     [ -d igpt ] || git clone $REPOSITORY igpt
     cd igpt && [ -d .venv ] || { pip install --user uv && python3 -m uv venv --python=3.11; }
-    python3 -m uv pip install -e '.[tpu]'" &&
+    python3 -m uv pip install -e '.[tpu]' || exit 1" &&  # uv ends with 2 without a network
     everywhere "cd igpt && export LIBTPU_INIT_ARGS=--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 &&
       exec .venv/bin/python train.py $FLAGS --workdir=/mnt/bucket/$NAME"
   code=$?

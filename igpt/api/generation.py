@@ -1,6 +1,7 @@
 """`generate` of the documented classes: its arguments, left padding and outputs. igpt/sample.py draws the tokens."""
 
 import copy
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,18 +18,19 @@ from igpt.errors import UserError
 from igpt.fields import LARGEST_SEED
 from igpt.files import read_json
 from igpt.interop.documented import check_refused, refusals
+from igpt.interop.hf_config import TOKEN_IDS, ImageGPTConfig
 from igpt.sample import continue_inputs
 
 FILE_NAME = "generation_config.json"
-NUMBERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "temperature", "top_k", "top_p")
 DEFAULTS = (  # the settings of a draw, with transformers' defaults; without a length, the image is completed
     dict(max_length=None, max_new_tokens=None, num_return_sequences=1)
     | dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0)
-    | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    | dict.fromkeys(TOKEN_IDS)
     | dict(return_dict_in_generate=False, output_scores=False, output_logits=False, use_cache=True)
     | dict(output_attentions=False, output_hidden_states=False)
-    | dict(min_length=0, min_new_tokens=None)  # without an end token, every row has the full length
+    | dict(min_length=0, min_new_tokens=None)  # without an end token, all rows are longer; with one, see _stop
 )
+FLAGS = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 REFUSED = refusals(
     (
         "there is no beam search; draw several images with num_return_sequences",
@@ -81,10 +83,17 @@ class GenerationConfig:
         return cls(**_public(settings if isinstance(settings, Mapping) else settings.to_dict()))
 
     @classmethod
-    def from_directory(cls, directory: Path) -> "GenerationConfig":
+    def from_model_config(cls, config: ImageGPTConfig) -> "GenerationConfig":
+        """The settings of a model whose directory has no others: the token ids of its configuration."""
+        return cls(**{name: getattr(config, name) for name in TOKEN_IDS})
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "GenerationConfig | None":
         """Reads generation_config.json, if it is there. `generate` checks it, since a model has other uses, too."""
         path, config = directory / FILE_NAME, cls()
-        found = _public(read_json(path)) if path.is_file() else {}
+        if not path.is_file():
+            return None
+        found = _public(read_json(path))
         vars(config).update({name: value for name, value in found.items() if not hasattr(cls, name)})  # no methods
         return config
 
@@ -97,7 +106,7 @@ def _public(settings: Mapping) -> dict:
 def generate(model, inputs, generation_config, arguments: dict, seed: int | None):
     """`ImageGPTForCausalImageModeling.generate`. `arguments` are its other keywords, settings or parts of a prompt."""
     prompt = {name: arguments.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask")}
-    how = _settings(model.generation_config, generation_config, arguments)
+    how = _settings(model, generation_config, arguments)
     if inputs is not None and prompt["input_ids"] is not None:
         raise UserError("inputs and input_ids are both given; they are the same argument, give one")
     given_ids = prompt["input_ids"] if inputs is None else inputs
@@ -105,7 +114,7 @@ def generate(model, inputs, generation_config, arguments: dict, seed: int | None
     count, given = ids.shape
     stop = _stop(model.config, given, how)
     sampling = Sampling(
-        how.temperature if how.do_sample else 0.0, how.top_k or 0, 1.0 if how.top_p is None else how.top_p
+        float(how.temperature) if how.do_sample else 0.0, how.top_k or 0, 1.0 if how.top_p is None else how.top_p
     )
     if seed is None:  # NumPy's global state is seeded once per process, or by the caller
         seed = int(np.random.randint(LARGEST_SEED + 1, dtype=np.int64))
@@ -130,19 +139,49 @@ def generate(model, inputs, generation_config, arguments: dict, seed: int | None
     return _outputs(model, result, np.asarray(tokens), embeds, pads, given, how, sampling)
 
 
-def _settings(own: GenerationConfig, given, arguments: dict) -> SimpleNamespace:
+def _settings(model, given, arguments: dict) -> SimpleNamespace:
     """All settings. `arguments` take precedence over the given configuration, and that over the model's own."""
-    own = check_refused("the model's generation_config", own.to_dict(), REFUSED)
+    own = check_refused("the model's generation_config", model.generation_config.to_dict(), REFUSED)
     settings = DEFAULTS | own | GenerationConfig.of(given).to_dict()
-    off = ("top_k", "top_p")  # for these, None means that they are not used
+    off = ("top_k", "top_p", *TOKEN_IDS)  # for these, None means that they are not used
     arguments = check_refused("generate", arguments, REFUSED, known=DEFAULTS)
     settings |= {name: value for name, value in arguments.items() if value is not None or name in off}
-    for name in NUMBERS:
-        if isinstance(settings[name], str | list | dict):  # from a generation_config.json
-            raise UserError(f"{name} is {settings[name]!r}; give a number")
-    if not isinstance(settings["num_return_sequences"], int) or settings["num_return_sequences"] < 1:
-        raise UserError(f"num_return_sequences is {settings['num_return_sequences']}; give 1 or more")
+    _check(settings, model.config.vocab_size)
     return SimpleNamespace(**settings)
+
+
+def _check(settings: dict, vocab_size: int) -> None:
+    """Raises UserError for a value that a setting cannot have. Files are untrusted, generation_config.json too."""
+
+    def is_id(value):
+        return _is_whole(value) and value < vocab_size
+
+    def are_ids(value):
+        ids = value if isinstance(value, list | tuple) else [value]
+        return len(ids) > 0 and all(map(is_id, ids))
+
+    an_id = f"a whole number from 0 to {vocab_size - 1}"
+    checks = (  # names of settings, the condition on their values, and the same condition in words
+        (["max_length", "max_new_tokens", "num_return_sequences"], lambda x: _is_whole(x, 1), "a whole number from 1"),
+        (["min_length", "min_new_tokens", "top_k"], _is_whole, "a whole number from 0"),
+        (["temperature", "top_p"], _is_finite, "a finite number"),
+        (FLAGS, lambda x: isinstance(x, bool | np.bool_), "True or False"),
+        (["bos_token_id", "pad_token_id"], is_id, an_id),
+        (["eos_token_id"], are_ids, f"{an_id}, or a list of them"),
+    )
+    for names, holds, allowed in checks:
+        for name in names:
+            if (value := settings[name]) is not None and not holds(value):
+                raise UserError(f"{name} is {reprlib.repr(value)}; give {allowed}")
+
+
+def _is_whole(value, least: int = 0) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _prompt(model, input_ids, embeds, mask, how):
@@ -175,7 +214,14 @@ def _prompt(model, input_ids, embeds, mask, how):
 
 
 def _stop(config, given: int, how) -> int:
-    """The length at which to stop. Raises UserError unless it is above the prompt's and within the positions."""
+    """The length at which to stop. Raises UserError unless it is above the prompt's and within the positions.
+
+    Also raises it if end tokens are given and a smallest length: all tokens are drawn, and cut off after an end token.
+    """
+    for name, least in (("min_length", (how.min_length or 0) - given), ("min_new_tokens", how.min_new_tokens or 0)):
+        if how.eos_token_id is not None and least > 0:
+            problem = f"{name} is {getattr(how, name)}, and eos_token_id is {how.eos_token_id}"
+            raise UserError(f"{problem}: an end token may be drawn earlier; give {name}=0 or eos_token_id=None")
     most = config.n_positions + 1
     stop = given + how.max_new_tokens if how.max_new_tokens is not None else how.max_length or most
     if not given < stop <= most:

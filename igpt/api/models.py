@@ -50,18 +50,23 @@ class _Callable(ImageGPTPreTrainedModel):
     Give input_ids [B, T] in 0..vocab_size - 1 or inputs_embeds [B, T, D]; no start of sequence is added. One row needs
     no first axis. cache, or past_key_values, is that of an earlier call, or (keys, values) for each layer.
     attention_mask [B, past + T] and head_mask [N] or [L, N]: 1 keeps, 0 drops. position_ids [B or 1, T].
-    token_type_ids [B, T] are looked up in the token table. labels: [B, T] for images, shifted by this method; [B] or
-    [B, num_labels] for a classifier; -100 is ignored. Booleans that are None take the configuration's value. params
-    replace the model's own, to differentiate by them. dropout_key, a PRNG key, turns dropout on. Raises UserError for
-    arguments that do not fit or are not supported, and TypeError for unknown ones.
+    token_type_ids [B, T] are looked up in the token table. labels: [B, T] for images, shifted by this method; [B],
+    [B, 1] or [B, num_labels] for a classifier; -100 is ignored. Booleans that are None take the configuration's value.
+    params replace the model's own, to differentiate by them. dropout_key, a PRNG key, turns dropout on. Raises
+    UserError for arguments that do not fit or are not supported, and TypeError for unknown ones.
     """
 
-    def _call(self, given: dict) -> ModelOutput | tuple:
-        """The documented forward pass, jitted. `given` are the local variables of `__call__`."""
-        more = {name: value for name, value in given.items() if name not in ("self", "more")} | given["more"]
+    def _call(self, local_variables: dict) -> ModelOutput | tuple:
+        """The documented forward pass, jitted.
+
+        `local_variables` are the `locals()` of `__call__`: "self", the arguments of its signature, and "more", a dict
+        of further ones. So each signature lists the documented arguments in their order, and nothing lists them again.
+        """
+        given = {name: value for name, value in local_variables.items() if name not in ("self", "more")}
+        given |= local_variables["more"]
         refused = {name: why for name, why in REFUSED.items() if name != "labels" or self.head == "none"}
-        more = check_refused(type(self).__name__, more, refused, known=ARGUMENTS)
-        x = SimpleNamespace(**dict.fromkeys(ARGUMENTS) | more)
+        given = check_refused(type(self).__name__, given, refused, known=ARGUMENTS)
+        x = SimpleNamespace(**dict.fromkeys(ARGUMENTS) | given)
         if x.cache is not None and x.past_key_values is not None:
             raise UserError("cache and past_key_values are both given; they are the same argument, give one")
         config, cache = self.config, x.past_key_values if x.cache is None else x.cache
@@ -252,6 +257,7 @@ class ImageGPTForImageClassification(_Callable):
     def _checked_labels(self, labels, batch, length):
         classes = self.config.num_labels
         if self._problem(labels) == "single_label_classification":
+            labels = labels[:, 0] if labels.shape == (batch, 1) else labels  # transformers flattens them
             return whole_numbers("labels", labels, classes, (batch,), also=IGNORED)
         shape = (batch,) if labels.ndim == 1 and classes == 1 else (batch, classes)
         return jnp.asarray(as_array("labels", labels, shape), jnp.float32)

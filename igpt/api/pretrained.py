@@ -107,7 +107,7 @@ class ImageGPTPreTrainedModel:
     def __init__(self, config: Any, *, seed: int = 0, dtype: Any = "float32", params: dict | None = None):
         self.config = config if isinstance(config, ImageGPTConfig) else ImageGPTConfig.from_dict(config.to_dict())
         self.training = False
-        self.generation_config = GenerationConfig()
+        self.generation_config = GenerationConfig.from_model_config(self.config)
         self._build(dataclasses.replace(self._described(), dtype=_computed_in(dtype, self.config)))
         self.params = _initial_params(self._network, self.config, seed, given=params or {})
 
@@ -163,7 +163,7 @@ class ImageGPTPreTrainedModel:
         if only_safetensors and any(tensor.file.suffix == ".bin" for tensor in weights.tensors.values()):
             raise UserError(f"{directory} has no safetensors; leave use_safetensors out to read its .bin files")
         model = cls(config, seed=seed, dtype=dtype, params=weights.read())
-        own = GenerationConfig.from_directory(directory)
+        own = GenerationConfig.from_directory(directory) or model.generation_config
         model.generation_config = own if generation_config is None else GenerationConfig.of(generation_config)
         sizes = weights.other_sizes
         missing = sorted(hf_weights.targets(weights.model).keys() - weights.tensors.keys() - sizes.keys())

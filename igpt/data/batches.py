@@ -124,8 +124,9 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> dict:
         indices = self.order[np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]]
-        # The second number of a seed makes order (0), augmentation (1), crops (2) and masks (3, 4) independent;
-        # scattered images that are read for evaluation have 5.
+        # The second number of a seed is its purpose, so that purposes are independent: order (0), augmentation (1),
+        # crops (2), masks (3, 4), places of scattered images in evaluation (5), some examples of a split (6). A purpose
+        # in last place is never 0, because NumPy pads seeds with zeros: (0,) and (0, 0) are the same seed as (0, 0, 0).
         rng = np.random.default_rng((self.seed, 1, step))
         if self.stores_tokens:
             grids = self.split.images.grids(indices)

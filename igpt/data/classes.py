@@ -66,9 +66,11 @@ def with_classes(source: Source, names: Sequence[str] | None, whose: str | AnyPa
 def class_counts(source: Source) -> str:
     """The classes of a source with the number of images of each, in one line, shortened if there are many.
 
-    Without numbers of images if the labels must be read from the images. Empty for a source without labels.
+    Images without a label are counted after the classes. Without numbers of images if the labels must be read from the
+    images. Empty for a source without labels.
     """
-    labels = [split.labels for split in source.splits().values() if split.labels is not None and len(split)]
+    splits = [split for split in source.splits().values() if split.labels is not None and len(split)]
+    labels = [split.labels for split in splits]
     if not labels:
         return ""
     if not all(isinstance(part, np.ndarray) for part in labels):
@@ -76,10 +78,11 @@ def class_counts(source: Source) -> str:
     found, counts = np.unique(np.concatenate(labels), return_counts=True)
     known = dict(enumerate(source.class_names or ()))
     images = dict.fromkeys(known, 0) | dict(zip(found.tolist(), counts.tolist(), strict=True))
+    missing = images.pop(-1, 0) if splits[0].may_lack_labels else 0
     each = [f"{known.get(label, label)}: {images[label]}" for label in sorted(images)]
     if len(each) > SHOWN:
         each = [*each[:3], "...", f"{each[-1]}; {min(images.values())} to {max(images.values())} images each"]
-    return f"{len(images)} ({', '.join(each)})"
+    return f"{len(images)} ({', '.join(each)})" + (f", {missing} images without a label" if missing else "")
 
 
 def save_names(names: Sequence[str], workdir: AnyPath) -> None:

@@ -28,10 +28,10 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns images [n, H, W, 3] and their indices, which differ from `indices` where an image was replaced.
+        """Returns images [n, H, W, 3] and the indices of those that were read.
 
-        `draws` [n, self.draws] are random numbers in [0, 1), which choose the training crops. Without them, images are
-        preprocessed as for evaluation.
+        With `skip`, the next readable image stands in for one that is not. `draws` [n, self.draws] are random numbers
+        in [0, 1), which choose the training crops. Without them, images are preprocessed as for evaluation.
         """
 
     @abc.abstractmethod
@@ -141,11 +141,13 @@ class DecodedTokens(Images):
 class Split:
     """The examples of a split: images uint8 [N, H, W, 3] and, if the source has them, labels int32 [N].
 
-    Labels are an array, or an object that reads labels when it is indexed like an array.
+    Labels are an array, or an object that reads labels when it is indexed like an array. With `may_lack_labels`, -1
+    marks an image without a label; otherwise -1 is a class, as labels may be any integers.
     """
 
     images: Images
     labels: Any
+    may_lack_labels: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,14 +157,21 @@ class Split:
 
     def take(self, indices: np.ndarray) -> "Split":
         """Returns the examples at these indices, in this order."""
-        return Split(self.images.take(indices), None if self.labels is None else self.labels[indices])
+        labels = None if self.labels is None else self.labels[indices]
+        return dataclasses.replace(self, images=self.images.take(indices), labels=labels)
+
+    def some(self, count: int) -> "Split":
+        """Returns `count` random examples in the order of the split, the same ones in every call."""
+        order = np.random.default_rng((0, 6)).permutation(len(self))  # 6: see TrainBatches
+        return self.take(np.sort(order[:count]))
 
     def renumbered(self, table: np.ndarray) -> "Split":
         """Returns the examples with the label `table[label]` for each label."""
         if self.labels is None:
             return self
         in_memory = isinstance(self.labels, np.ndarray)
-        return Split(self.images, table[self.labels] if in_memory else self.labels.renumbered(table))
+        labels = table[self.labels] if in_memory else self.labels.renumbered(table)
+        return dataclasses.replace(self, labels=labels)
 
     def holds_tokens_of(self, tokenizer) -> bool:
         """Whether the images are stored as tokens of `tokenizer`, so that they need not be encoded."""
@@ -178,28 +187,44 @@ class Split:
 
 
 def check_labels(train: Split, *others: Split, num_classes: int = 0) -> None:
-    """Raises UserError unless every split has labels in 0..num_classes - 1, and training has at least two classes.
+    """Raises UserError unless every image has a label in 0..num_classes - 1, and training has at least two classes.
 
-    With num_classes 0, labels may be any integers. A class that the data set declares counts even without an example.
+    `others` are the validation and the test split. With num_classes 0, labels may be any integers. A class that the
+    data set declares counts even without an example. Of labels in files, only the first are read.
     """
-    if any(split.labels is None for split in (train, *others)):
+    splits = dict(zip(SPLITS, (train, *others), strict=False))
+    if lacking := [name for name, split in splits.items() if split.labels is None]:
+        whose = "this source has" if len(lacking) == len(splits) else f"the images of {', '.join(lacking)} have"
         raise UserError(
-            "labels are needed, and this source has none; add an integer array 'labels' to an .npz, or sort the "
+            f"labels are needed, and {whose} none; add an integer array 'labels' to an .npz, or sort the "
             "pictures of a folder into a sub-folder for each class"
         )
+    for name, split in splits.items():
+        _refuse_missing(split, f" of {name}")
     check_classes((train, *others), num_classes)
     if len(_classes(train)) < 2:
         raise UserError(f"all training images have the label {train.labels[0]}; two classes or more are needed")
 
 
 def check_classes(splits: Sequence[Split], num_classes: int) -> None:
-    """Raises UserError if a label of these splits is not in 0..num_classes - 1. 0 allows any label."""
+    """Raises UserError if a label of these splits is missing, or not in 0..num_classes - 1. 0 allows any label."""
+    for split in splits:
+        _refuse_missing(split)
     classes = np.unique(np.concatenate([_classes(split) for split in splits]))
     if num_classes and not (classes[0] >= 0 and classes[-1] < num_classes):
         raise UserError(
             f"the labels run from {classes[0]} to {classes[-1]}, but model.num_classes is {num_classes}, which allows "
             f"0 to {num_classes - 1}; "
             + (f"set model.num_classes={classes[-1] + 1}" if classes[0] >= 0 else "number the classes from 0 on")
+        )
+
+
+def _refuse_missing(split: Split, whose: str = "") -> None:
+    if split.may_lack_labels and -1 in _classes(split):
+        count = np.count_nonzero(split.labels == -1) if isinstance(split.labels, np.ndarray) else "some"
+        raise UserError(
+            f"{count} images{whose} have no label; here every image needs one: remove these images from the data set, "
+            "or name another column of labels, as hf:NAME,label=COLUMN"
         )
 
 

@@ -90,7 +90,7 @@ def list_images(folder: Path, has_split_file: bool = False) -> Listing:
     here, names = _pictures(folder, passed, deep=False)
     kinds = {name: split for name in names if (split := split_named(name))}
     found = {name: _pictures(folder / name, passed) for name in names if name not in kinds}
-    if len(set(kinds.values())) > 1 or len(names) == len(kinds) == 1:
+    if len(set(kinds.values())) > 1 or len(names) == len(kinds) > 0:
         if others := [name for name, (pictures, _) in found.items() if pictures] or here:
             raise UserError(
                 f"{folder} has sub-folders that name splits ({listed([*kinds])}), but also other pictures, such as in "
@@ -161,6 +161,7 @@ def _of_classes(folder: Path, here: list[str], classes: dict[str, list[str]]) ->
 
 def split_named(name: str) -> str | None:
     """The split that the name of a folder stands for, or None."""
+    # As it is written, for testA and testB; in lower case, for TEST.
     match = SPLIT_NAME.fullmatch(name) or SPLIT_NAME.fullmatch(name.lower())
     return match and match.lastgroup
 

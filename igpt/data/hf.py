@@ -25,6 +25,7 @@ from igpt.errors import UserError, first_line
 OPTIONS = ("config", "revision", "image", "label")
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # ending of a local file -> the library's reader
 LABELS = ("int", "uint", "bool", "string", "large_string")  # types of columns that can be labels
+PLACES = "give a data set of the hub, such as hf:ylecun/mnist, or a local folder, .parquet or .arrow file"
 SAMPLED = 64  # rows whose bytes tell a data set from others
 
 
@@ -130,7 +131,7 @@ def open_hf(place: str, settings: DataConfig, whole: bool = False) -> Source:
         columns = [part.with_format("arrow").select_columns([data.label])[:] for part in data.splits.values()]
         labels = np.concatenate([label_numbers(column.column(0), data, settings.source) for column in columns])
     images = EncodedImages(rows, Preprocess.of(settings), settings.channels, settings.on_unreadable == "skip")
-    taken = map(Split(images, labels).take, divide(own, settings, whole))
+    taken = map(Split(images, labels, may_lack_labels=True).take, divide(own, settings, whole))
     return Source(settings.source, *taken, settings.channels, class_names=data.class_names)
 
 
@@ -169,8 +170,7 @@ def load(place: Place, source: str, streaming: bool = False) -> Data:
     except UserError:
         raise
     except Exception as error:  # the library and the network raise exceptions of many types
-        remedy = "give a data set of the hub, such as hf:ylecun/mnist, or a local folder, .parquet or .arrow file"
-        raise UserError(f"{source} cannot be opened: {first_line(error)}; {remedy}") from None
+        raise UserError(f"{source} cannot be opened: {first_line(error)}; {PLACES}") from None
     found = found if isinstance(found, dict) else {"train": found}
     return _with_splits(found, _columns(next(iter(found.values())).features, options, source), source)
 
@@ -223,21 +223,21 @@ def _is_value(feature, kinds: tuple[str, ...]) -> bool:
 def _with_splits(found: dict, columns: tuple, source: str) -> Data:
     """The data set with its splits in the order of SPLITS. Prints the names of splits that it passes over."""
     image, label, class_names = columns
-    named = {split: split for split in SPLITS if split in found}
+    theirs = {split: split for split in SPLITS if split in found}  # our split -> the library's name of it
     for name in found:
-        if (split := split_named(name)) and split not in named:
-            named[split] = name
-    if "train" not in named:
+        if (split := split_named(name)) and split not in theirs:
+            theirs[split] = name
+    if "train" not in theirs:
         if len(found) > 1:
             raise UserError(f"{source} has the splits {', '.join(found)}, and none of them is train; choose another")
-        named = {"train": next(iter(found))}
-    if label and "test" in named and _is_unlabelled(found[named["test"]], label):
-        del named["test"]
-    if "test" not in named and "validation" in named:
-        named["test"] = named.pop("validation")
-    if others := [name for name in found if name not in named.values()]:
+        theirs = {"train": next(iter(found))}
+    if label and "test" in theirs and _is_unlabelled(found[theirs["test"]], label):
+        del theirs["test"]
+    if "test" not in theirs and "validation" in theirs:
+        theirs["test"] = theirs.pop("validation")
+    if others := [name for name in found if name not in theirs.values()]:
         print(f"{source}: passed over the splits {', '.join(others)}")
-    splits = {split: found[named[split]] for split in SPLITS if split in named}
+    splits = {split: found[theirs[split]] for split in SPLITS if split in theirs}
     for split, part in splits.items():
         if any(part.features.get(column) != splits["train"].features[column] for column in (image, label) if column):
             needed = listed([column for column in (image, label) if column])
@@ -271,11 +271,17 @@ def _is_unlabelled(part, label: str) -> bool:
 
 
 def label_numbers(column, data: Data, source: str) -> np.ndarray:
-    """An Arrow column of labels as int32. A missing label is -1."""
+    """An Arrow column of labels as int32. A missing label is -1. Raises UserError for a class that is not declared."""
     if data.numbers is not None:
         return np.array([data.numbers.get(text, -1) for text in column.to_pylist()], np.int32)
     try:
         labels = np.asarray(column.cast("int64").fill_null(-1).to_numpy())
     except ValueError as error:  # a number above the largest int64
         raise UserError(f"{source}: the labels are no classes: {first_line(error)}") from None
-    return as_int32(labels, f"{source}: the labels")
+    labels = as_int32(labels, f"{source}: the labels")
+    declared = getattr(data.splits["train"].features[data.label], "num_classes", None)
+    if declared and len(labels) and not -1 <= labels.min() <= labels.max() < declared:
+        found = f"the labels run from {labels.min()} to {labels.max()}, but it declares {declared} classes"
+        remedy = "-1 marks a missing label: repair the data set, or name another column, as hf:NAME,label=COLUMN"
+        raise UserError(f"{source}: {found}, which are 0 to {declared - 1}; {remedy}")
+    return labels

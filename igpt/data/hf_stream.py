@@ -19,7 +19,7 @@ import numpy as np
 
 from igpt.data.arrays import divide
 from igpt.data.examples import DecodedTokens, Source, Split
-from igpt.data.hf import Data, content_of, label_numbers, load, parse
+from igpt.data.hf import PLACES, Data, content_of, label_numbers, load, parse
 from igpt.data.images import Preprocess, UnreadableImage, decode
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
@@ -68,7 +68,10 @@ class Stream:
             from huggingface_hub import HfApi
 
             revision = self.place.options.get("revision")
-            known["commit"] = HfApi().dataset_info(self.place.name, revision=revision).sha
+            try:
+                known["commit"] = HfApi().dataset_info(self.place.name, revision=revision).sha
+            except Exception as error:  # the library and the network raise exceptions of many types
+                raise UserError(f"{self.settings.source} cannot be opened: {first_line(error)}; {PLACES}") from None
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def batches(
@@ -241,7 +244,7 @@ class Staged:
             images.readable = arrays["readable"][:, 0]
             images.unreadable = {i: reasons[row] for i, row in enumerate(rows.tolist()) if row in reasons}
             labels = None if "labels" not in arrays else arrays["labels"][:, 0][rows]
-            splits.append(StagedSplit(images, labels))
+            splits.append(StagedSplit(images, labels, may_lack_labels=True))
         settings, names = self.stream.settings, self.stream.data.class_names
         return Source(settings.source, *splits, settings.channels, tokenizer, names)
 

@@ -224,6 +224,6 @@ def _centred(size: tuple[int, int], aspect: float) -> tuple[float, float, float,
     return 0, margin, width, height - margin
 
 
-def read_image(path: str, height: int, width: int, channels: int) -> np.ndarray:
-    """Reads an image file as uint8 [height, width, 3]: the centred part of that aspect ratio, resized (bicubic)."""
-    return Preprocess((height, width), "shrink")(decode(Path(path), path, channels), None, path)
+def read_image(path: str, settings: DataConfig) -> np.ndarray:
+    """Reads an image file as uint8 [height, width, 3], preprocessed as for evaluation."""
+    return Preprocess.of(settings)(decode(Path(path), path, settings.channels), None, path)

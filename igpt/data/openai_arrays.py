@@ -14,15 +14,21 @@ from igpt.palette import Palette
 def open_openai(prefix: str) -> Source:
     """Opens the splits PREFIX_{tr,va,te}. Their palette is the file kmeans_centers.npy in the same folder.
 
-    PREFIX_trX.npy contains palette tokens, integers [N, T], one square image per row. PREFIX_trY.npy, if it exists,
-    contains labels: integers [N] or one-hot [N, C]. Tokens are memory-mapped. Encoding a decoded image returns its
-    tokens, unless two colours round to equal bytes. Raises UserError if files are missing or do not fit together.
+    PREFIX_trX.npy contains palette tokens, integers [N, T], one square image per row. PREFIX_trY.npy contains labels:
+    integers [N] or one-hot [N, C]. All splits have labels, or none has. Tokens are memory-mapped. Encoding a decoded
+    image returns its tokens, unless two colours round to equal bytes. Raises UserError if files are missing or do not
+    fit together.
     """
     paths = [f"{prefix}_{split}X.npy" for split in ("tr", "va", "te")]
     arrays = {path: _map_tokens(path) for path in paths}
     if len({tokens.shape[1] for tokens in arrays.values()}) > 1:
         found = ", ".join(f"{path} {list(tokens.shape)}" for path, tokens in arrays.items())
         raise UserError(f"the splits' images differ in size: {found}; encode all three alike")
+    labels = {path: path.removesuffix("X.npy") + "Y.npy" for path in paths}
+    found = [path for path in labels.values() if Path(path).exists()]
+    if missing := found and [path for path in labels.values() if path not in found]:
+        remedy = "labels are needed for all splits, or none: add what is missing, or move the others away"
+        raise UserError(f"there is {', '.join(found)}, but no {', '.join(missing)}; {remedy}")
     clusters = Path(paths[0]).with_name("kmeans_centers.npy")
     if not clusters.exists():
         raise UserError(f"there is no {clusters}; the palette that these tokens index belongs beside them")
@@ -32,7 +38,7 @@ def open_openai(prefix: str) -> Source:
         side = math.isqrt(tokens.shape[1])
         images = DecodedTokens(tokens, palette, path, (side, side))
         images[:1000]  # raises now if the palette is of another data set; other tokens are checked when read
-        splits.append(Split(images, _openai_labels(path.removesuffix("X.npy") + "Y.npy", len(tokens))))
+        splits.append(Split(images, _openai_labels(labels[path], len(tokens)) if found else None))
     return Source(f"openai:{prefix}", *splits, channels=palette.channels, tokenizer=palette)
 
 
@@ -45,10 +51,8 @@ def _map_tokens(path: str) -> np.ndarray:
     return tokens
 
 
-def _openai_labels(path: str, count: int) -> np.ndarray | None:
+def _openai_labels(path: str, count: int) -> np.ndarray:
     """Reads labels as int32 [N], a few rows at a time, because ImageNet's one-hot labels take gigabytes."""
-    if not Path(path).exists():
-        return None
     labels = map_array(path)
     kinds = {1: "iu", 2: "iufb"}.get(labels.ndim, "")
     if labels.dtype.kind not in kinds or len(labels) != count:

@@ -60,14 +60,14 @@ def prepare(
         from igpt.data.hf_stream import Stream
 
         rows = Stream(DataConfig.of(settings))
-        images, labelled = dict(zip(SPLITS, map(len, rows.parts), strict=True)), rows.data.label is not None
-        class_names, digest = rows.data.class_names, rows.fingerprint()
+        images = dict(zip(SPLITS, map(len, rows.parts), strict=True))
+        labelled = rows.data.label is not None
+        class_names = rows.data.class_names
+        digest = rows.fingerprint()
     else:
         source = open_source(settings, is_command=True)
-        images, labelled = (
-            {name: len(split) for name, split in source.splits().items()},
-            source.train.labels is not None,
-        )
+        images = {name: len(split) for name, split in source.splits().items()}
+        labelled = source.train.labels is not None
         class_names = source.class_names
         digest = hashlib.sha256(json.dumps(fingerprint_of_images(source)).encode()).hexdigest()
     plan = {

@@ -14,6 +14,7 @@ from igpt.files import read_json
 from igpt.tokenizer import load_tokenizer
 
 PLAN = "prepared.json"
+MAY_LACK_LABELS = ("hf:", "tfds:", "tokens:")  # sources whose label -1 marks an image without a label
 
 
 class Shards:
@@ -51,6 +52,8 @@ def open_prepared(folder: str) -> Source:
     if plan["palette_sha256"] != tokenizer.digest:
         problem = f"{tokenizer.file} is not the {tokenizer.kind} that the tokens were made with"
         raise UserError(f"{folder}: {problem}; prepare it again")
+    class_names = read_names(plan, directory / PLAN)
+    may_lack_labels = plan["data"].get("source", "").startswith(MAY_LACK_LABELS)
     splits = []
     for name in SPLITS:
         numbers = range(count_shards(plan, name))
@@ -61,8 +64,8 @@ def open_prepared(folder: str) -> Source:
         shards = [map_shard(directory, name, i, plan) for i in numbers]
         tokens = Shards([tokens for tokens, _ in shards])
         labels = np.concatenate([labels for _, labels in shards]) if plan["labels"] else None
-        splits.append(Split(DecodedTokens(tokens, tokenizer, folder, tuple(plan["data"]["image_size"])), labels))
-    class_names = read_names(plan, directory / PLAN)
+        images = DecodedTokens(tokens, tokenizer, folder, tuple(plan["data"]["image_size"]))
+        splits.append(Split(images, labels, may_lack_labels))
     return Source(f"tokens:{folder}", *splits, plan["data"]["channels"], tokenizer, class_names)
 
 
@@ -99,7 +102,14 @@ def map_shard(folder: Path, name: str, number: int, plan: dict) -> tuple[np.ndar
     most = len(shard_rows(plan, name, number))
     least = 0 if plan["data"].get("on_unreadable") == "skip" else most
     tokens = mapped("tokens", np.uint16, (math.prod(grid_of(plan)),), least, most)
-    return tokens, mapped("labels", np.int32, (), len(tokens), len(tokens)) if plan["labels"] else None
+    if not plan["labels"]:
+        return tokens, None
+    labels = mapped("labels", np.int32, (), len(tokens), len(tokens))
+    classes = len(plan.get("class_names") or ())
+    if classes and len(labels) and not -1 <= labels.min() <= labels.max() < classes:
+        path, found = shard_path(folder, name, number, "labels"), f"labels from {labels.min()} to {labels.max()}"
+        raise UserError(f"{path} has {found}; it has {classes} classes, 0 to {classes - 1}: {again}")
+    return tokens, labels
 
 
 def grid_of(plan: dict) -> list[int]:

@@ -3,8 +3,6 @@
 In training, places are a function of (seed, step), as crops are. In evaluation, an image always has the same place.
 """
 
-import dataclasses
-
 import numpy as np
 from PIL import Image
 
@@ -93,19 +91,22 @@ def scatter(source: Source, settings: DataConfig, backgrounds: Source | None) ->
     return Source(settings.source, *splits, 3 if in_color else source.channels, class_names=names)
 
 
-def small_settings(settings: DataConfig, source: str) -> DataConfig:
-    """How the small images themselves are read."""
-    return settings.without_places(source=source)
-
-
 def background_settings(settings: DataConfig) -> DataConfig:
     """How the pictures of the backgrounds are read: twice as large as the canvas, so that there is a part to choose."""
     size = tuple(2 * side for side in settings.image_size)
-    small = small_settings(settings, settings.scatter_background)
-    return dataclasses.replace(small, image_size=size, preprocess="shrink", channels=3)
+    how = dict(image_size=size, preprocess="shrink", channels=3)
+    return settings.without_places(source=settings.scatter_background, **how)
 
 
 def _pictures(split: Split, name: str, settings: DataConfig) -> np.ndarray:
+    """The first pictures of a split of the backgrounds. Raises UserError for none, and if tokens have another size."""
+    given = f"data.scatter_background={settings.scatter_background}"
     if not len(split):
-        raise UserError(f"data.scatter_background={settings.scatter_background} has no pictures for the {name} split")
+        raise UserError(f"{given} has no pictures for the {name} split")
+    (height, width), (H, W) = split.images.shape[1:3], settings.image_size
+    if (height, width) != (2 * H, 2 * W):
+        raise UserError(
+            f"{given} has pictures of {height} x {width}, but a canvas of {H} x {W} takes {2 * H} x {2 * W}; give the "
+            f"pictures themselves, which are resized, or prepare them with --size={2 * H}x{2 * W}"
+        )
     return np.asarray(split.images[:MOST_BACKGROUNDS])

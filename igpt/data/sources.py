@@ -8,7 +8,7 @@ from igpt.data.examples import Source
 from igpt.data.folder import open_folder
 from igpt.data.openai_arrays import open_openai
 from igpt.data.prepared import open_prepared
-from igpt.data.scattered import background_settings, scatter, small_settings
+from igpt.data.scattered import background_settings, scatter
 from igpt.data.settings import CHOICES, DataConfig
 from igpt.errors import UserError
 from igpt.fetch import local_copy
@@ -80,7 +80,7 @@ def load_source(settings, whole: bool = False) -> Source:
 
             return open_hf(argument, settings, whole)
         case "scattered" if argument == "digits" or argument.startswith("npz:"):
-            small = load_source(small_settings(settings, argument), whole)
+            small = load_source(settings.without_places(source=argument), whole)
             backgrounds = settings.scatter_background and load_source(background_settings(settings))
             return scatter(small, settings, backgrounds or None)
     raise UserError(f"data.source is {settings.source!r}; choose {KINDS}")

@@ -31,6 +31,7 @@ class Records:
     def __init__(self, data_source, features: tfds.features.FeaturesDict, name: str):
         self.data_source, self.features, self.name = data_source, features, name
         self.known = np.full(len(data_source), UNREAD, np.int32) if "label" in features else None
+        self.num_classes = _num_classes(features)
 
     @property
     def identity(self) -> str:
@@ -48,10 +49,14 @@ class Records:
         except Exception as error:  # the reader may raise any exception
             raise UnreadableImage(f"{name} cannot be read: {first_line(error)}; prepare the data set again") from None
         if self.known is not None:
+            label, count = int(record["label"]), self.num_classes
+            if count and not -1 <= label < count:
+                declared = f"the data set declares {count} classes, 0 to {count - 1}"
+                raise UserError(f"{name} has the label {label}, but {declared}; repair it and prepare it again")
             try:
-                self.known[number] = int(record["label"])
+                self.known[number] = label
             except OverflowError:
-                raise UserError(f"{name} has the label {record['label']}; number the classes from 0 on") from None
+                raise UserError(f"{name} has the label {label}; number the classes from 0 on") from None
         return record["image"], name
 
 
@@ -86,10 +91,9 @@ class Labels:
 
         Otherwise it does not read all labels, because this would read all 140 GB of ImageNet.
         """
-        declared = self.records.features["label"]
-        if not isinstance(declared, tfds.features.ClassLabel) or declared.num_classes is None:
+        if not self.records.num_classes:
             return np.unique(self)
-        numbers = np.arange(declared.num_classes) if self.table is None else self.table[:-1]
+        numbers = np.arange(self.records.num_classes) if self.table is None else self.table[:-1]
         return np.union1d(numbers, self[:LOOKED_AT])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -136,16 +140,21 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
     splits = []
     for records, some in zip((train, train, train if test is None else test), numbers, strict=True):
         images = EncodedImages(records, preprocess, settings.channels, skip, some)
-        splits.append(Split(images, Labels(records, some) if labelled else None))
+        splits.append(Split(images, Labels(records, some) if labelled else None, may_lack_labels=True))
     return Source(source_name, *splits, settings.channels, class_names=_class_names(source_name, features))
+
+
+def _num_classes(features: tfds.features.FeaturesDict) -> int:
+    """The number of classes that a data set declares. 0 if it declares none: its labels may then be any integers."""
+    label = dict(features.items()).get("label")
+    return (label.num_classes or 0) if isinstance(label, tfds.features.ClassLabel) else 0
 
 
 def _class_names(source_name: str, features: tfds.features.FeaturesDict) -> tuple[str, ...] | None:
     """The names that a data set declares. None if it has none: the library then makes names of the numbers."""
-    declared = dict(features.items()).get("label")
-    if not isinstance(declared, tfds.features.ClassLabel) or not declared.num_classes:
+    if not _num_classes(features):
         return None
-    names = distinct_names(declared.names, source_name)
+    names = distinct_names(features["label"].names, source_name)
     return None if names == full_names(None, len(names)) else names
 
 

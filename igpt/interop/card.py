@@ -12,6 +12,7 @@ from pathlib import Path
 
 from igpt.config import Config
 from igpt.data.classes import listed
+from igpt.files import is_bucket
 from igpt.interop.results import CLASSES, DRAWING, Figure
 from igpt.model import ModelConfig, count_params
 
@@ -20,7 +21,7 @@ SOURCES = ("source", "scatter_background")  # fields of `data` that name images
 UNKNOWN = "unknown"  # the hub's word for a licence that nobody has stated
 
 DRAW = """The network reads the start of sequence (SOS), token {sos}, and then the pixels. Neither the processor nor the
-model of transformers adds it. `generate` begins with it, because generation_config.json names it:
+model of transformers adds it. `generate` begins with it, because `bos_token_id` names it:
 
 ```python
 import numpy as np
@@ -30,7 +31,8 @@ from transformers import AutoImageProcessor, ImageGPTForCausalImageModeling
 folder = "{name}"{comment}
 processor = AutoImageProcessor.from_pretrained(folder)
 model = ImageGPTForCausalImageModeling.from_pretrained(folder).eval()
-tokens = model.generate(do_sample=True, num_return_sequences=4)[:, 1:]  # the first one is the SOS
+tokens = model.generate(do_sample=True, bos_token_id={sos}, max_length={length}, num_return_sequences=4)
+tokens = tokens[:, 1:]  # the first one is the SOS
 pixels = np.rint(127.5 * (np.asarray(processor.clusters)[tokens.numpy()] + 1)).astype(np.uint8)
 for i, image in enumerate(pixels.reshape(-1, {height}, {width}, 3)):
     Image.fromarray(image).save(f"sample-{{i}}.png")
@@ -183,6 +185,7 @@ class Card:
             text = DRAW if model.sos else FIRST_TOKENS
         name, comment = self.name or ".", "" if self.name else "  # this directory, or its id on the hub"
         settings = dict(name=name, comment=comment, sos=model.vocab_size, height=height, width=width)
+        settings |= dict(length=model.seq_len + 1)
         command = "igpt predict --model={name} image.png" if model.num_classes else "igpt evaluate --model={name}"
         if model.pixel_head and not model.num_classes:
             command = "igpt sample --model={name} " + (
@@ -207,7 +210,7 @@ def _cell(text: str) -> str:
 
 
 def public_source(source: str) -> str:
-    """A data source without the folder of a local file: folder:/home/me/photos is folder:photos."""
+    """A data source without the folder of a file or its bucket: folder:/home/me/photos is folder:photos."""
     kind, _, place = source.partition(":")
     if kind == "scattered":
         return f"{kind}:{public_source(place)}"
@@ -220,7 +223,10 @@ def public_source(source: str) -> str:
 
 
 def _public_path(path: str) -> str:
-    """A relative path as it is; of an absolute one the last part."""
+    """A relative path as it is; of an absolute one, or one in a bucket, the last part."""
+    if is_bucket(path):
+        place = path.partition("://")[2].partition("/")[2]  # of a bucket alone, nothing is published
+        return Path(place).name
     return Path(path).name if Path(path).is_absolute() else path
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from igpt.command import Parser, add_shared
-from igpt.data.settings import FILTERS
+from igpt.data.settings import FILTERS, DataConfig
 from igpt.errors import UserError
 from igpt.files import AnyPath, check_new, read_json, write_json, write_new, write_text
 from igpt.interop import card, hf_weights, hub, results
@@ -74,7 +74,7 @@ def export(
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         if network.pixel_head:
-            write_json(folder / GENERATION, generation_settings(network) | kept.get("generation", {}))
+            write_json(folder / GENERATION, kept.get("generation", generation_settings(network)), indent=2)
         if "card" in kept:
             write_text(folder / card.FILE, kept["card"])
             for picture in (directory / name for name in results.PICTURES if (directory / name).is_file()):
@@ -120,8 +120,7 @@ def kept_files(directory: AnyPath) -> dict:
         return kept
     path, settings, kept = directory / card.FILE, directory / GENERATION, {}
     if settings.is_file():
-        own = read_json(settings)
-        kept["generation"] = {key: value for key, value in own.items() if value is not None and key[:1] != "_"}
+        kept["generation"] = read_json(settings)
     if path.is_file() and path.stat().st_size <= MAX_CARD_BYTES:
         kept["card"] = path.read_text(encoding="utf-8", errors="replace")
     return kept
@@ -139,7 +138,8 @@ def _configurations(directory: AnyPath, pretrained: Pretrained, head: str) -> tu
     if not path.is_file():
         data, clusters = pretrained.config.data, palette.centers.tolist()
         size = dict(zip(("height", "width"), data.image_size, strict=True))
-        resample = None if data.preprocess == "none" else FILTERS[data.filter]
+        unused = data.preprocess == "none" and data.filter == DataConfig.filter
+        resample = None if unused else FILTERS[data.filter]  # None: the default of transformers
         processor = ImageGPTImageProcessor(clusters, size=size, resample=resample)
         return from_model_config(network, head, pretrained.class_names), processor, "F32"
     origin = read_json(path)

@@ -31,6 +31,8 @@ SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_new"
 )
 LEARNED = ("prelu", "xielu")  # activations of transformers with parameters of their own
+# Settings of `generate`, if the directory has no others. They are None by default, and written only if they are given.
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 # Fields of the configurations of transformers 4 and 5 that this network does not read. They are kept and written back.
 UNREAD = (
     *("architectures", "attn_implementation", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward"),
@@ -111,6 +113,8 @@ class ImageGPTConfig:
             return getattr(self, ALIASES[name])
         if name in self.__dict__.get("other", {}):
             return self.other[name]
+        if name in TOKEN_IDS:
+            return None
         raise AttributeError(f"ImageGPTConfig has no {name!r}")
 
     def __setattr__(self, name, value):
@@ -193,11 +197,11 @@ class ImageGPTConfig:
         if labels["id2label"] is not None:  # as in transformers, a file's id2label takes precedence over the other two
             labels = {"id2label": labels["id2label"]}
         config._set({name: value for name, value in settings.items() if name != "model_type"}, **labels)
-        cls(**overrides)  # raises for invalid values
-        if labels := {name: overrides.pop(name) for name in LABELS if overrides.get(name) is not None}:
-            names = _class_names(**labels)
-            if labels.keys() != {"num_labels"} or len(names) != config.num_labels:
-                config.id2label = names
+        labels = {name: overrides.pop(name) for name in LABELS if overrides.get(name) is not None}
+        if labels.keys() == {"num_labels"}:
+            config.num_labels = labels["num_labels"]
+        elif labels:
+            config.id2label = _class_names(**labels)
         for name, value in overrides.items():
             setattr(config, name, value)
         config.check()
@@ -283,6 +287,10 @@ def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
 
 
+def _is_id(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_from_0(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
@@ -298,6 +306,12 @@ RULES = (  # names of fields, the condition on their values, and the same condit
     (["resid_pdrop", "embd_pdrop", "attn_pdrop"], lambda value: _is_from_0(value) and value < 1, "in [0, 1)"),
     (["layer_norm_epsilon", "initializer_range"], _is_from_0, "a finite number, 0 or more"),
     (BOOLEANS, lambda value: isinstance(value, bool), "true or false"),
+    (["bos_token_id", "pad_token_id"], lambda value: value is None or _is_id(value), "None or a whole number"),
+    (
+        ["eos_token_id"],
+        lambda value: value is None or all(map(_is_id, value if isinstance(value, list) else [value])),
+        "None or a whole number, or a list of whole numbers",
+    ),
     (["activation_function"], lambda value: value in KNOWN_ACTIVATIONS, f"one of {', '.join(KNOWN_ACTIVATIONS)}"),
     (["problem_type"], lambda value: value in PROBLEMS, f"one of {PROBLEMS}"),
 )

@@ -58,11 +58,16 @@ def resolve(
         for wanted in [files] if files else [[*CONFIG_FILES, *weights] for weights in WEIGHT_FILES]:
             patterns = [prefix + name for name in wanted]
             folder = Path(snapshot_download(str(ref), revision=revision, allow_patterns=patterns, **download))
-            if any(any(folder.glob(pattern)) for pattern in patterns if pattern.endswith((".safetensors", ".bin"))):
+            found = [any(folder.glob(name)) for name in patterns if name.endswith((".safetensors", ".bin"))]
+            if any(found):
                 break
     except Exception as error:  # the library and the network raise exceptions of many types
         raise UserError(f"there is no directory {ref}, and the hub sent no such model: {first_line(error)}") from None
-    return _subfolder(folder, subfolder)
+    directory = _subfolder(folder, subfolder)
+    if not (files or any(found)):  # of a hub that cannot be reached, snapshot_download returns what the cache has
+        causes = "the hub cannot be reached, or the model has none; check the connection and the name"
+        raise UserError(f"the hub sent no weights of {ref}, and the cache has only a part of it: {causes}")
+    return directory
 
 
 def _in_bucket(directory: AnyPath) -> AnyPath:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from igpt.config import Config
 from igpt.data.classes import load_names
-from igpt.data.settings import DataConfig
+from igpt.data.settings import FILTERS, DataConfig
 from igpt.errors import UserError
 from igpt.files import AnyPath, read_json
 from igpt.interop import hf_weights
@@ -142,7 +142,9 @@ def config_of_weights(directory: AnyPath, weights: hf_weights.Weights, processor
     elif not usual or not processor.image_mean == processor.image_std == [0.5] * 3:
         problem = "the clusters are in unusual units; convert them to byte / 127.5 - 1, or load the model with igpt.api"
     else:
-        return Config.of_network(model, size, channels=processor.palette().channels)
+        config = Config.of_network(model, size, channels=processor.palette().channels)
+        names = {choice: name for name, choice in FILTERS.items()}  # all filters of PIL, and so all of a processor
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, filter=names[processor.resample]))
     raise UserError(f"{directory}: {problem}")
 
 

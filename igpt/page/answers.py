@@ -16,7 +16,8 @@ from igpt.data.images import Preprocess, decode
 from igpt.data.sources import open_source
 from igpt.draw import Sampling
 from igpt.errors import UserError
-from igpt.files import read_json
+from igpt.files import as_path, read_json
+from igpt.interop.load import picture_settings
 from igpt.pictures import Pictures
 from igpt.probe.neighbours import unit
 from igpt.rows import completed_rows, sampled_rows
@@ -33,7 +34,7 @@ class Answers:
     def __init__(self, run: Run, train_images: int, probe: str | Path | None = None):
         self.run, self.data = run, run.config.data
         self.computing, self.decoding = threading.Lock(), threading.Lock()
-        self.probe_folder = Path(probe) if probe else run.path / "probe"
+        self.probe_folder = as_path(probe) if probe else run.path / "probe"
         self.probe = read_json(self.probe_folder / "probe.json") if self._has_probe(probe) else None
         self.examples, self.train, self.why_no_data = None, None, ""
         try:
@@ -43,8 +44,7 @@ class Answers:
         except UserError as error:  # the images may be on another machine
             self.why_no_data = str(error)
         if self.train is not None and len(self.train) > train_images:
-            chosen = np.random.default_rng(0).permutation(len(self.train))[:train_images]
-            self.train = self.train.take(np.sort(chosen))
+            self.train = self.train.some(train_images)
         self._features = functools.lru_cache(maxsize=4)(self._features)
 
     def _has_probe(self, asked: str | Path | None) -> bool:
@@ -60,11 +60,11 @@ class Answers:
         accuracies = {fit["layer"]: fit["test_accuracy"] for fit in probed["layers"]}
         return {
             "text": repr(self.run).strip("<>").removeprefix("igpt.Run "),
-            "height": self.data.image_size[0],
-            "width": self.data.image_size[1],
+            "rows": self.run.tokenizer.grid(*self.data.image_size)[0],  # of tokens: so many steps draw an image
+            "noun": self.run.tokenizer.noun,
             "can_complete": bool(model.causal and model.pixel_head),
             "can_sample": bool(model.causal and model.pixel_head and model.sos),
-            "colors": model.vocab_size,
+            "vocab_size": model.vocab_size,
             "layers": [{"layer": i, "accuracy": accuracies.get(i)} for i in range(model.depth + 1)],
             "best_layer": probed["best_layer"],
             "has_probe_picture": bool(self.probe) and (self.probe_folder / "probe.png").is_file(),
@@ -78,13 +78,13 @@ class Answers:
         if example is None:
             with self.decoding:  # one picture may take a gigabyte
                 image = decode(content, "the picture", self.data.channels)
-                return Preprocess(self.data.image_size, "shrink")(image, None, "the picture")
+                return Preprocess.of(picture_settings(self.run.config, "shrink"))(image, None, "the picture")
         if self.examples is None or not 0 <= example < len(self.examples):
             raise UserError(f"there is no example {example}")
         return np.asarray(self.examples[example])
 
-    def in_palette(self, image: np.ndarray) -> np.ndarray:
-        """The image in the palette's colours."""
+    def quantised(self, image: np.ndarray) -> np.ndarray:
+        """The image as its tokens keep it."""
         return self.run.tokenizer.decode(self.run.tokenizer.encode(image))
 
     def complete(self, image, keep: float, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:

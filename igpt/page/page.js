@@ -32,12 +32,14 @@ async function choose(picture) {
   try {
     if (picture.size > about.max_upload) throw new Error(`This file is larger than ${about.max_upload >> 20} MiB; shrink it first.`);
     const seen = await (await post("picture", {}, true)).blob();
+    if (chosen !== picture) return;  // another one was chosen meanwhile
     URL.revokeObjectURL(at("picture").src);
     at("picture").src = URL.createObjectURL(seen);
     at("picture").hidden = false;
     at("neighbours").replaceChildren();
     say("");
   } catch (error) {
+    if (chosen !== picture) return;
     chosen = before;
     say(error.message, true);
   }
@@ -45,15 +47,15 @@ async function choose(picture) {
   refresh();
 }
 
-// The rows that the model is given: as kept_rows in igpt/sample.py, which rounds halves to even.
+// The rows of tokens that the model is given: as kept_rows in igpt/sample.py, which rounds halves to even.
 function keptRows() {
-  const rows = at("keep").value * about.height, up = Math.round(rows);
-  return Math.min(rows % 1 === 0.5 && up % 2 ? up - 1 : up, about.height - 1);
+  const rows = at("keep").value * about.rows, up = Math.round(rows);
+  return Math.min(rows % 1 === 0.5 && up % 2 ? up - 1 : up, about.rows - 1);
 }
 
 function refresh() {
   for (const output of document.querySelectorAll("output")) output.textContent = at(output.htmlFor.toString()).value;
-  at("hidden").style.height = `${100 * (1 - keptRows() / about.height)}%`;
+  at("hidden").style.height = `${100 * (1 - keptRows() / about.rows)}%`;
   at("hidden").hidden = chosen === null;
   at("complete").disabled = running !== null || chosen === null || !about.can_complete;
   at("sample").disabled = running !== null || !about.can_sample;
@@ -106,10 +108,10 @@ async function draw(path, withPicture, given) {
       for (const line of lines) {
         figures(at("drawn"), JSON.parse(line).map((image) => ({image})));
         row += 1;
-        say(`row ${row} of ${about.height}`);
+        say(`row ${row} of ${about.rows}`);
       }
     }
-    if (row < about.height) throw new Error("the drawing ended early; the terminal of igpt demo says more");
+    if (row < about.rows) throw new Error("the drawing ended early; the terminal of igpt demo says more");
     return `drawn in ${((performance.now() - started) / 1000).toFixed(1)} s`;
   });
 }
@@ -117,7 +119,8 @@ async function draw(path, withPicture, given) {
 async function start() {
   about = await (await ask("about")).json();
   at("about").textContent = about.text;
-  at("top_k").max = about.colors;
+  at("noun").textContent = about.noun;
+  at("top_k").max = about.vocab_size;
   for (let i = 0; i < about.examples; i++) {
     const button = document.createElement("button"), image = document.createElement("img");
     image.src = `examples/${i}.png`;

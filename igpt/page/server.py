@@ -134,7 +134,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def picture(self, body: bytes, fields: dict) -> None:
         """The picture as the model reads it."""
-        self.send(png(self.answers.in_palette(self.given(body, fields))), "image/png")
+        self.send(png(self.answers.quantised(self.given(body, fields))), "image/png")
 
     def complete(self, body: bytes, fields: dict) -> None:
         image = self.given(body, fields)

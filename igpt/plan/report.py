@@ -16,8 +16,7 @@ because there is no compiler for GPUs here.
 import jax
 
 from igpt.command import Parser, add_shared
-from igpt.errors import UserError
-from igpt.files import write_json
+from igpt.files import write_json, written
 from igpt.plan.compiled import GIB, USABLE_SHARE, compile_plan
 from igpt.plan.search import search_plans
 
@@ -87,7 +86,5 @@ def run(args) -> None:
         plan = compile_plan(args.config, args.topology)
     print(format_table(plan))
     if args.json:
-        try:
+        with written(f"--json={args.json}"):
             write_json(args.json, plan)
-        except OSError as error:
-            raise UserError(f"--json={args.json} cannot be written: {error.strerror}; name another file") from None

@@ -70,9 +70,10 @@ class Roofline:
     def _measure(self, computation: str, one: Instruction, times: int) -> Operation:
         chip, is_kernel = self.chip, 'custom_call_target="tpu_custom_call"' in one.line
         count = self.bundles.get(one.name) or self.twins.get(_likeness(one), Counter())
-        steps = self.kernel_steps if is_kernel else (_iterations(one), _iterations(one))
-        # The cores of a chip share the iterations of the outermost loop.
-        cycles = sum(n * (steps[min(loops, 2) - 1] / chip.cores if loops else 1) for loops, n in count.items())
+        of_one, of_two = self.kernel_steps if is_kernel else (_iterations(one), _iterations(one))
+        # A bundle outside loops runs once. The cores of a chip share the iterations of the outermost loop.
+        runs = {0: 1, 1: of_one / chip.cores}
+        cycles = sum(n * runs.get(loops, of_two / chip.cores) for loops, n in count.items())
         if is_kernel:
             return Operation(one.name, times, cycles / chip.clock, 0.0, 0.0, True)
         products = self.flops(_fused(one)) / chip.peak / PRODUCT_SHARE if _fused(one) else 0.0

@@ -106,7 +106,7 @@ def kind_of(pool: str) -> tuple[str, int]:
             f"pool is {pool!r}; choose mean, grid:G for the means of G x G parts, such as grid:2, attention, or "
             "attention:H for H learnt queries"
         )
-    return kind, int(number) if colon else int(kind == "attention")
+    return kind, int(number) if colon else {"mean": 0, "attention": 1}[kind]
 
 
 def check_positive(name: str, values: tuple[float, ...]) -> None:

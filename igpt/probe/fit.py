@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from igpt.data.batches import Drops
-from igpt.data.examples import SPLITS, Source, few_labels
+from igpt.data.examples import SPLITS, Source, check_labels, few_labels
 from igpt.interop.load import Pretrained
 from igpt.loss import vote, wilson_interval
 from igpt.probe.attentive import AttentiveClassifiers, fit_attentive
@@ -55,7 +55,7 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
         under_masks = np.stack([classifiers.predict(features[:, m]) for m in masks], axis=1)  # [R, M, N]
         winners = under_masks[:, 0]
         if len(masks) > 1:
-            winners = np.stack([np.asarray(vote(jnp.asarray(votes), len(classes))) for votes in under_masks])
+            winners = np.stack([np.asarray(vote(jnp.asarray(votes))) for votes in under_masks])
         return (classes[winners] == labels) & (under_masks >= 0).all(axis=1)
 
     accuracies = correct(*validation).mean(axis=1)
@@ -132,7 +132,11 @@ class Probe:
             shutil.rmtree(old, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{kind}.", dir=self.folder))
         named = zip(SPLITS, streams, strict=True)
-        return [keep_features(stream, layers, folder / name, positions) for name, stream in named]
+        kept = [keep_features(stream, layers, folder / name, positions) for name, stream in named]
+        # Of labels in files, only the first were checked before. Now all are in memory.
+        splits = zip(self.source.splits().values(), kept, strict=True)
+        check_labels(*(dataclasses.replace(split, labels=part.labels) for split, part in splits))
+        return kept
 
     def fit(self, parts: list[Features], layers: list[int]) -> dict:
         """See `fit_probe`."""

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from igpt.data.classes import class_counts
 from igpt.data.examples import Source, check_labels, few_labels
 from igpt.data.sources import open_source
@@ -67,5 +65,4 @@ def few_images(source: Source, count: int) -> Source:
         most = len(source.train)
         problem = f"train_images is {count}; {source.name} has {most} training images"
         raise UserError(f"{problem}: set it to at most {most}, or to 0 for all")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(source.train))[:count])
-    return dataclasses.replace(source, train=source.train.take(chosen))
+    return dataclasses.replace(source, train=source.train.some(count))

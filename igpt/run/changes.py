@@ -13,7 +13,7 @@ from igpt.errors import UserError
 from igpt.files import AnyPath, read_json, whole, write_json
 from igpt.optim import make_optimizer
 
-RECORD, SPLITS = "images.json", "splits.csv"
+IMAGES_FILE, SPLITS_FILE = "images.json", "splits.csv"
 DATA = "data"  # the word for other images
 
 # Fields that may change when a run is resumed: they affect how it is carried out, not what a training step computes.
@@ -54,7 +54,7 @@ def changed_fields(there: Config, here: Config, workdir: AnyPath, allowed: Colle
     FREE fields are left out; train.steps may always grow. Raises UserError, which names every other changed field.
     """
     before, now = there.flat(), here.flat()
-    compared_by_images = OF_IMAGES if (workdir / RECORD).exists() else ()
+    compared_by_images = OF_IMAGES if (workdir / IMAGES_FILE).exists() else ()
     changed = {
         name: f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} here"
         for name in sorted(before.keys() | now.keys())
@@ -94,25 +94,25 @@ def changed_images(workdir: AnyPath, source: Source, found: dict) -> list[str]:
 
     A run of an earlier version has no fingerprint. Its images then count as the same.
     """
-    if not (workdir / RECORD).exists():
+    if not (workdir / IMAGES_FILE).exists():
         return []
-    there = read_json(workdir / RECORD)
+    there = read_json(workdir / IMAGES_FILE)
     there.pop("source", None)
     if there == found:  # the usual case, in which the files need not be compared one by one
         return []
     if there.get("format") != found["format"]:
-        raise UserError(f"{workdir / RECORD} was written by another version of igpt; with it, the run resumes")
-    return differences(there, found, read_splits(workdir / SPLITS), file_splits(source))
+        raise UserError(f"{workdir / IMAGES_FILE} was written by another version of igpt; with it, the run resumes")
+    return differences(there, found, read_splits(workdir / SPLITS_FILE), file_splits(source))
 
 
 def images_error(workdir: AnyPath, changed: list[str]) -> UserError:
     """The error for images that changed without a word of the user. Only process 0 knows what changed."""
     lines = "\n".join(f"  {line}" for line in changed or ["process 0 compared them, and its message says how"])
     keep = ""
-    if (workdir / SPLITS).exists():
+    if (workdir / SPLITS_FILE).exists():
         keep = (
-            f"To keep each old file in its split, also copy {workdir / SPLITS}, add a line for each new file, and give "
-            "it as --config.data.split_file. "
+            f"To keep each old file in its split, also copy {workdir / SPLITS_FILE}, add a line for each new file, and "
+            "give it as --config.data.split_file. "
         )
     return UserError(
         f"the images are not those that {workdir} learned from:\n{lines}\nRestore them, or add --change={DATA} to go "
@@ -123,12 +123,12 @@ def images_error(workdir: AnyPath, changed: list[str]) -> UserError:
 def record_images(workdir: AnyPath, source: Source, found: dict) -> None:
     """Writes images.json and, for a folder, splits.csv. Writes nothing if they are there already."""
     content = {"source": source.name} | found
-    if (workdir / RECORD).exists() and read_json(workdir / RECORD) == content:
+    if (workdir / IMAGES_FILE).exists() and read_json(workdir / IMAGES_FILE) == content:
         return
     if lines := split_lines(source):
-        with whole(workdir / SPLITS) as file:
+        with whole(workdir / SPLITS_FILE) as file:
             file.write(lines.encode("utf-8", "surrogateescape"))
-    write_json(workdir / RECORD, content)
+    write_json(workdir / IMAGES_FILE, content)
 
 
 def read_splits(path: AnyPath) -> dict[str, str]:

@@ -29,7 +29,7 @@ from igpt.state import TrainState
 FOLDER = "checkpoints"
 ITEMS = ("params", "optimizer", "progress")
 REPLACED = "replaced-"
-FINISHED = "commit_success.txt"  # in a bucket, Orbax writes it into a checkpoint that is complete
+FINISHED = "commit_success.txt"  # in a bucket, Orbax writes it into a checkpoint that is complete; igpt/bucket.py too
 FILE_BYTES = 64 << 20  # Orbax keeps a data file in memory while it writes the file; Orbax's default is 2 GiB
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from igpt.config import Config
-from igpt.data.classes import save_names
+from igpt.data.classes import listed, save_names
 from igpt.data.examples import Source
 from igpt.data.fingerprint import fingerprint
 from igpt.errors import UserError
@@ -44,7 +44,14 @@ class RunDirectory:
         lock: Lock | None = None,
     ):
         self.path, self.config, self.start_over = check_workdir(workdir), config, start_over
-        self.allowed, self.lock, self.before, self.changed, self.source = allowed, lock, config, [], None
+        self.allowed, self.lock = allowed, lock
+        self.before, self.changed = (
+            config,
+            [],
+        )  # the last start's configuration, and what differs from it, in words
+        self.source, self.images = None, None  # set by `same_images`
+        if start_over:
+            check_start_over(self.path)
         self.is_resumed = not start_over and exists(self.path / "config.json")
         if self.is_resumed:
             check_seen(self.path / "config.json")
@@ -188,6 +195,14 @@ def locked(workdir: str | AnyPath) -> Iterator[Lock | None]:
         if not all_processes(problem is None):
             raise problem or InUseError(f"{workdir} is in use or cannot be written; the message of process 0 says more")
         yield lock
+
+
+def check_start_over(workdir: AnyPath) -> None:
+    """Raises UserError if a directory has files, but no run: --start_over would rename somebody's other folder."""
+    names = sorted(path.name for path in workdir.iterdir()) if workdir.is_dir() else []
+    others = [name for name in names if not name.startswith("running-")]
+    if others and not any(name.startswith(("config.json", "checkpoints", "damaged-")) for name in names):
+        raise UserError(f"{workdir} holds {listed(others)}, but no run to start over; name another directory")
 
 
 def set_aside(workdir: AnyPath) -> AnyPath | None:

@@ -33,7 +33,7 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None, resumes: bo
         parser.error(f"--config is missing{absent}")
     own = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
-        if word.startswith("-") and not word.startswith("--config."):
+        if word.startswith("-") and not re.match(r"--config\.|-[.\d]", word):  # the value -1 may follow a field
             close = difflib.get_close_matches(word.partition("=")[0], own, 1)
             parser.error(f"{word!r} is not a flag" + (f"; did you mean {close[0]}?" if close else ""))
     args.config = _read(args.config, rest)

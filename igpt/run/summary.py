@@ -95,6 +95,8 @@ def _next_of_vqvae(config: Config, workdir) -> list[str]:
     flags |= {name: value for name in FLAGS if (value := getattr(data, name)) != getattr(DataConfig, name)}
     source = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())  # the same three splits
     fields = f"--config.vqvae.codes={model.codes} --config.vqvae.stride={model.stride}"
+    if data.source.startswith("scattered:"):  # each step has other images, which no file holds
+        return [f"  python train.py --config=CONFIG --config.tokenizer={path} {fields} ..."]
     return [
         f"  igpt prepare {source} --tokenizer={path} --out={out}",
         f"  python train.py --config=CONFIG --config.data.source=tokens:{out} --config.tokenizer={path} {fields} ...",

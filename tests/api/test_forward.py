@@ -116,6 +116,7 @@ def test_a_masked_head_contributes_nothing(causal):
     [
         (dict(num_labels=5), np.array([4, 0, 2])),
         (dict(num_labels=5), np.array([4, -100, 2])),
+        (dict(num_labels=5), np.array([[4], [-100], [2]])),
         (dict(num_labels=1), np.array([0.3, -2.0, 1.0], np.float32)),
         (dict(num_labels=5), np.random.default_rng(0).integers(0, 2, (3, 5)).astype(np.float32)),
         (
@@ -123,7 +124,14 @@ def test_a_masked_head_contributes_nothing(causal):
             np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32),
         ),
     ],
-    ids=["classes", "one label ignored", "one number", "several classes at once", "several numbers"],
+    ids=[
+        "classes",
+        "one label ignored",
+        "a column of classes",
+        "one number",
+        "several classes at once",
+        "several numbers",
+    ],
 )
 def test_the_classifier_returns_the_logits_and_loss_of_its_problem(config, labels, tmp_path):
     models = hf_and_ours(tmp_path, head="classes", **config)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import reprlib
 
 import numpy as np
 import pytest
@@ -134,16 +135,36 @@ def test_settings_come_from_the_call_then_its_config_then_the_model_s(causal, tm
         own.generate(x)
 
 
-def test_a_strange_generation_config_is_refused_in_words(causal, tmp_path):
+ID, WHOLE = "give a whole number from 0 to 17", "give a whole number from"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"to_dict": None, "max_length": "1024"}, f"max_length is '1024'; {WHOLE} 1"),
+        ({"max_length": 0}, f"max_length is 0; {WHOLE} 1"),
+        ({"max_new_tokens": 2.5}, f"max_new_tokens is 2.5; {WHOLE} 1"),
+        ({"min_length": -1}, f"min_length is -1; {WHOLE} 0"),
+        ({"num_return_sequences": True}, f"num_return_sequences is True; {WHOLE} 1"),
+        ({"top_k": 2.5}, f"top_k is 2.5; {WHOLE} 0"),
+        ({"temperature": "hot"}, "temperature is 'hot'; give a finite number"),
+        ({"temperature": 10**400}, r"temperature is 10+\.\.\.0+; give a finite number"),
+        ({"temperature": -(10**30), "do_sample": True}, r"temperature is -1e\+30; it must be 0"),
+        ({"top_p": [0.5]}, r"top_p is \[0\.5\]; give a finite number"),
+        ({"do_sample": "no"}, "do_sample is 'no'; give True or False"),
+        ({"return_dict_in_generate": 1}, "return_dict_in_generate is 1; give True or False"),
+        *(({"bos_token_id": x}, f"bos_token_id is .*; {ID}") for x in ("x", 18, -1, 10**12, 1.5, True, [1, 2], {})),
+        *(({"pad_token_id": x}, f"pad_token_id is .*; {ID}") for x in ("x", 18, [1])),
+        *(({"eos_token_id": x}, f"eos_token_id is .*; {ID}, or a list") for x in ("x", 18, {}, [], [1, "x"], [[1]])),
+    ],
+    ids=reprlib.repr,
+)
+def test_a_strange_generation_config_is_refused_in_words(causal, tmp_path, content, message):
     _, ours = causal
     ours.save_pretrained(tmp_path)
-    for content, message in (
-        ({"to_dict": None, "max_length": "1024"}, "max_length is '1024'; give a number"),
-        ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
-    ):
-        (tmp_path / "generation_config.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match=message):
-            type(ours).from_pretrained(tmp_path).generate(api_tokens(length=5))
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        type(ours).from_pretrained(tmp_path).generate()
 
 
 def test_each_call_draws_afresh_unless_a_seed_is_given(causal):
@@ -170,6 +191,43 @@ def test_rows_end_at_an_end_token_as_in_transformers(causal):
         how = dict(max_length=20, do_sample=False, eos_token_id=eos, pad_token_id=2)
         expected = theirs.generate(torch.tensor(x), attention_mask=torch.ones(3, 5), **how)
         np.testing.assert_array_equal(ours.generate(x, **how), expected)
+
+
+def test_a_least_length_is_refused_where_an_end_token_could_come_earlier(causal):
+    theirs, ours = causal
+    x = api_tokens(length=5)
+    eos = int(ours.generate(x, max_length=6)[0, 5])
+    how = dict(max_length=20, do_sample=False, pad_token_id=2)
+    for name, value in dict(min_length=6, min_new_tokens=1).items():
+        with pytest.raises(UserError, match=f"{name} is {value}, and eos_token_id is {eos}: .*{name}=0"):
+            ours.generate(x, eos_token_id=eos, **how, **{name: value})
+        np.testing.assert_array_equal(ours.generate(x, **how, **{name: value}), ours.generate(x, **how))
+    for least in (dict(min_length=5), dict(min_new_tokens=0)):  # these change nothing
+        expected = theirs.generate(torch.tensor(x), attention_mask=torch.ones(3, 5), eos_token_id=eos, **how, **least)
+        np.testing.assert_array_equal(ours.generate(x, eos_token_id=eos, **how, **least), expected)
+
+
+@pytest.mark.parametrize("eos", [None, 4, [4, 6]])
+def test_token_ids_of_the_configuration_are_settings_where_the_directory_has_no_others(causal, tmp_path, eos):
+    theirs, ours = causal
+    ids = dict(bos_token_id=3, pad_token_id=2, eos_token_id=eos)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | ids))
+    for without in (False, True):
+        if without:
+            (tmp_path / "generation_config.json").unlink()
+        peer, model = (type(one).from_pretrained(tmp_path) for one in causal)
+        for name, value in ids.items():
+            assert getattr(model.config, name) == getattr(peer.config, name) == value
+            assert model.generation_config.to_dict().get(name) == getattr(peer.generation_config, name)
+            assert model.generation_config.to_dict().get(name) == (value if without else None)
+    expected = peer.generate(max_length=20, do_sample=False)
+    np.testing.assert_array_equal(model.generate(max_length=20), expected)
+    x, how = api_tokens(length=5), dict(max_length=20, eos_token_id=None)
+    np.testing.assert_array_equal(model.generate(x, **how), ours.generate(x, max_length=20))
+    changed = type(ours)(model.config)
+    assert changed.generation_config.to_dict() == {name: value for name, value in ids.items() if value is not None}
 
 
 def test_every_documented_setting_is_honoured_or_refused_by_name(causal):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt.data.batches import EpochOrder
 from igpt.data.examples import (
     ArrayImages,
     DecodedTokens,
@@ -164,6 +165,19 @@ def test_examples_are_taken_in_order_wherever_they_are_stored():
     np.testing.assert_array_equal(tokens.grids(indices), Split(tokens, None).take(indices).images.grids(slice(None)))
 
 
+def test_some_examples_are_the_same_random_ones_in_their_order():
+    split = labelled_split(*range(500))
+    chosen = split.some(40).labels
+    np.testing.assert_array_equal(chosen, split.some(40).labels)
+    assert len(set(chosen)) == 40 and list(chosen) == sorted(chosen) and np.ptp(chosen) > 400
+    assert set(chosen) < set(split.some(41).labels)
+
+
+def test_some_examples_are_not_the_first_that_a_run_learns():
+    chosen, order = labelled_split(*range(500)).some(40).labels, EpochOrder(500, seed=0)[np.arange(40)]
+    assert len(set(chosen) & set(order)) < 20
+
+
 def test_what_is_taken_of_encoded_images_is_read_as_they_are():
     taken = Split(encoded_images(skip=True), None).take(np.array([2, 3, 5])).images
     assert taken.read(np.arange(3))[1].tolist() == [0, 2, 2] and "photo 3" in taken.unreadable[1]
@@ -188,9 +202,11 @@ def test_a_test_split_of_one_class_has_classes_a_model_knows():
 def test_labels_that_do_not_serve_are_refused():
     check_labels(labelled_split(0, 1), labelled_split(1), num_classes=2)
     check_labels(labelled_split(-5, 70))
+    check_labels(labelled_split(-1, 1))
     for splits, classes, message in (
         ((Split(blank(2), None),), 0, "labels are needed, and this source has none; add"),
-        ((labelled_split(0, 1), Split(blank(2), None)), 2, "labels are needed"),
+        ((labelled_split(0, 1), Split(blank(2), None)), 2, "labels are needed, and the images of validation have none"),
+        ((Split(blank(2), None), labelled_split(1), Split(blank(2), None)), 0, "images of train, test have none; add"),
         ((labelled_split(4, 4), labelled_split(1)), 0, "all training images have the label 4; two classes or more"),
         ((labelled_split(0, 1), labelled_split(2)), 2, "from 0 to 2, but model.num_classes is 2.*num_classes=3"),
         ((labelled_split(1, 2),), 2, "from 1 to 2, .* allows 0 to 1; set model.num_classes=3"),

@@ -198,6 +198,19 @@ def test_sub_folders_that_name_splits_are_splits(tmp_path, capsys):
         assert part in said
 
 
+@pytest.mark.parametrize("names", [("train_1", "train_2"), ("train", "training"), ("train", "train_2", "test")])
+def test_several_folders_of_one_split_are_this_split(tmp_path, names):
+    save_classes(tmp_path / names[0], ant=7, bee=5)
+    save_classes(tmp_path / names[1], bee=3, cat=6)
+    if "test" in names:
+        save_classes(tmp_path / "test", ant=2)
+    source = load_source(f"folder:{tmp_path}")
+    assert source.class_names == ("ant", "bee", "cat") and sum(map(len, splits_of(source)[:1])) > 10
+    for split in splits_of(source):
+        files, labels = names_in(split)
+        assert [source.class_names[label] for label in labels] == [name.split("/")[0] for name in files]
+
+
 def test_a_split_without_a_folder_is_held_out_of_training(tmp_path):
     save_classes(tmp_path / "train", ant=20, bee=20)
     save_classes(tmp_path / "test", ant=3, bee=4)
@@ -234,6 +247,7 @@ def test_test_images_without_classes_are_passed_over_where_others_have_them(tmp_
             ("train/ant", "test/ant", "test/bee"),
             r"test has classes that the training .*: bee\. .* are ant, bee, .* ant;",
         ),
+        (("test1/ant", "test2/ant"), r"are splits, test, and none of them is train; add it, or open"),
         (("train/ant", "test/ant", "dog"), r"name splits \(test, train\), but also other pictures, such as in dog"),
         (("ant/train", "ant/test", "bee"), r"sub-folders of .*/ant name splits \(test, train\).*into the splits"),
         (("data/train", "data/test"), r"name splits.*; open folder:.*/data, or set data\.split_file"),
@@ -247,10 +261,11 @@ def test_folders_that_mix_classes_and_splits_are_refused(tmp_path, folders, mess
         load_source(f"folder:{tmp_path}/photos")
 
 
-def test_one_class_may_be_called_like_a_split(tmp_path):
+def test_classes_beside_others_may_be_called_like_a_split(tmp_path):
     save_classes(tmp_path, boat=5, car=5, train=5)
+    save_classes(tmp_path, train_2=5)
     source = load_source(f"folder:{tmp_path}")
-    assert source.class_names == ("boat", "car", "train") and sum(map(len, splits_of(source))) == 15
+    assert source.class_names == ("boat", "car", "train", "train_2") and sum(map(len, splits_of(source))) == 20
 
 
 def test_a_split_file_overrules_folders_that_name_splits(tmp_path):

@@ -16,6 +16,7 @@ from igpt.data.batches import Augmentation, TrainBatches
 from igpt.data.examples import check_labels
 from igpt.data.fingerprint import fingerprint
 from igpt.data.images import Preprocess, decode
+from igpt.data.settings import DataConfig
 from igpt.data.sources import load_source
 from igpt.errors import UserError
 from igpt.files import read_json
@@ -356,6 +357,17 @@ def test_a_data_set_of_the_hub_is_read_and_streamed(places, palette, hub, tmp_pa
     assert {name: ours[name] for name in ours if "tokens" in name} == {n: theirs[n] for n in theirs if "tokens" in n}
     source = opened("someone/beasts")
     assert np.array_equal(source.test.images[:], opened(places / "parquet").test.images[:])
+
+
+def test_a_hub_that_fails_after_a_stream_was_opened_is_told(places, hub, monkeypatch):
+    state, _ = hub
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", os.environ["HF_ENDPOINT"])
+    files = {f"data/{path.name}": path.read_bytes() for path in (places / "parquet" / "data").iterdir()}
+    state.add("someone/beasts", files, kind="datasets")
+    stream = hf_stream.Stream(DataConfig.of(reading_settings("hf:someone/beasts")))
+    state.repos.clear()
+    with pytest.raises(UserError, match="hf:someone/beasts cannot be opened: .*; give a data set of the hub"):
+        stream.fingerprint()
 
 
 def test_a_repository_of_pictures_is_fetched_and_never_streamed(places, palette, hub, tmp_path, monkeypatch):

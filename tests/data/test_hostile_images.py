@@ -15,6 +15,7 @@ from PIL import Image
 
 from igpt.data import images
 from igpt.data.images import UnreadableImage, decode, read_image
+from igpt.data.settings import DataConfig
 from tests.image_files import (
     RANDOM_RGB,
     RGB_HEIGHT,
@@ -28,12 +29,14 @@ from tests.image_files import (
     tiff_file,
 )
 
+SETTINGS = DataConfig("", (8, 8), 3)
+
 
 @pytest.mark.parametrize("format", ["PDF", "EPS", "ICO", "ICNS", "TGA", "PPM", "JPEG2000", "PCX", "DDS"])
 def test_other_formats_are_refused_whatever_their_name(format, tmp_path):
     (tmp_path / "a.png").write_bytes(encode_image(Image.new("RGB", (64, 64), "red"), format))
     with pytest.raises(UnreadableImage, match=r"a\.png cannot be read as an image: it is no PNG, JPEG"):
-        read_image(str(tmp_path / "a.png"), 8, 8, 3)
+        read_image(str(tmp_path / "a.png"), SETTINGS)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"8BPS\0\x01" + bytes(40), b"\xff\xd8\xff"])
@@ -56,14 +59,14 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "absent")
     for name, message in (("pipe", "is no file"), ("folder", "is no file"), ("link", "no image"), ("none", "no image")):
         with pytest.raises(UnreadableImage, match=rf"{message}|.*{name}\.png {message}"):
-            read_image(str(tmp_path / f"{name}.png"), 8, 8, 3)
+            read_image(str(tmp_path / f"{name}.png"), SETTINGS)
 
 
 def test_a_file_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"")
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Denied")))
     with pytest.raises(UnreadableImage, match=r"a\.png cannot be opened: Denied"):
-        read_image(str(tmp_path / "a.png"), 8, 8, 3)
+        read_image(str(tmp_path / "a.png"), SETTINGS)
 
 
 def headers_of(width, height):

@@ -103,6 +103,8 @@ def test_a_palette_that_is_given_comes_before_that_of_the_source(write_openai, t
     ("arrays", "message"),
     [
         ({"vaX": None}, r"no file .*small_vaX\.npy"),
+        ({"vaY": None}, r"there is .*_trY\.npy, .*_teY\.npy, but no .*_vaY\.npy; .* all splits, or none"),
+        ({"trY": None, "teY": None}, r"there is .*_vaY\.npy, but no .*_trY\.npy, .*_teY\.npy;"),
         ({"trX": np.zeros((43, 25))}, r"small_trX\.npy is float64 \[43, 25\]; palette tokens are integers"),
         ({"trX": np.zeros((43, 5, 5), int)}, r"small_trX\.npy is int64 \[43, 5, 5\]; .* \[N, T\]"),
         ({"trX": np.zeros((0, 25), int)}, r"small_trX\.npy"),
@@ -144,7 +146,7 @@ def test_a_damaged_openai_file_or_a_missing_palette_is_named(write_openai, tmp_p
 def test_a_wrong_token_far_into_a_file_is_named_when_it_is_read(write_openai):
     tokens = np.zeros((1013, 25), np.int32)
     tokens[1009, 3] = 99
-    images = load_source(f"openai:{write_openai(trX=tokens, trY=None)}").train.images
+    images = load_source(f"openai:{write_openai(trX=tokens, trY=None, vaY=None, teY=None)}").train.images
     images[:1009]
     with pytest.raises(UserError, match=r"small_trX\.npy: tokens run from 0 to 99"):
         images[np.array([1009])]
@@ -160,6 +162,7 @@ def test_a_label_that_does_not_fit_is_named(write_openai):
 
 def test_the_labels_of_more_images_than_are_read_at_a_time_are_whole(write_openai):
     classes = np.random.default_rng(2).integers(0, 5, 4099)
+    labels = {"vaY": np.arange(3), "teY": np.arange(3)}
     arrays = {"trX": np.zeros((4099, 1), np.uint8), "vaX": np.zeros((3, 1), int), "teX": np.zeros((3, 1), int)}
-    prefix = write_openai(**arrays, trY=np.eye(5, dtype=np.float64)[classes], vaY=None, teY=None)
+    prefix = write_openai(**arrays, trY=np.eye(5, dtype=np.float64)[classes], **labels)
     np.testing.assert_array_equal(load_source(f"openai:{prefix}").train.labels, classes)

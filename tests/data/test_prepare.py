@@ -93,7 +93,7 @@ def test_interrupted_or_killed_it_ends_its_processes_and_keeps_shards(palette, t
     def finished():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tokens.npy")}
 
-    for end, code in ((signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
+    for end, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)):
         before = finished()
         command = [sys.executable, "-m", "igpt", "prepare", *common, f"--out={tmp_path}/out", "--workers=2"]
         run = subprocess.Popen(

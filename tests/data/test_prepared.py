@@ -47,6 +47,16 @@ DAMAGES = {
         lambda path: np.save(path, np.zeros(12, np.int32)),
         r"int32 \[12\].*\[11\]",
     ),
+    "labels of no class": (
+        "test-00000.labels.npy",
+        lambda path: np.save(path, np.full(11, 3, np.int32)),
+        "labels from 3 to 3; it has 3 classes",
+    ),
+    "a negative label": (
+        "test-00000.labels.npy",
+        lambda path: np.save(path, np.full(11, -2, np.int32)),
+        "labels from -2 to -2; it has 3 classes",
+    ),
     "other dtype": ("train-00001.tokens.npy", lambda path: np.save(path, np.zeros((11, 35), int)), r"int64 \[11, 35\]"),
     "other width": (
         "train-00001.tokens.npy",

@@ -1,11 +1,18 @@
 """Images brought to the size of the model: unchanged, shrunk, or cropped."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
+import igpt
+from igpt import sample
+from igpt.__main__ import main as run_igpt
 from igpt.data.images import FILTERS, Preprocess, UnreadableImage
-from tests.image_files import RANDOM_RGB
+from igpt.page.answers import Answers
+from tests.helpers import write_run
+from tests.image_files import RANDOM_RGB, encode_image
 
 
 def test_an_image_of_the_size_asked_for_is_left_alone():
@@ -82,3 +89,29 @@ def test_the_smallest_and_the_thinnest_images_are_brought_to_size(shape):
     for kind, draws in (("shrink", None), ("crop", None), ("crop", np.array([0.9, 0.9, 0.9]))):
         found = Preprocess((32, 24), kind)(photo, draws, "it")
         np.testing.assert_array_equal(found, np.full((32, 24, 3), (10, 20, 30)))
+
+
+class Seen(Exception):
+    """Ends a command as soon as it has read its picture."""
+
+
+@pytest.mark.parametrize("filter", ["nearest", "box"])
+def test_a_picture_to_complete_is_resized_by_the_filter_of_the_run(tmp_path, monkeypatch, filter):
+    path = write_run(tmp_path / "run", "", steps=(2,), depth=1)  # 4 x 5 pixels, grey
+    config = json.loads((path / "config.json").read_text())
+    config["data"]["filter"] = filter
+    (path / "config.json").write_text(json.dumps(config))
+    photo = Image.effect_noise((25, 20), 90).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    expected = np.asarray(photo.resize((5, 4), FILTERS[filter]))
+
+    def stop(_, images, *__):
+        np.testing.assert_array_equal(images, expected[None])
+        raise Seen
+
+    run = igpt.load(path)
+    np.testing.assert_array_equal(run.prepared(photo, "shrink"), expected[None])
+    np.testing.assert_array_equal(Answers(run, train_images=1).picture(encode_image(photo)), expected)
+    monkeypatch.setattr(sample, "complete_images", stop)
+    with pytest.raises(Seen):
+        run_igpt(["sample", f"--model={path}", f"--complete={tmp_path}/photo.png", f"--out={tmp_path}/a.png"])

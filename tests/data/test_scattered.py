@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from igpt.data import prepare
 from igpt.data.batches import Augmentation, TrainBatches
 from igpt.data.examples import ArrayImages
 from igpt.data.fingerprint import fingerprint
@@ -123,6 +124,18 @@ def test_backgrounds_of_a_split_are_of_the_same_split_of_the_pictures(path, tmp_
     source = open_source(DataConfig.of(vars(how) | {"channels": 3}))
     seen = {name: set(np.unique(split.images.backgrounds)) for name, split in source.splits().items()}
     assert not seen["train"] & seen["test"] and len(seen["train"]) == 14 and len(seen["test"]) == 4
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 64), (22, 14)])
+def test_backgrounds_that_cannot_be_resized_have_the_size_that_is_needed(path, tmp_path, size):
+    pictures = np.random.default_rng(1).integers(0, 256, (20, *size, 3), np.uint8)
+    np.savez(tmp_path / "pictures.npz", images=pictures)
+    GREY.save(tmp_path / "grey.npy")
+    how = dict(source=f"npz:{tmp_path}/pictures.npz", image_size=size, channels=3)
+    prepare.prepare(how, str(tmp_path / "grey.npy"), str(tmp_path / "out"))
+    message = f"tokens:.*out has pictures of {size[0]} x {size[1]}, .* 7 x 11 takes 14 x 22; .* --size=14x22"
+    with pytest.raises(UserError, match=message):
+        open_source(settings(path, scatter_background=f"tokens:{tmp_path}/out"))
 
 
 def test_other_options_are_other_images(path):

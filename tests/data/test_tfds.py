@@ -213,6 +213,22 @@ def test_a_label_that_does_not_fit_is_named(prepared):
         records[3]
 
 
+@pytest.mark.parametrize("label", [100, -2])
+def test_a_label_of_no_declared_class_is_named(prepared, label):
+    records = opened("photos", prepared[0]).train.labels.records
+    records.features = mock.Mock(deserialize_example_np=lambda *_, **__: {"image": b"", "label": np.int64(label)})
+    message = f"tfds:photos train record 3 has the label {label}, but the data set declares 100 classes, 0 to 99"
+    with pytest.raises(UserError, match=message):
+        records[3]
+
+
+def test_images_without_a_label_are_refused_where_labels_are_needed(prepared):
+    train = opened("photos", prepared[0]).train
+    train.labels.records.known[train.images.indices[[2, 5]]] = -1
+    with pytest.raises(UserError, match="some images of train have no label; "):
+        check_labels(train)
+
+
 def test_many_threads_read_what_one_reads(prepared):
     one, many = opened("photos", prepared[0]), opened("photos", prepared[0])
     expected, _ = one.train.read(np.arange(25))

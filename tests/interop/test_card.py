@@ -15,8 +15,8 @@ from scipy.special import softmax
 import igpt
 from igpt.__main__ import main as run_igpt
 from igpt.data.classes import save_names
-from igpt.data.images import Preprocess
 from igpt.errors import UserError
+from igpt.interop.card import public_source
 from igpt.interop.export import export
 from igpt.interop.import_run import import_directory
 from tests.helpers import HF_IMAGE_SIZE, write_imported_run
@@ -31,6 +31,14 @@ def classifier(folder, sos):
     logits = np.asarray(model.classify(jnp.asarray(palette.encode(IMAGES).reshape(6, -1))))
     assert len(set(logits.argmax(axis=-1))) > 1
     return logits, export(run, folder / "hf")
+
+
+def change_config(run, **sections):
+    """Changes fields of sections in a run's config.json."""
+    config = json.loads((run / "config.json").read_text())
+    for name, fields in sections.items():
+        config[name] = config[name] | fields if isinstance(fields, dict) else fields
+    (run / "config.json").write_text(json.dumps(config))
 
 
 def in_pipeline(directory):
@@ -61,16 +69,19 @@ def test_the_recipe_of_the_card_serves_a_classifier_with_sos(tmp_path, monkeypat
         assert capsys.readouterr().out == f"{expected}\n"
 
 
-def test_the_pipeline_shrinks_a_picture_with_the_filter_of_the_run(tmp_path):
+@pytest.mark.parametrize("preprocess", ["shrink", "none"])
+def test_the_pipeline_shrinks_a_picture_with_the_filter_of_the_run_and_an_import_keeps_it(tmp_path, preprocess):
     run = write_imported_run(tmp_path / "run", num_classes=5, sos=False)
-    config = json.loads((run / "config.json").read_text())
-    config["data"].update(preprocess="shrink", filter="lanczos")
-    (run / "config.json").write_text(json.dumps(config))
-    processor = transformers.AutoImageProcessor.from_pretrained(export(run, tmp_path / "hf"))
+    change_config(run, data=dict(preprocess=preprocess, filter="lanczos"))
+    out = export(run, tmp_path / "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
     picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (35, 49, 3), np.uint8))
-    pretrained = igpt.load(run)
-    expected = pretrained.tokenizer.encode(Preprocess.of(pretrained.config.data)(picture, None, "it")[None])
-    np.testing.assert_array_equal(processor(picture, return_tensors="np")["input_ids"], expected.reshape(1, -1))
+    tokens = processor(picture, return_tensors="np")["input_ids"]
+    for ref in (run, out, import_directory(out, tmp_path / "back")):
+        pretrained = igpt.load(ref)
+        expected = pretrained.tokenizer.encode(pretrained.prepared(picture, "shrink"))
+        np.testing.assert_array_equal(tokens, expected.reshape(1, -1))
+        assert pretrained.config.data.filter == "lanczos"
 
 
 @pytest.mark.parametrize(
@@ -164,24 +175,28 @@ def test_figures_of_another_step_are_not_published(tmp_path):
     assert sorted(path.name for path in out.glob("*.png")) == ["curves.png", "samples.png"]
 
 
+@pytest.mark.parametrize("place", ["/home/anna", "gs://anna", "s3://anna/of/anna"])
 @pytest.mark.parametrize(
     ("data", "shown"),
     [
-        (dict(source="folder:/home/anna/photos", split_file="/home/anna/s.csv"), "folder:photos"),
-        (
-            dict(source="scattered:npz:/home/anna/a.npz", scatter_background="folder:/home/anna/b"),
-            "scattered:npz:a.npz",
-        ),
+        (dict(source="folder:{}/photos", split_file="{}/s.csv"), "folder:photos"),
+        (dict(source="tokens:{}/imagenet"), "tokens:imagenet"),
+        (dict(source="scattered:npz:{}/a.npz", scatter_background="folder:{}/b"), "scattered:npz:a.npz"),
     ],
 )
-def test_the_card_names_no_folder_of_the_machine(tmp_path, data, shown):
+def test_the_card_names_no_folder_of_the_machine_and_no_bucket(tmp_path, place, data, shown):
     run = write_imported_run(tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    config["data"].update(data_dir="/home/anna/data", **data)
-    config["palette"]["path"], config["init_from"] = "/home/anna/palette.npy", "/home/anna/runs/first"
-    (run / "config.json").write_text(json.dumps(config))
+    data = {name: value.format(place) for name, value in data.items()}
+    palette = dict(path=f"{place}/palette.npy")
+    change_config(run, data=dict(data_dir=f"{place}/data", **data), palette=palette, init_from=f"{place}/runs/first")
     text = (export(run, tmp_path / "hf") / "README.md").read_text()
     assert "anna" not in text and shown in text and str(tmp_path) not in text
+
+
+def test_a_bucket_without_a_folder_has_no_public_name():
+    assert [public_source(f"tokens:gs://anna{end}") for end in ("", "/", "/codes/")] == ["tokens:"] * 2 + [
+        "tokens:codes"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,9 +208,7 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path, data, shown):
 )
 def test_the_card_names_a_data_set_of_the_hub_in_its_metadata(tmp_path, source, shown, datasets):
     run = write_imported_run(tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    config["data"]["source"] = source
-    (run / "config.json").write_text(json.dumps(config))
+    change_config(run, data=dict(source=source))
     out = export(run, tmp_path / "hf")
     assert f"trained on | `{shown}`" in (out / "README.md").read_text()
     assert ModelCard.load(out / "README.md").data.datasets == datasets
@@ -204,13 +217,31 @@ def test_the_card_names_a_data_set_of_the_hub_in_its_metadata(tmp_path, source, 
 def test_a_card_that_was_imported_is_kept_and_its_licence_with_it(tmp_path):
     out = export(write_imported_run(tmp_path / "run"), tmp_path / "hf")
     (out / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nNot ours.\n")
-    (out / "generation_config.json").write_text('{"top_k": 40, "_from_model_config": true, "bos_token_id": null}')
     back = export(import_directory(out, tmp_path / "imported"), tmp_path / "back")
     assert (back / "README.md").read_text() == (out / "README.md").read_text()
-    settings = json.loads((back / "generation_config.json").read_text())
-    assert settings == {"bos_token_id": 17, "do_sample": True, "max_length": 36, "temperature": 1.0, "top_k": 40}
     with pytest.raises(UserError, match=r"its own README\.md, which is kept"):
         export(out, tmp_path / "other", license="mit")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bos_token_id": 3}, {"top_k": 40, "_from_model_config": True, "bos_token_id": None}, {}], ids=str
+)
+def test_generation_settings_that_were_imported_are_kept_as_they_are(tmp_path, settings):
+    out = export(write_imported_run(tmp_path / "run"), tmp_path / "hf")
+    (out / "generation_config.json").write_text(json.dumps(settings))
+    for ref in (out, import_directory(out, tmp_path / "imported")):
+        back = export(ref, tmp_path / f"from {ref.name}")
+        assert json.loads((back / "generation_config.json").read_text()) == settings
+
+
+def test_the_recipe_of_a_new_card_draws_images_whatever_generation_settings_are_kept(hf_copy, tmp_path, monkeypatch):
+    (hf_copy / "generation_config.json").write_text('{"max_length": 7}')  # and no start of sequence
+    out = export(hf_copy, tmp_path / "out")
+    (recipe,) = re.findall(r"```python\n(import numpy.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(out)
+    drawn = {}
+    exec(recipe, drawn)
+    assert drawn["tokens"].shape == (4, 35) and len(set(map(tuple, drawn["tokens"].tolist()))) == 4
 
 
 def test_all_exported_files_are_readable_as_other_new_files_are(tmp_path):

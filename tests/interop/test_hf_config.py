@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import ImageGPTConfig as PeerConfig
 
 from igpt.errors import UserError
@@ -267,6 +268,33 @@ def test_fields_that_the_network_does_not_read_are_kept(tmp_path):
     assert PeerConfig().to_dict().keys() <= known
     with pytest.raises(UserError, match="no 'n_layers'; did you mean 'n_layer'"):
         config.n_layers = 3
+
+
+def test_overrides_are_checked_with_the_fields_of_the_file_and_not_with_the_defaults():
+    file = dict(n_embd=48, n_head=4, num_labels=3)
+    config = ImageGPTConfig.from_dict(file, n_head=6, problem_type="single_label_classification")
+    assert (config.n_embd, config.n_head) == (48, PeerConfig.from_dict(file, n_head=6).n_head) == (48, 6)
+    for overrides, message in (
+        (dict(n_head=5), "n_embd 48 is not divisible by n_head 5"),
+        (dict(n_layer=0), "n_layer is 0"),
+        (dict(n_layers=2), "did you mean 'n_layer'"),
+        (dict(pruned_heads={0: [1]}), "does not support pruned_heads="),
+    ):
+        with pytest.raises(UserError, match=message):
+            ImageGPTConfig.from_dict(file | {"n_layers": 3}, **overrides)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id", "eos_token_id"])
+def test_token_ids_are_none_by_default_and_have_the_types_of_transformers(name):
+    assert getattr(ImageGPTConfig(), name) is None is getattr(PeerConfig(), name)
+    for value in ("x", 1.5, True, {}, [1], [1, "x"], [True], -1, 600):
+        try:
+            PeerConfig(**{name: value})
+        except StrictDataclassFieldValidationError:
+            with pytest.raises(UserError, match=f"{name} is .*; it must be None or a whole number"):
+                ImageGPTConfig(**{name: value})
+        else:
+            assert getattr(ImageGPTConfig(**{name: value}), name) == value
 
 
 def test_aliases_read_set_and_construct_the_same_fields():

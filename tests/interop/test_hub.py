@@ -50,11 +50,22 @@ def test_pytorch_weights_are_fetched_only_where_there_are_no_others(hub, tmp_pat
 
     def answer(ref, revision, allow_patterns):
         asked.append(allow_patterns)
+        if "pytorch_model.bin" in allow_patterns:
+            (tmp_path / "hub" / "pytorch_model.bin").touch()
         return str(tmp_path / "hub")
 
     hub(answer)
     assert resolve("someone/something") == tmp_path / "hub"
     assert [any(fnmatch.fnmatch("pytorch_model.bin", p) for p in patterns) for patterns in asked] == [False, True]
+
+
+def test_a_cache_without_the_weights_is_told_from_a_model(hub, tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "imagegpt"}')
+    hub(lambda *args, **kwargs: str(tmp_path / "hub"))  # as huggingface_hub does when it cannot reach the hub
+    with pytest.raises(UserError, match="no weights of someone/something, .* only a part .*the hub cannot be reached"):
+        igpt.load("someone/something")
+    assert resolve("someone/something", files=["config.json"]) == tmp_path / "hub"
 
 
 @pytest.mark.parametrize("error", [OSError("offline\nmore"), ValueError("no such repository"), RuntimeError()])

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
+from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
 import igpt
 from configs import base
@@ -127,6 +129,19 @@ def test_a_hugging_face_directory_equals_the_run_imported_from_it(hf, tmp_path):
     states = (nnx.to_pure_dict(nnx.state(pretrained.model)) for pretrained in (one, other))
     jax.tree.map(np.testing.assert_array_equal, *states)
     np.testing.assert_array_equal(*(sample_images(pretrained, num=2, seed=5) for pretrained in (one, other)))
+
+
+@pytest.mark.parametrize("resample", [None, *Image.Resampling])
+def test_pictures_are_resized_with_the_filter_of_the_directory_s_processor(hf_copy, resample):
+    settings = json.loads((hf_copy / "preprocessor_config.json").read_text())
+    del settings["resample"]  # then it is bilinear
+    settings |= {} if resample is None else {"resample": resample}
+    (hf_copy / "preprocessor_config.json").write_text(json.dumps(settings))
+    picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (35, 49, 3), np.uint8))
+    expected = ImageGPTImageProcessorPil.from_pretrained(hf_copy)(picture, return_tensors="np")["input_ids"]
+    pretrained = igpt.load(hf_copy)
+    found = pretrained.tokenizer.encode(pretrained.prepared(picture, "shrink"))
+    np.testing.assert_array_equal(found.reshape(1, -1), expected)
 
 
 def test_a_hugging_face_directory_has_no_steps(hf):

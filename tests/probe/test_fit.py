@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from configs import probe_digits
+from igpt.data.examples import ArrayImages, Source, Split, check_labels
+from igpt.errors import UserError
 from igpt.probe import fit as fit_module
 from igpt.probe.config import SGD, ProbeConfig
 from igpt.probe.features import Features, keep_features
-from igpt.probe.fit import fit_probe, layers_around, solver_for
+from igpt.probe.fit import Probe, fit_probe, layers_around, solver_for
 from igpt.probe.logistic import fit_lbfgs
 from igpt.sharding import make_mesh
 
@@ -102,6 +104,22 @@ def test_labels_are_any_integers_and_an_unseen_class_counts_as_wrong():
     unseen = np.array([-5, 8, 1000], np.int32)  # 8 instead of 7, so that training does not have it
     result = fit([(x, names[y]) for x, y in (train, validation)] + [(features, unseen[labels])], SOLVERS[0])
     assert result["validation_accuracy"] == 1.0 and result["test_accuracy"] == np.mean(labels != 1)
+
+
+def test_an_image_without_a_label_is_found_when_its_label_is_read(tmp_path):
+    class InFiles(list):  # labels of which only some are looked at before, as in igpt.data.tfds
+        def __getitem__(self, index):
+            return np.array(self)[index]
+
+        def classes(self):
+            return np.arange(2)
+
+    images = ArrayImages(np.zeros((4, 2, 2, 3), np.uint8))
+    split = Split(images, InFiles([0, 1, 1, -1]), may_lack_labels=True)
+    source = Source("tfds:mine", split, split, split, channels=3)
+    check_labels(*source.splits().values())
+    with pytest.raises(UserError, match="1 images of train have no label"):
+        Probe(lbfgs(1.0), source, [0], ONE, tmp_path).pixels()
 
 
 def test_the_masks_of_an_image_vote():

@@ -1,7 +1,9 @@
 """The mistakes that a probe reports before it computes anything."""
 
+import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
 import eval_probe
 from igpt.data import prepare
@@ -20,6 +22,7 @@ from tests.helpers import (
     probe_config,
     write_run,
 )
+from tests.image_files import encode_image
 
 
 def home_of(name: str):
@@ -76,6 +79,16 @@ def test_a_probe_needs_labels_of_two_classes(no_compute, trained, tmp_path, writ
     path = write_npz(images=grey_pictures()[0], **({} if labels is None else {"labels": labels}))
     refused(probe_config(source=f"npz:{path}"), trained, tmp_path / "probe", message)
     assert not (tmp_path / "probe").exists()
+
+
+def test_a_probe_refuses_images_without_a_label(no_compute, trained, tmp_path):
+    images, labels = grey_pictures()
+    content = [{"bytes": encode_image(Image.fromarray(image)), "path": None} for image in images]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"image": content, "label": [None if label == 2 else int(label) for label in labels]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    message = r"\d+ images of train have no label; .*label=COLUMN"
+    refused(probe_config(source=f"hf:{tmp_path}/saved"), trained, tmp_path / "probe", message)
 
 
 def test_the_models_own_settings_do_not_change(trained, source, capsys):

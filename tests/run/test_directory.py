@@ -78,6 +78,12 @@ def test_checkpoints_without_a_config_need_a_word_from_the_user(tmp_path):
         RunDirectory(tmp_path, configured())
 
 
+def test_a_folder_of_other_things_is_not_renamed(tmp_path):
+    (tmp_path / "train.py").touch()
+    with pytest.raises(UserError, match="holds train.py, but no run to start over; name another directory"):
+        RunDirectory(tmp_path, configured(), start_over=True)
+
+
 def test_an_evaluation_is_missing_only_where_one_was_due(tmp_path):
     run = RunDirectory(tmp_path, configured(**{"train.eval_every": 3, "train.steps": 10}))
     for first, evaluated, missing in ((3, 0, True), (3, 3, False), (4, 3, False), (10, 9, True), (0, 0, False)):

@@ -41,6 +41,10 @@ def test_a_value_is_read_as_the_type_of_its_field(override, value):
     assert found == value and type(found) is type(value)
 
 
+def test_a_negative_value_may_stand_apart_from_its_field():
+    assert parse(DIGITS, "--config.mesh.data", "-1", "--config.seed", "3").config.seed == 3
+
+
 def test_a_run_is_resumed_by_its_directory_alone(tmp_path):
     original = parse(DIGITS, "--config.data.image_size=(8,8)").config
     save_config(Config.of(original), tmp_path)

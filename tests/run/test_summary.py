@@ -7,7 +7,7 @@ import pytest
 from configs import base
 from igpt.config import Config, ObjectiveConfig
 from igpt.data.examples import ArrayImages, Source, Split
-from igpt.run.summary import describe, learning_goal
+from igpt.run.summary import _next_of_vqvae, describe, learning_goal
 from igpt.sharding import make_mesh
 from tests.helpers import GREY_PALETTE, TINY_MODEL
 
@@ -27,6 +27,15 @@ def test_the_summary_names_each_objective_and_every_weight_but_1(generative, cla
     model = dataclasses.replace(TINY_MODEL, causal=causal, num_classes=7)
     assert learning_goal(objective, model, "pixel") == text
     assert learning_goal(objective, model, "code") == text.replace("pixel", "code")
+
+
+@pytest.mark.parametrize(("source", "prepares"), [("digits", True), ("scattered:digits", False)])
+def test_a_vqvae_of_images_that_no_file_can_hold_is_used_without_preparing_them(source, prepares):
+    config = base.get_config()
+    config.program, config.data.source = "vqvae", source
+    lines = _next_of_vqvae(Config.of(config), "run")
+    assert any("igpt prepare" in line for line in lines) == prepares
+    assert "--config.tokenizer=run" in lines[-1] and ("tokens:" in lines[-1]) == prepares
 
 
 @pytest.mark.parametrize(("sos", "marginal", "said"), [(True, 2 / 64, False), (False, 1 / 63, True)])
