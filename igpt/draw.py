@@ -39,10 +39,12 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < GREEDY
 
-    @property
-    def rules(self) -> tuple:
-        """The arguments of `draw_tokens`. A change of all but the first, STATIC_RULES, compiles another program."""
-        return self.temperature, self.greedy, int(self.top_k), self.top_p
+    def rules(self, vocab_size: int) -> tuple:
+        """The arguments of `draw_tokens`. A change of all but the first, STATIC_RULES, compiles another program.
+
+        Therefore every top_k that keeps all tokens becomes 0.
+        """
+        return self.temperature, self.greedy, int(self.top_k) if self.top_k < vocab_size else 0, self.top_p
 
 
 def image_keys(seed: int, num: int, first: int = 0) -> Array:

@@ -45,14 +45,15 @@ def _rows(pretrained, prefix: Integer[np.ndarray, "B P"], seed, sampling) -> Ite
     graph, params = nnx.split(model)
     begin_rows = for_tokens(_begin, ("graph", *STATIC_RULES))
     advance_rows = for_tokens(_advance, ("graph", *STATIC_RULES, "length"))
-    tokens, cache = begin_rows(graph, params, padded, given, keys, *sampling.rules)
+    rules = sampling.rules(model.config.vocab_size)
+    tokens, cache = begin_rows(graph, params, padded, given, keys, *rules)
     first = given
     for row in range(prefix.shape[1] // width, height):
         last = (row + 1) * width + before - 1  # the input before the row's last token
         for length in segments(padded.shape[1], most):
             if first < min(length, last):
                 end = min(length, last)
-                tokens, cache = advance_rows(graph, params, tokens, cache, first, end, keys, *sampling.rules, length)
+                tokens, cache = advance_rows(graph, params, tokens, cache, first, end, keys, *rules, length)
                 first = end
         drawn = np.asarray(tokens)[:, before : before + height * width].reshape(-1, height, width)
         images = pretrained.tokenizer.decode(np.where(np.arange(height)[:, None] <= row, drawn, 0))

@@ -94,7 +94,7 @@ def continue_inputs(
     padded = np.pad(inputs, [(0, 0), (0, padded_length(given, model.config.seq_len) - given)])
     graph, params = nnx.split(model)
     lengths = segments(padded.shape[1], model.config.seq_len)
-    arguments = graph, params, padded, given, stop, keys, *sampling.rules, lengths
+    arguments = graph, params, padded, given, stop, keys, *sampling.rules(model.config.vocab_size), lengths
     if clock is None:
         return generator()(*arguments)[:, :stop]
     generator().lower(*arguments).compile()  # the call below finds the program, so that no compilation is timed

@@ -26,6 +26,10 @@ def test_the_kth_largest_is_that_of_a_sort_also_with_ties_zeros_and_infinities()
         np.testing.assert_array_equal(kth_largest(jnp.asarray(logits), k)[:, 0], np.sort(logits)[:, -k])
 
 
+def test_rules_that_keep_every_token_are_one_program():
+    assert [Sampling(top_k=top_k).rules(17)[2] for top_k in (0, 16, 17, 600)] == [0, 16, 0, 0]
+
+
 def test_top_p_keeps_the_smallest_set_of_that_mass():
     probability = np.array([[0.05, 0.4, 0.25, 0.3]])
     for top_p, kept in ((0.3, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.75, [1, 2, 3]), (0.99, [0, 1, 2, 3])):

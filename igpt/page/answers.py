@@ -1,6 +1,5 @@
 """What the page asks a model for: images drawn row by row, the probe's curve, the nearest training images."""
 
-import dataclasses
 import functools
 import io
 import threading
@@ -90,17 +89,12 @@ class Answers:
     def complete(self, image, keep: float, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
         """The continuations after each row: see `completed_rows`."""
         check_number(num)
-        return completed_rows(self.run, image, keep, num, seed, self._known(sampling))
+        return completed_rows(self.run, image, keep, num, seed, sampling)
 
     def sample(self, num: int, seed: int, sampling: Sampling) -> Iterator[Pictures]:
         """New images after each row: see `sampled_rows`."""
         check_number(num)
-        return sampled_rows(self.run, num, seed, self._known(sampling))
-
-    def _known(self, sampling: Sampling) -> Sampling:
-        """The same rules. Every other top_k is another program, so that all that keep all tokens become one."""
-        is_all = sampling.top_k >= self.run.tokenizer.vocab_size
-        return dataclasses.replace(sampling, top_k=0) if is_all else sampling
+        return sampled_rows(self.run, num, seed, sampling)
 
     def nearest(self, image, layer: int) -> list[tuple[np.ndarray, float, str]]:
         """The training images whose features are the most similar: (image, cosine, class), the most similar first."""

@@ -19,7 +19,6 @@ from PIL import Image
 import igpt
 from igpt.draw import Sampling
 from igpt.errors import UserError
-from igpt.page import answers as answers_module
 from igpt.page.answers import Answers
 from igpt.page.server import FILES, MAX_CONNECTIONS, MAX_UPLOAD, make_server
 from igpt.sample import complete_images
@@ -171,14 +170,6 @@ def test_an_image_without_a_label_is_near_without_a_class(run):
     answers.train = dataclasses.replace(answers.train, labels=labels)
     own = answers.train.images[[0]][0]
     assert answers.nearest(own, 1)[0][2] == "" and all(one[2] for one in answers.nearest(own, 1)[1:])
-
-
-def test_all_rules_that_keep_every_colour_share_one_program(run, monkeypatch):
-    used = []
-    monkeypatch.setattr(answers_module, "sampled_rows", lambda *given: iter([used.append(given[-1].top_k)]))
-    for top_k in (0, 16, 17, 600):
-        Answers(run, train_images=0).sample(1, 0, Sampling(top_k=top_k))
-    assert used == [0, 16, 0, 0]
 
 
 def test_a_client_that_goes_away_stops_its_drawing(server, ask, monkeypatch):
