@@ -247,7 +247,8 @@ def in_color(study, run: str = "color") -> dict | None:
 
 
 def in_color_on_many(study) -> dict | None:
-    return in_color(study, "color_on_many")
+    if found := in_color(study, "color_on_many"):
+        return found | {"last_losses": last_losses(study.path("color_on_many_0"))}
 
 
 def in_color_on_black(study) -> dict | None:

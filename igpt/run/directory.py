@@ -45,11 +45,9 @@ class RunDirectory:
     ):
         self.path, self.config, self.start_over = check_workdir(workdir), config, start_over
         self.allowed, self.lock = allowed, lock
-        self.before, self.changed = (
-            config,
-            [],
-        )  # the last start's configuration, and what differs from it, in words
-        self.source, self.images = None, None  # set by `same_images`
+        self.before = config  # the configuration at the last start
+        self.changed = []  # what differs from it, in words
+        self.source = self.images = None  # set by `same_images`
         if start_over:
             check_start_over(self.path)
         self.is_resumed = not start_over and exists(self.path / "config.json")
