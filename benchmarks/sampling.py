@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=("dynamic", "static", "compiled"), default=["dynamic", "static"])
     parser.add_argument("--merge", action="store_true", help="keep the trials of --out, and add to them")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
 
     rows = []
     for name in args.models:

@@ -117,7 +117,7 @@ def theirs(case: Case, kind: str):
     from igpt.model import ModelConfig, count_params
 
     network = ModelConfig(**case.model, vocab_size=case.colors, seq_len=case.side**2)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if "SDPA" in kind and torch.cuda.is_available() else "cpu"
     if kind == "torch.compile, SDPA":
         from twin import Twin
 
@@ -263,9 +263,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small network, to try the command")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    of_device, other = (GPU_CASES, "cpu") if args.device == "gpu" else (CASES, "gpu")
+    for name in args.cases or ():
+        if name not in of_device:
+            parser.error(f"--cases {name} needs --device={other}")
     if args.worker:
         return work(args)
-    names, rows = args.cases or list(GPU_CASES if args.device == "gpu" else CASES), []
+    names, rows = args.cases or list(of_device), []
     for name in names:
         args.cases = [name]
         _, case = case_of(args)

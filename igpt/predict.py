@@ -7,6 +7,7 @@ Images are resized as the model's own training resized them, unless --preprocess
 read are named at the end, and the exit code is then 2.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from igpt.files import write_json, written
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, load, outline, picture_settings
 from igpt.loss import masks_of
+from igpt.plan.report import check_writable
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate
 from igpt.state import run_batches
 
@@ -44,18 +46,21 @@ def predict(
     mesh, batch_size = mesh or one_device(), min(batch_size, len(split))
     batch_size += -batch_size % batch_shards(mesh)
     graph, params = nnx.split(pretrained.model)
-
-    @jax.jit
-    def probabilities(params, batch):
-        model = nnx.merge(graph, params)
-        logits = jnp.stack([model.classify(batch["tokens"], keep) for keep in masks_of(batch)])
-        shares = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=0)
-        return replicate(jnp.where(batch["mask"][:, None] > 0, shares, jnp.nan))
-
+    step = functools.partial(_probabilities, graph)
     drops = None if pretrained.model.config.causal else Drops(pretrained.config.objective.drop_rate, masks)
     batches = eval_batches(split, pretrained.tokenizer, batch_size, process_rows(batch_size, mesh), drops)
     with jax.set_mesh(mesh):
-        return np.concatenate([*run_batches(probabilities, params, batches, batch_size, mesh)])[: len(split)]
+        return np.concatenate([*run_batches(step, params, batches, batch_size, mesh)])[: len(split)]
+
+
+# Compiled once for all calls.
+@functools.partial(jax.jit, static_argnames="graph")
+def _probabilities(graph, params, batch):
+    """The probabilities [B, C] of a whole batch, replicated on all devices."""
+    model = nnx.merge(graph, params)
+    logits = jnp.stack([model.classify(batch["tokens"], keep) for keep in masks_of(batch)])
+    shares = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=0)
+    return replicate(jnp.where(batch["mask"][:, None] > 0, shares, jnp.nan))
 
 
 def check_classifies(pretrained: Pretrained, ref: str) -> None:
@@ -84,6 +89,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args) -> None:
     """Prints the likeliest classes of each file, and writes them to the file that --json names."""
+    if args.json:
+        check_writable(args.json)
     directory = resolve(args.model)
     shapes = outline(directory)
     check_classifies(shapes, args.model)
@@ -91,8 +98,13 @@ def run(args) -> None:
     images = EncodedImages(ImagePaths(args.files, "."), Preprocess.of(settings), settings.channels, skip=True)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(directory, args.step, mesh)
-    shares = predict(pretrained, Split(images, None), args.batch_size, args.masks, mesh)
-    names = full_names(pretrained.class_names, shares.shape[1])
+    try:
+        shares = predict(pretrained, Split(images, None), args.batch_size, args.masks, mesh)
+    except UserError:
+        if len(images.unreadable) < len(args.files):
+            raise
+        # No file can be read: all are named below.
+    names = full_names(pretrained.class_names, pretrained.model.config.num_classes)
     results = []
     for i, file in enumerate(args.files):
         if i in images.unreadable:

@@ -21,12 +21,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from igpt.data.classes import full_names
-from igpt.data.examples import ArrayImages, EncodedImages, Split
+from igpt.data.examples import ArrayImages, Split
 from igpt.data.images import Preprocess
 from igpt.draw import Sampling
-from igpt.interop import load as pretrained
+from igpt.errors import UserError
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, picture_settings
+from igpt.interop.load import load as load_pretrained
 from igpt.interop.pixels import rgb_batches
 from igpt.pictures import Pictures
 from igpt.predict import best_classes, predict
@@ -88,16 +89,24 @@ class Run(Pretrained):
             return complete_images(self, images, keep, num, seed, sampling, batch_size).view(Pictures)
 
     def features(
-        self, images, layers: SupportsIndex | Sequence[int] | None = None, batch_size: int = 64
+        self,
+        images,
+        layers: SupportsIndex | Sequence[int] | None = None,
+        batch_size: int = 64,
+        preprocess: str | None = None,
     ) -> Float[np.ndarray, "*l N D"]:
         """The mean features of `layers` (default: all) of each of N images: [l, N, D], or [N, D] for one number.
 
-        Layer 0 is the embedding, and the last one the final norm. A BERT network reads whole images here.
+        Layer 0 is the embedding, and the last one the final norm. A BERT network reads whole images here. `preprocess`:
+        see `prepared`.
         """
         depth = self.model.config.depth
         wanted = range(depth + 1) if layers is None else np.atleast_1d(layers).tolist()
+        if not wanted or not all(isinstance(layer, int) for layer in wanted):
+            raise UserError(f"layers is {layers!r}; give whole numbers from 0 to {depth}, or None for all")
+        _check_counts(batch_size=batch_size)
         chosen_layers(wanted, depth)
-        images = self.prepared(images)
+        images = self.prepared(images, preprocess)
         split = Split(ArrayImages(images), np.zeros(len(images), np.int32))
         batch_size = min(batch_size, len(images))
         batch_size += -batch_size % batch_shards(self.mesh)
@@ -105,12 +114,16 @@ class Run(Pretrained):
         features = np.concatenate([rows[:, :, 0] for rows, _ in stream])  # [N, l, D]
         return features[:, 0] if layers is not None and np.ndim(layers) == 0 else np.moveaxis(features, 1, 0)
 
-    def predict(self, images, top: int = 5, masks: int = 5, batch_size: int = 64) -> list[list[dict]]:
+    def predict(
+        self, images, top: int = 5, masks: int = 5, batch_size: int = 64, preprocess: str | None = None
+    ) -> list[list[dict]]:
         """The `top` likeliest classes of each image: [{"class": name, "probability": share}, ...], the best first.
 
-        Equal to the JSON of `igpt predict`. Raises UserError if the model has no classifier.
+        Equal to the JSON of `igpt predict`, which crops images of the model's size, too. `preprocess`: see `prepared`.
+        Raises UserError if the model has no classifier.
         """
-        split = Split(ArrayImages(self.prepared(images)), None)
+        _check_counts(top=top, masks=masks, batch_size=batch_size)
+        split = Split(ArrayImages(self.prepared(images, preprocess)), None)
         shares = predict(self, split, batch_size, masks, self.mesh)
         names = full_names(self.class_names, shares.shape[1])
         return [best_classes(of_image, names, top) for of_image in shares]
@@ -120,15 +133,21 @@ class Run(Pretrained):
         return records(self.path) if self.path else []
 
     def prepared(self, images, preprocess: str | None = None) -> UInt8[np.ndarray, "N H W 3"]:
-        """PIL images or arrays of any size as the model reads them. `preprocess` None: as in the run's evaluation."""
+        """PIL images or arrays of any size as the model reads them.
+
+        preprocess: none, shrink or crop. By default, images of the model's size, such as samples, are taken as they
+        are, and others are resized as in the run's evaluation.
+        """
         settings = picture_settings(self.config, preprocess)
-        batches, _ = rgb_batches(images, layout="channels_last", convert_rgb=True)
+        batches, _ = rgb_batches(images, layout="channels_last", convert_rgb=True, upright=True)
         arrays = [image for batch in batches for image in batch]
         if settings.channels == 1:
             arrays = [np.asarray(Image.fromarray(image).convert("L").convert("RGB")) for image in arrays]
-        files = [(image, f"image {i}") for i, image in enumerate(arrays)]
-        images = EncodedImages(files, Preprocess.of(settings), settings.channels)
-        return images.read(np.arange(len(files)))[0]
+        resize, size = Preprocess.of(settings), tuple(settings.image_size)
+        for i, image in enumerate(arrays):
+            if preprocess or image.shape[:2] != size:
+                arrays[i] = resize(Image.fromarray(image), None, f"image {i}")
+        return np.stack(arrays)
 
     def __repr__(self) -> str:
         height, width = self.config.data.image_size
@@ -141,6 +160,13 @@ class Run(Pretrained):
         )
 
 
+def _check_counts(**counts) -> None:
+    """Raises UserError unless all are whole numbers of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise UserError(f"{name} is {value!r}; give a whole number of at least 1")
+
+
 def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Run:
     """Loads the model `ref`: a run directory, a Hugging Face directory or a hub id.
 
@@ -149,4 +175,4 @@ def load(ref: str | Path, step: int | None = None, mesh: Mesh | None = None) -> 
     damaged. No code in the files is executed.
     """
     directory = resolve(ref)
-    return Run.of(pretrained.load(directory, step, mesh), directory)
+    return Run.of(load_pretrained(directory, step, mesh), directory)

@@ -105,6 +105,24 @@ def test_files_that_cannot_be_read_are_named_after_the_others(named_run, picture
     assert len(shrunk["files"][0]["classes"]) == 3
 
 
+def test_if_no_file_can_be_read_all_are_named_and_written(named_run, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(SystemExit) as stopped:
+        predicted(named_run[0], tmp_path / "out.json", f"{tmp_path}/text.png", f"{tmp_path}/absent.png")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "error: 2 of 2 files cannot be read:" in said
+    assert "text.png cannot be read as" in said and "absent.png" in said
+    entries = json.loads((tmp_path / "out.json").read_text())["files"]
+    assert [entry.keys() for entry in entries] == [{"file", "error"}] * 2
+
+
+def test_a_json_that_cannot_be_written_is_refused_before_the_model_is_loaded(named_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("igpt.predict.load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        predicted(named_run[0], tmp_path / "nodir" / "x.json", "photo.png")
+    assert stopped.value.code == 2 and f"--json={tmp_path}/nodir/x.json cannot be written" in capsys.readouterr().err
+
+
 def test_a_model_without_a_classifier_is_refused_before_it_is_loaded(tmp_path, capsys):
     write_run_config(tmp_path)
     with pytest.raises(SystemExit) as stopped:

@@ -1,5 +1,6 @@
 """`igpt.load` gives a model with methods, which do what the commands do."""
 
+import dataclasses
 import errno
 import json
 
@@ -7,14 +8,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from PIL import ExifTags, Image
 
 import igpt
 import train
-from igpt import sample
+from igpt import predict, sample
 from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
+from igpt.loss import masks_of
 from igpt.sharding import make_mesh
+from igpt.trained import Run
 from tests.helpers import write_run
 
 
@@ -94,6 +97,42 @@ def test_predictions_are_those_of_the_command(named_run, tmp_path):
     assert [len(found) for found in best] == [1, 1] and best[0][0]["class"] == of_file["classes"][0]["class"]
 
 
+def test_a_picture_that_was_taken_upright_or_lying_is_read_upright_as_by_the_command(named_run, tmp_path):
+    folder, images, _ = named_run
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(images[0]).copy()).save(tmp_path / "lying.png", exif=exif)
+    run = igpt.load(folder)
+    np.testing.assert_array_equal(run.prepared(Image.open(tmp_path / "lying.png"))[0, ..., 0], images[0])
+    run_igpt(["predict", f"--model={folder}", f"{tmp_path}/lying.png", f"--json={tmp_path}/found.json"])
+    (of_file,) = json.loads((tmp_path / "found.json").read_text())["files"]
+    assert run.predict(Image.open(tmp_path / "lying.png")) == [of_file["classes"]]
+
+
+def test_predicting_again_compiles_nothing(named_run, monkeypatch):
+    traced = []
+    monkeypatch.setattr(predict, "masks_of", lambda batch: traced.append(batch) or masks_of(batch))
+    run = igpt.load(named_run[0])
+    expected = run.predict(named_run[1][:2, ..., None])
+    traced.clear()
+    assert run.predict(named_run[1][:2, ..., None]) == expected and not traced
+
+
+def test_images_of_the_model_s_size_are_not_cropped_and_others_are_as_asked(named_run):
+    run, images = igpt.load(named_run[0]), named_run[1][:4, ..., None]
+    data = dataclasses.replace(run.config.data, preprocess="crop")
+    cropping = Run.of(run._replace(config=dataclasses.replace(run.config, data=data)), run.path)
+    np.testing.assert_array_equal(cropping.features(images), run.features(images))
+    assert cropping.predict(images) == run.predict(images)
+    large = np.repeat(np.repeat(images, 3, axis=1), 2, axis=2)
+    with pytest.raises(UserError, match=r"image 0 has 12 x 10 pixels.*shrink or crop$"):
+        run.features(large)
+    for how in ("shrink", "crop"):
+        prepared = run.prepared(large, how)
+        np.testing.assert_array_equal(run.features(large, preprocess=how), run.features(prepared))
+        assert run.predict(large, preprocess=how) == run.predict(prepared)
+
+
 def test_features_are_those_of_the_network(run):
     images = run.sample(3)
     tokens = run.tokenizer.encode(images).reshape(3, -1)
@@ -127,6 +166,15 @@ def test_nothing_and_batches_of_nothing_are_refused(run, photo):
     ):
         with pytest.raises(UserError, match="were asked for; give at least 1 of each"):
             call()
+    images = run.sample(1)
+    for name, value in (("top", 0), ("top", -1), ("masks", 0), ("batch_size", 0), ("batch_size", -1)):
+        with pytest.raises(UserError, match=f"{name} is {value}; give a whole number of at least 1"):
+            run.predict(images, **{name: value})
+    with pytest.raises(UserError, match="batch_size is 0; give a whole number"):
+        run.features(images, batch_size=0)
+    for layers in (np.array(1.0), np.array([0, 1.5]), ()):
+        with pytest.raises(UserError, match="layers is .*; give whole numbers"):
+            run.features(images, layers)
 
 
 def test_a_model_on_several_devices_samples_the_same(run):

@@ -1,8 +1,12 @@
 """The peer of GPU benchmarks (benchmarks/twin.py) computes what our network computes, or the comparison is unfair."""
 
 import runpy
+import sys
+from unittest import mock
 
+import jax
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
@@ -32,3 +36,34 @@ def test_the_twin_computes_our_logits_with_our_parameters():
         tokens = random_tokens(TINY_MODEL)
         theirs = twin(torch.tensor(np.asarray(model.inputs(tokens))))
     np.testing.assert_allclose(model(tokens), theirs.numpy(), atol=2e-5)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """benchmark(name) -> the names of benchmarks/NAME.py"""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return lambda name: runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+
+
+def test_the_eager_peer_stays_on_the_cpu_beside_a_gpu(benchmark, monkeypatch):
+    names = benchmark("training")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    update, _ = names["theirs"](names["TINY"], "eager")
+    update()
+
+
+def test_a_case_of_gpus_is_refused_on_the_cpu(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["training.py", "--out=x.json", "--cases", "iGPT-S"])
+    with pytest.raises(SystemExit):
+        benchmark("training")["main"]()
+    assert "--cases iGPT-S needs --device=gpu" in capsys.readouterr().err
+
+
+def test_sampling_is_measured_on_the_cpu_beside_a_gpu(benchmark, monkeypatch):
+    names = benchmark("sampling")
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "--out=x.json", "--models", "digits"])
+    stop = mock.Mock(side_effect=InterruptedError)
+    stopped = mock.patch.dict(names["main"].__globals__, measure=stop)
+    with stopped, mock.patch.object(jax.config, "update") as update, pytest.raises(InterruptedError):
+        names["main"]()
+    update.assert_called_once_with("jax_platforms", "cpu")

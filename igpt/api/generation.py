@@ -19,9 +19,9 @@ from igpt.fields import LARGEST_SEED
 from igpt.files import read_json
 from igpt.interop.documented import check_refused, refusals
 from igpt.interop.hf_config import TOKEN_IDS, ImageGPTConfig
+from igpt.interop.hub import GENERATION
 from igpt.sample import continue_inputs
 
-FILE_NAME = "generation_config.json"
 DEFAULTS = (  # the settings of a draw, with transformers' defaults; without a length, the image is completed
     dict(max_length=None, max_new_tokens=None, num_return_sequences=1)
     | dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0)
@@ -90,7 +90,7 @@ class GenerationConfig:
     @classmethod
     def from_directory(cls, directory: Path) -> "GenerationConfig | None":
         """Reads generation_config.json, if it is there. `generate` checks it, since a model has other uses, too."""
-        path, config = directory / FILE_NAME, cls()
+        path, config = directory / GENERATION, cls()
         if not path.is_file():
             return None
         found = _public(read_json(path))
@@ -200,6 +200,8 @@ def _prompt(model, input_ids, embeds, mask, how):
         table = jnp.concatenate([network.token_table[...], embeds.reshape(-1, config.n_embd)])
         network.token_table = nnx.Param(table)
     else:
+        if input_ids is None and how.bos_token_id is None and config.other.get("prepend_sos") is False:
+            raise UserError("this model reads no start of sequence; give the first tokens of an image")
         start = config.sos_token_id if how.bos_token_id is None else how.bos_token_id
         ids = rows("input_ids", np.full((1, 1), start, np.int32) if input_ids is None else input_ids)
         ids = whole_numbers("input_ids", ids, config.vocab_size)

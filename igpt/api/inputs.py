@@ -94,7 +94,7 @@ def whole_numbers(name: str, x, count: int, shape: tuple[int, ...] | None = None
         return None
     if x.dtype.kind not in "iu":
         raise UserError(f"{name} is an array of {x.dtype}; give whole numbers")
-    if x.ndim > 2 or 0 in x.shape:
+    if x.ndim not in (1, 2) or 0 in x.shape:
         raise UserError(f"{name} has shape {list(x.shape)}; give [B, T]")
     if isinstance(x, jax.core.Tracer):
         return x

@@ -29,7 +29,7 @@ class Cache:
     @property
     def layers(self) -> list["LayerCache"]:
         """The keys and values of each layer, [B, N, length, K]."""
-        return [LayerCache(*(x[i, :, :, : self.length] for x in (self.keys, self.values))) for i in range(len(self))]
+        return list(self)
 
     def to_legacy_cache(self) -> tuple:
         """A tuple of (keys, values) for each layer, as in transformers 4."""
@@ -39,7 +39,8 @@ class Cache:
         return len(self.keys)
 
     def __getitem__(self, layer: int) -> "LayerCache":
-        return self.layers[layer]
+        number = range(len(self))[layer]  # raises IndexError, which a JAX array does not
+        return LayerCache(*(x[number, :, :, : self.length] for x in (self.keys, self.values)))
 
     def with_room(self, capacity: int) -> "Cache":
         """Returns this cache, padded to at least `capacity` positions."""

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
-from igpt.api.generation import FILE_NAME, GenerationConfig
+from igpt.api.generation import GenerationConfig
 from igpt.api.inputs import as_array, whole_numbers
 from igpt.attention import resolve_backend
 from igpt.errors import UserError
@@ -28,11 +28,12 @@ from igpt.interop.documented import (
     Unsupported,
     check_refused,
     fetching,
+    folder_to_save,
     refusals,
 )
-from igpt.interop.hf_config import ARCHITECTURES, ImageGPTConfig
+from igpt.interop.hf_config import ARCHITECTURES, TOKEN_IDS, ImageGPTConfig
 from igpt.interop.hf_network import to_model_config
-from igpt.interop.hub import resolve
+from igpt.interop.hub import GENERATION, resolve
 from igpt.interop.load import parameter_fields
 from igpt.interop.mapping import abstract_params
 from igpt.interop.weight_files import SAFETENSORS, write_safetensors
@@ -191,15 +192,15 @@ class ImageGPTPreTrainedModel:
         if changed := [name for name in built if built[name] != described[name]]:
             differing = "; ".join(f"{name} is {built[name]}, the config says {described[name]}" for name in changed)
             raise UserError(f"the config was changed after the model was made: {differing}; make a new model from it")
-        directory = Path(directory)
+        directory = folder_to_save(directory)
         partial = directory / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         read = {"prepend_sos": False} if self.head == "classes" else {}  # a classifier reads what its processor gives
         settings = read | self.config.to_dict() | {"architectures": [ARCHITECTURES[self.head]], "dtype": "float32"}
         ImageGPTConfig.from_dict(settings).with_dtype("float32").save_pretrained(partial)
         if self.head == "pixels" and (how := self.generation_config.to_dict()):
-            write_json(partial / FILE_NAME, how)
+            write_json(partial / GENERATION, how)
         prefix = "" if self.head == "none" else hf_weights.BASE
         write_safetensors(partial, hf_weights.named_tensors(self.params, self._network, prefix), "F32")
         written = {file.name for file in partial.iterdir()}
@@ -208,7 +209,7 @@ class ImageGPTPreTrainedModel:
         partial.rmdir()
         # Remove the files of an earlier save that had more of them.
         earlier = {file.name for file in directory.iterdir() if SAFETENSORS.fullmatch(file.name)}
-        for old in {FILE_NAME, *earlier} - written:
+        for old in {GENERATION, *earlier} - written:
             (directory / old).unlink(missing_ok=True)
 
     def __getattr__(self, name: str):  # Python calls this only for attributes that do not exist
@@ -298,7 +299,11 @@ class ImageGPTPreTrainedModel:
             return self.get_input_embeddings()
         old, config = self.params, ImageGPTConfig.from_dict(self.config.to_dict(), vocab_size=new_num_tokens)
         kept = min(config.vocab_size, self.config.vocab_size) - 1
-        self.config.vocab_size = config.vocab_size
+        old_sos, self.config.vocab_size = self.config.sos_token_id, config.vocab_size
+        for settings in (self.config, self.generation_config):
+            for name in TOKEN_IDS:
+                if getattr(settings, name, None) == old_sos:
+                    setattr(settings, name, config.sos_token_id)
         self._build(dataclasses.replace(self._network, vocab_size=config.vocab_size - 1))
         new = _initial_params(self._network, config, seed=0, given={})
         tables = [old["token_table"][:kept], new["token_table"][kept:-1], old["token_table"][-1:]]

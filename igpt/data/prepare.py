@@ -4,10 +4,10 @@
     igpt prepare --source=folder:photos --size=32 --tokenizer=runs/photos-vqvae --out=photos-codes
     python train.py --config.data.source=tokens:photos-32 ...
 
-A prepared directory contains prepared.json (what was prepared, and how), palette.npy or
-vqvae.safetensors, and the shards of each split:
-SPLIT-00000.tokens.npy uint16 [n, T] and, if the source has labels, SPLIT-00000.labels.npy int32 [n]. The file
-SPLIT-00000.unreadable.txt lists skipped images. After an interruption, the same command writes only the missing shards.
+A prepared directory contains prepared.json (what was prepared, and how), palette.npy or vqvae.safetensors, and the
+shards of each split: SPLIT-00000.tokens.npy uint16 [n, T] and, if the source has labels, SPLIT-00000.labels.npy int32
+[n]. The file SPLIT-00000.unreadable.txt lists skipped images. After an interruption, the same command writes only the
+missing shards, also with --on_unreadable=skip after an image that could not be read.
 Images are preprocessed as for evaluation: --preprocess=crop takes the centre, never a random crop.
 """
 
@@ -38,11 +38,12 @@ from igpt.data.prepared import PLAN, count_shards, grid_of, map_shard, open_prep
 from igpt.data.settings import DataConfig
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
-from igpt.files import check_workdir, read_json, whole, write_array, write_json, write_text
+from igpt.files import check_workdir, is_bucket, read_json, whole, write_array, write_json, write_text
 from igpt.lock import Lock, lock_files
 from igpt.progress import progress_bar
 from igpt.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
+FREE = ("data.on_unreadable", "data.data_dir")  # may differ when a command goes on: finished shards stay valid
 PIXELS_AT_ONCE = 1 << 18  # pixels of images that a process holds in memory: 256 images of 32 x 32
 
 
@@ -55,6 +56,8 @@ def prepare(
     Raises UserError if `out` contains anything other than this source prepared in the same way: nothing is overwritten.
     Raises InUseError if another program prepares `out`.
     """
+    if is_bucket(out):
+        raise UserError(f"--out={out} is a bucket; write to a local or mounted path, and copy it")
     tokenizer, folder = find_tokenizer(tokenizer_path), Path(out)
     if stream:
         from igpt.data.hf_stream import Stream
@@ -119,9 +122,10 @@ def _write_streamed(rows, tokenizer: Tokenizer, plan: dict, folder: Path, thread
     """Reads a stream into folder/stream, writes the shards from there, and removes it; nothing if all are there."""
     from igpt.data.hf_stream import Staged
 
-    if all(_is_finished(folder, name, i, plan) for name in SPLITS for i in range(count_shards(plan, name))):
-        return
     staged = Staged(folder / "stream", rows, math.prod(grid_of(plan)))
+    if all(_is_finished(folder, name, i, plan) for name in SPLITS for i in range(count_shards(plan, name))):
+        staged.remove()  # an earlier command may have been killed before it did
+        return
     try:
         with progress_bar(total=rows.total, unit="image", smoothing=0.1, desc="read") as bar:
             staged.fill(tokenizer, threads, bar.update)
@@ -133,20 +137,28 @@ def _write_streamed(rows, tokenizer: Tokenizer, plan: dict, folder: Path, thread
 
 
 def _begin(folder: Path, plan: dict, tokenizer: Tokenizer) -> None:
-    """Writes the plan into an empty directory. Raises UserError if it has another plan, or other files and no plan."""
-    if {path for path in folder.iterdir() if path not in lock_files(folder)} <= {folder / f"{PLAN}.partial"}:
-        write_json(folder / PLAN, plan)
-    elif not (folder / PLAN).is_file():
-        raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")
-    ours, images = _flat(plan), "images_sha256"
-    theirs = {images: ours[images]} | _flat(read_json(folder / PLAN))  # plans of earlier versions have no digest
+    """Writes the plan into a directory that is empty or has the same plan, but for FREE fields.
+
+    Raises UserError if it has another plan, or other files and no plan.
+    """
+    there = plan
+    if not {path for path in folder.iterdir() if path not in lock_files(folder)} <= {folder / f"{PLAN}.partial"}:
+        if not (folder / PLAN).is_file():
+            raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")
+        there = read_json(folder / PLAN)
+    ours, theirs, images = _flat(plan), _flat(there), "images_sha256"
+    free = (*FREE, *(["data.source"] if images in theirs else []))  # the digest tells whether the images are the same
+    theirs = {images: ours[images]} | theirs  # plans of earlier versions have no digest
     if "class_names" not in theirs:  # written by an earlier version, without names; its labels are the same
         ours.pop("class_names", None)
-    if differing := [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]:
+    differing = [name for name in sorted(ours | theirs) if name not in free and ours.get(name) != theirs.get(name)]
+    if differing:
         fields = [name for name in differing if name != images]
         what = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in fields)
         what = what or "its images have changed since"
         raise UserError(f"--out={folder} was prepared otherwise: {what}. Name a new directory, or delete this one")
+    if there is plan or there["data"] != plan["data"]:  # workers read the settings from there
+        write_json(folder / PLAN, there | {"data": plan["data"]})
     tokenizer.save(folder / tokenizer.file)
 
 
@@ -274,7 +286,8 @@ def run(args: argparse.Namespace) -> None:
     counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers, args.stream)
     if classes := class_counts(open_prepared(args.out)):
         print(f"classes: {classes}")
-    print(f"wrote {args.out}: " + ", ".join(f"{counts[name]} images for {name}" for name in SPLITS))
+    written = {name: len(split) for name, split in open_prepared(args.out).splits().items()}
+    print(f"wrote {args.out}: " + ", ".join(f"{count} images for {name}" for name, count in written.items()))
     if counts["unreadable"]:
         named = ", ".join(map(str, sorted(Path(args.out).glob("*.unreadable.txt"))[:3]))
         print(f"passed over {counts['unreadable']} that cannot be read, named in {named}")
@@ -286,6 +299,9 @@ def run(args: argparse.Namespace) -> None:
         "config.data.image_size": f"({height},{width})",
         "config.data.channels": settings["channels"],
     }
-    fields = load_tokenizer(Path(args.out)).fields(args.out)
+    tokenizer = load_tokenizer(Path(args.out))
+    fields = tokenizer.fields(args.out)
+    if not tokenizer.is_per_pixel:  # codes are neither shifted nor mirrored
+        fields |= {"data.pad": 0, "data.flip": False}
     flags |= {f"config.{name}": value for name, value in fields.items()}
     print("next:\n  python train.py", *(shlex.quote(f"--{name}={value}") for name, value in flags.items()))

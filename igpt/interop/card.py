@@ -16,7 +16,6 @@ from igpt.files import is_bucket
 from igpt.interop.results import CLASSES, DRAWING, Figure
 from igpt.model import ModelConfig, count_params
 
-FILE = "README.md"
 SOURCES = ("source", "scatter_background")  # fields of `data` that name images
 UNKNOWN = "unknown"  # the hub's word for a licence that nobody has stated
 

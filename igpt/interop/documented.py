@@ -7,9 +7,11 @@ that changes nothing, such as num_beams=1.
 import difflib
 import reprlib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from igpt.errors import UserError
+from igpt.files import expand_home, is_bucket
 
 FETCHING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # see hub.resolve
 NO_UPLOAD = "nothing is ever uploaded: save the files, then use the command `hf upload`"
@@ -36,9 +38,29 @@ class Unsupported(UserError, AttributeError):
 
 
 def fetching(arguments: dict) -> dict:
-    """Removes the arguments of `hub.resolve` from `arguments`, and returns those that are not None or False."""
+    """Removes the arguments of `hub.resolve` from `arguments`, and returns those that are given.
+
+    None is not, and neither is False, except for token: token=False sends none, not even the user's own.
+    """
     given = {name: arguments.pop(name) for name in FETCHING if name in arguments}
-    return {name: value for name, value in given.items() if value not in (None, False, "")}
+    return {
+        name: value
+        for name, value in given.items()
+        if value not in (None, "") and (value is not False or name == "token")
+    }
+
+
+def folder_to_save(directory: str | Path) -> Path:
+    """The folder of a save_pretrained, which is made if it is missing. UserError if it is a bucket or a file."""
+    if is_bucket(directory):
+        raise UserError(f"{directory} is a bucket; save to a local or mounted path, and copy it")
+    folder = Path(expand_home(directory))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        what = "is" if folder.exists() else "is in"
+        raise UserError(f"{directory} {what} a file; name a directory to save into") from None
+    return folder
 
 
 def check_refused(where: str, arguments: dict, refused: Refused, known: Collection[str] | None = None) -> dict:
@@ -56,8 +78,8 @@ def check_refused(where: str, arguments: dict, refused: Refused, known: Collecti
         plain = isinstance(value, bool | int | float | str | list | dict)
         if not (value is None or (plain and value in (neutral if isinstance(neutral, tuple) else (neutral,)))):
             raise UserError(f"{where} does not support {name}={reprlib.repr(value)}: {reason}")
-    for name in () if known is None else rest.keys() - set(known):
-        close = difflib.get_close_matches(name, [*known, *refused], 1)
+    if known is not None and (unknown := sorted(rest.keys() - set(known))):
+        close = difflib.get_close_matches(unknown[0], [*known, *refused], 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise TypeError(f"{where} has no argument {name!r}{hint}")
+        raise TypeError(f"{where} has no argument {unknown[0]!r}{hint}")
     return rest

@@ -11,7 +11,6 @@ of the imported directory. Of a VQ-VAE's run, --out gets vqvae.safetensors, for 
 """
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from igpt.model import ModelConfig
 from igpt.tokenizer import find_tokenizer
 
 ORIGIN = "huggingface.json"  # the configurations of an imported directory; an export writes them unchanged
-GENERATION = "generation_config.json"
+PICTURES_OF_ORIGIN = "huggingface"  # the folder with the pictures of an imported model card
 MAX_CARD_BYTES = 1 << 20
 
 
@@ -65,7 +64,7 @@ def export(
     network = to_model_config(config, head)
     kept = kept_files(directory)
     if "card" in kept and {license, data_license} != {card.UNKNOWN}:
-        raise UserError(f"{ref} has its own {card.FILE}, which is kept; leave the licences out, and edit that file")
+        raise UserError(f"{ref} has its own {hub.CARD}, which is kept; leave the licences out, and edit that file")
     described = dataclasses.replace(network, use_bias=model.use_bias)  # the biases that we add are zeros
     facts = dict(model=described, name=name, license=license, data_license=data_license)
 
@@ -74,13 +73,12 @@ def export(
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         if network.pixel_head:
-            write_json(folder / GENERATION, kept.get("generation", generation_settings(network)), indent=2)
+            write_json(folder / hub.GENERATION, kept.get("generation", generation_settings(network)), indent=2)
         if "card" in kept:
-            write_text(folder / card.FILE, kept["card"])
-            for picture in (directory / name for name in results.PICTURES if (directory / name).is_file()):
-                shutil.copyfile(picture, folder / picture.name)
+            write_text(folder / hub.CARD, kept["card"])
+            copy_pictures(directory if is_huggingface(directory) else directory / PICTURES_OF_ORIGIN, folder)
         else:
-            write_text(folder / card.FILE, _new_card(directory, pretrained, folder, facts))
+            write_text(folder / hub.CARD, _new_card(directory, pretrained, folder, facts))
 
     return write_new(out, write)
 
@@ -118,12 +116,20 @@ def kept_files(directory: AnyPath) -> dict:
         if not isinstance(kept.get("card", ""), str) or not isinstance(kept.get("generation", {}), dict):
             raise UserError(f"{directory / ORIGIN} is damaged; delete it to export with a new configuration")
         return kept
-    path, settings, kept = directory / card.FILE, directory / GENERATION, {}
+    path, settings, kept = directory / hub.CARD, directory / hub.GENERATION, {}
     if settings.is_file():
         kept["generation"] = read_json(settings)
     if path.is_file() and path.stat().st_size <= MAX_CARD_BYTES:
         kept["card"] = path.read_text(encoding="utf-8", errors="replace")
     return kept
+
+
+def copy_pictures(source: AnyPath, folder: Path) -> None:
+    """Copies the pictures of a model card into `folder`, which is made if `source` has any."""
+    for name in results.PICTURES:
+        if (source / name).is_file():
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def _configurations(directory: AnyPath, pretrained: Pretrained, head: str) -> tuple:

@@ -15,7 +15,7 @@ from typing import ClassVar
 from igpt.activations import ACTIVATIONS
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
-from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching, refusals
+from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching, folder_to_save, refusals
 from igpt.interop.hub import resolve
 
 MAX_LAYERS = 1000  # a limit, so that a malicious config cannot request endless lists of names
@@ -197,7 +197,7 @@ class ImageGPTConfig:
         if labels["id2label"] is not None:  # as in transformers, a file's id2label takes precedence over the other two
             labels = {"id2label": labels["id2label"]}
         config._set({name: value for name, value in settings.items() if name != "model_type"}, **labels)
-        labels = {name: overrides.pop(name) for name in LABELS if overrides.get(name) is not None}
+        labels = {name: value for name in LABELS if (value := overrides.pop(name, None)) is not None}
         if labels.keys() == {"num_labels"}:
             config.num_labels = labels["num_labels"]
         elif labels:
@@ -227,8 +227,7 @@ class ImageGPTConfig:
         """Writes config.json into the directory. UserError, and nothing is written, if it could not be loaded again."""
         check_refused("save_pretrained", {"push_to_hub": push_to_hub}, OF_UPLOADING)
         self.check()
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self.to_json_file(Path(directory) / "config.json")
+        self.to_json_file(folder_to_save(directory) / "config.json")
 
     def with_dtype(self, dtype: str) -> "ImageGPTConfig":
         """A copy whose field dtype, or torch_dtype in older files, names the type of the weights beside it."""

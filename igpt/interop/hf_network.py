@@ -51,9 +51,8 @@ def names_of_labels(config: ImageGPTConfig) -> tuple[str, ...] | None:
 
     A name that several classes have is followed by the class's number.
     """
-    names = {str(number): str(name) for number, name in (config.id2label or {}).items()}
-    ordered = [names.get(str(i)) for i in range(config.num_labels)]
-    if None in ordered or all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(ordered)):
+    ordered = list(config.id2label.values())  # in the order of their numbers
+    if all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(ordered)):
         return None
     counts = Counter(ordered)
     return distinct_names(

@@ -14,7 +14,8 @@ from igpt.interop.results import PICTURES
 from igpt.interop.weight_files import SAFETENSORS
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-CONFIG_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "README.md"]
+GENERATION, PROCESSOR, CARD = "generation_config.json", "preprocessor_config.json", "README.md"
+CONFIG_FILES = ["config.json", GENERATION, PROCESSOR, CARD, *PICTURES]
 WEIGHT_FILES = (
     ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"],
@@ -28,14 +29,14 @@ def resolve(
 
     The directory is local unless `ref` is a run in a bucket.
 
-    files: the only files to fetch; by default the configurations and the weights. subfolder: a folder in `ref` to use
+    files: the only files to fetch; by default configurations, card and weights. subfolder: a folder in `ref` to use
     instead. download: further arguments of huggingface_hub's snapshot_download, such as cache_dir or token.
 
     If the first part of `ref` is an existing folder, `ref` is never used as a hub id. So a misspelt path fails at once,
     without network access. Raises UserError if there is no such directory or model.
     """
     if is_bucket(ref):
-        return _in_bucket(as_path(ref) / subfolder if subfolder else as_path(ref))
+        return _in_bucket(as_path(ref) / subfolder if subfolder else as_path(ref), files)
     directory = Path(expand_home(ref))
     try:
         if directory.is_dir():
@@ -70,16 +71,23 @@ def resolve(
     return directory
 
 
-def _in_bucket(directory: AnyPath) -> AnyPath:
-    """The run directory itself, or a local copy of a Hugging Face directory, whose files are mapped into memory."""
+def _in_bucket(directory: AnyPath, files: list[str] | None) -> AnyPath:
+    """The run directory itself, or a local copy of a Hugging Face directory, whose files are mapped into memory.
+
+    files: the only files to copy; by default all.
+    """
     try:
         is_model = (directory / "config.json").is_file()
     except OSError as error:
         raise UserError(f"{directory} cannot be reached: {error.strerror}; check the name and your rights") from None
     if not is_model:
         raise UserError(f"there is no model in {directory}: it has no config.json; give the folder of a run")
-    is_run = "model_type" not in read_json(directory / "config.json")
-    return directory if is_run else Path(local_copy(str(directory)))
+    if "model_type" not in read_json(directory / "config.json"):
+        return directory
+    if not files:
+        return Path(local_copy(str(directory)))
+    copies = [Path(local_copy(str(directory / name))) for name in files]
+    return copies[0].parent
 
 
 def _subfolder(directory: Path, name: str) -> Path:
@@ -122,8 +130,7 @@ def push(directory: Path, repo: str, private: bool = False) -> str:
         if private and not known.private:
             raise UserError(f"{repo} is there already, and public; leave --private out, or push to another name")
         there = {file.rfilename for file in known.siblings or ()}
-        exported = {*CONFIG_FILES, *PICTURES}
-        old = [file for file in there - {*files} if file in exported or SAFETENSORS.fullmatch(file)]
+        old = [file for file in there - {*files} if file in CONFIG_FILES or SAFETENSORS.fullmatch(file)]
         operations = [CommitOperationDelete(file) for file in old]
         operations += [CommitOperationAdd(file, directory / file) for file in files]
         api.create_commit(repo, operations, commit_message="Export of igpt")

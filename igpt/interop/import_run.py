@@ -8,16 +8,17 @@ fetches the files of a checkpoint: model.ckpt-STEP.index with all its .data-* sh
 """
 
 import math
+import shlex
 from pathlib import Path
 
 from igpt.command import Parser
 from igpt.config import Config
 from igpt.data.classes import save_names
 from igpt.errors import UserError
-from igpt.files import check_new, read_json, write_json, write_new
+from igpt.files import AnyPath, check_new, read_json, write_json, write_new
 from igpt.interop import hf_weights, openai
-from igpt.interop.export import ORIGIN, kept_files
-from igpt.interop.hub import resolve
+from igpt.interop.export import ORIGIN, PICTURES_OF_ORIGIN, copy_pictures, kept_files
+from igpt.interop.hub import PROCESSOR, resolve
 from igpt.interop.load import Pretrained, class_names_of, config_of_weights, is_huggingface, outline, processor_of
 from igpt.interop.mapping import abstract_params, read_params
 from igpt.interop.processor import ImageGPTImageProcessor
@@ -32,7 +33,7 @@ def import_directory(
 ) -> Path:
     """Writes the Hugging Face model `ref` as the run directory `out`, which must be new or empty.
 
-    `clusters` is a palette file, for a directory that has no preprocessor_config.json.
+    `clusters` is a palette file. It replaces the clusters of preprocessor_config.json, or stands in for that file.
     """
     check_new(out)
     directory = resolve(ref, revision)
@@ -43,6 +44,9 @@ def import_directory(
     side = math.isqrt(positions)
     if not clusters:
         processor = processor_of(directory)
+    elif (directory / PROCESSOR).is_file():
+        centers = Palette.load(clusters).centers.tolist()
+        processor = ImageGPTImageProcessor.from_pretrained(directory, clusters=centers)
     elif side * side == positions:
         processor = ImageGPTImageProcessor(clusters=Palette.load(clusters).centers.tolist(), size=side)
     else:
@@ -51,7 +55,7 @@ def import_directory(
     config, palette = config_of_weights(directory, weights, processor), processor.palette()
     origin = {"config": read_json(directory / "config.json"), "preprocessor": processor.to_dict()}
     origin |= {"weights": weights.dtype} | kept_files(directory)
-    return _write_run(out, config, palette, weights.read(), origin, class_names_of(directory))
+    return _write_run(out, config, palette, weights.read(), origin, class_names_of(directory), directory)
 
 
 def import_checkpoint(checkpoint: str | Path, clusters: str | Path, out: str | Path, size: str | None = None) -> Path:
@@ -85,8 +89,12 @@ def _write_run(
     params: dict,
     origin: dict | None = None,
     class_names: tuple[str, ...] | None = None,
+    pictures: AnyPath | None = None,
 ) -> Path:
-    """Writes a run directory with one checkpoint, with `origin` for a later export, and with its class names."""
+    """Writes a run directory with one checkpoint and its class names.
+
+    For a later export it keeps `origin`, and the pictures of the model card that lie in the folder `pictures`.
+    """
 
     def write(folder: Path) -> None:
         save_config(config, folder)
@@ -95,6 +103,8 @@ def _write_run(
             write_json(folder / ORIGIN, origin)
         if class_names:
             save_names(class_names, folder)
+        if pictures:
+            copy_pictures(pictures, folder / PICTURES_OF_ORIGIN)
         checkpoints.save_params(folder, params, step=0)
 
     return write_new(out, write)
@@ -105,7 +115,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--checkpoint", help="OpenAI's checkpoint: the path that its files have in common, or one file")
     parser.add_argument("--size", help=f"the size that OpenAI's checkpoint must have: one of {', '.join(PRESETS)}")
-    parser.add_argument("--clusters", help="a palette .npy: OpenAI's kmeans_centers.npy, or for --from without its own")
+    parser.add_argument("--clusters", help="a palette .npy: OpenAI's kmeans_centers.npy, or other clusters for --from")
     parser.add_argument("--out", required=True, help="the run directory to make")
 
 
@@ -127,7 +137,7 @@ def run(args) -> None:
 
 def _report(pretrained: Pretrained, made: Path) -> str:
     """The imported network, and the commands that a user is likely to run next."""
-    model = pretrained.model.config
+    model, path, probe = pretrained.model.config, shlex.quote(str(made)), shlex.quote(f"{made}/probe")
     heads = [name for name, there in (("palette head", model.pixel_head), ("classifier", model.num_classes)) if there]
     lines = [
         f"wrote {made}: width {model.width}, depth {model.depth}, {model.num_heads} heads, {model.seq_len} positions, "
@@ -136,9 +146,11 @@ def _report(pretrained: Pretrained, made: Path) -> str:
     ]
     if model.pixel_head and model.causal:
         what = "--num=16" if model.sos else "--complete=image.png"
-        lines.append(f"  igpt sample --model={made} {what} --out=samples.png")
-    probe = "python eval_probe.py --config=configs/probe.py --config.source=npz:images.npz"
-    lines.append(f"  {probe} --model={made} --workdir={made}/probe")
+        lines.append(f"  igpt sample --model={path} {what} --out=samples.png")
+    if model.num_classes:
+        lines.append(f"  igpt predict --model={path} --preprocess=shrink image.png")
+    command = "python eval_probe.py --config=configs/probe.py --config.source=npz:images.npz"
+    lines.append(f"  {command} --model={path} --workdir={probe}")
     if not model.causal:
         lines.append("trained with the BERT objective: it can be probed, but not sampled")
     return "\n".join(lines)

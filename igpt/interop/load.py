@@ -17,7 +17,7 @@ from igpt.errors import UserError
 from igpt.files import AnyPath, read_json
 from igpt.interop import hf_weights
 from igpt.interop.hf_network import names_of_labels
-from igpt.interop.hub import resolve
+from igpt.interop.hub import PROCESSOR, resolve
 from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.model import ImageGPT, ModelConfig
 from igpt.run import restore
@@ -118,12 +118,12 @@ def picture_settings(config: Config, preprocess: str | None = None) -> DataConfi
 
 def processor_of(directory: AnyPath) -> ImageGPTImageProcessor:
     """The image processor of a Hugging Face directory. Raises UserError if it has no clusters."""
-    if not (directory / "preprocessor_config.json").is_file():
+    if not (directory / PROCESSOR).is_file():
         command = f"igpt import --from={directory} --clusters=kmeans_centers.npy --out=RUN"
-        raise UserError(f"{directory} has no preprocessor_config.json, and so no palette; give one with {command}")
+        raise UserError(f"{directory} has no {PROCESSOR}, and so no palette; give one with {command}")
     processor = ImageGPTImageProcessor.from_pretrained(directory)
     if processor.clusters is None:
-        raise UserError(f"{directory}/preprocessor_config.json has no 'clusters', and so no palette; add them")
+        raise UserError(f"{directory}/{PROCESSOR} has no 'clusters', and so no palette; add them")
     return processor
 
 

@@ -11,24 +11,27 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from igpt.data.images import lay_on_white, scale_to_bytes
+from igpt.data.images import UPRIGHT, _orientation, lay_on_white, scale_to_bytes
 from igpt.errors import UserError
 
 LAYOUTS = ("channels_first", "channels_last", "none")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 
-def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) -> tuple[list[np.ndarray], list[bool]]:
+def rgb_batches(
+    images, layout: str | None = None, convert_rgb: bool = False, upright: bool = False
+) -> tuple[list[np.ndarray], list[bool]]:
     """Images in any form -> uint8 [N, H, W, 3] for each image (N = 1) or 4-D array, in the given order.
 
     The second list is True for each array of floats in [0, 1], which are converted to bytes as 255 * value. If any
     float of a call is above 1, all floats must be whole numbers from 0 to 255. `layout` is the layout of arrays. If it
     is None, the channel axis is the first of the two possible axes that has 1, 3 or 4 entries. A colour that an RGB
-    PIL image marks as transparent is kept, unless `convert_rgb` is set. Raises UserError if an input is not an image.
+    PIL image marks as transparent is kept, unless `convert_rgb` is set. With `upright`, a PIL image is turned as its
+    metadata says. Raises UserError if an input is not an image.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"input_data_format is {layout!r}; choose one of {', '.join(LAYOUTS)}, or None to infer it")
-    arrays = list(_arrays(images, layout, convert_rgb))
+    arrays = list(_arrays(images, layout, convert_rgb, upright))
     if not arrays:
         raise UserError("no images were given; a PIL image, an array, or a list of them is needed")
     if any(array.dtype.kind in "iu" and array.max(initial=0) == 1 for array, _ in arrays):
@@ -39,12 +42,12 @@ def rgb_batches(images, layout: str | None = None, convert_rgb: bool = False) ->
     return batches, [up_to_one and array.dtype.kind == "f" for array, _ in arrays]
 
 
-def _arrays(images, layout: str | None, convert_rgb: bool) -> Iterator[tuple[np.ndarray, str | None]]:
+def _arrays(images, layout: str | None, convert_rgb: bool, upright: bool) -> Iterator[tuple[np.ndarray, str | None]]:
     """Walks nested lists and yields (array, layout), an image or a batch. A nested list of numbers is one array."""
     if isinstance(images, str | bytes | os.PathLike):
         raise UserError(f"{str(images)[:80]!r} is a name, not an image; open it first: PIL.Image.open(...)")
     if isinstance(images, Image.Image):
-        yield _decoded(images, convert_rgb), "channels_last"
+        yield _decoded(images, convert_rgb, upright), "channels_last"
     elif hasattr(images, "__array__"):
         yield _as_numpy(images), layout
     elif isinstance(images, list | tuple):
@@ -58,7 +61,7 @@ def _arrays(images, layout: str | None, convert_rgb: bool) -> Iterator[tuple[np.
             except ValueError:  # the lists differ in length, and may be images of different sizes
                 pass
         for image in images:
-            yield from _arrays(image, layout, convert_rgb)
+            yield from _arrays(image, layout, convert_rgb, upright)
     else:
         raise UserError(f"an image cannot be a {type(images).__name__}; give PIL images, arrays, or lists of numbers")
 
@@ -72,9 +75,11 @@ def _as_numpy(image) -> np.ndarray:
         raise UserError(f"a {type(image).__name__} cannot be read as a numpy array: {error}") from None
 
 
-def _decoded(image: Image.Image, convert_rgb: bool) -> np.ndarray:
+def _decoded(image: Image.Image, convert_rgb: bool, upright: bool) -> np.ndarray:
     """A PIL image as uint8 [H, W, 3 or 4]. One of more than 8 bits per channel as [H, W], with its values unchanged."""
     try:
+        if upright and (turn := UPRIGHT.get(_orientation(image))) is not None:
+            image = image.transpose(turn)
         if image.mode.startswith(("I", "F")):  # more than 8 bits per channel: I, I;16, I;16B and so on, and F
             numbers = np.asarray(image)
             # Pillow opens some 16-bit files in its 32-bit mode.

@@ -20,13 +20,12 @@ from PIL import Image
 from igpt.color_table import BYTE_LEVELS, ColorTable
 from igpt.errors import UserError
 from igpt.files import read_json, write_text
-from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching
-from igpt.interop.hub import resolve
+from igpt.interop.documented import OF_FETCHING, OF_UPLOADING, check_refused, fetching, folder_to_save
+from igpt.interop.hub import PROCESSOR, resolve
 from igpt.interop.pixels import rgb_batches
 from igpt.interop.processor_settings import REFUSED, SETTINGS, checked
 from igpt.palette import Palette, other_units
 
-FILE_NAME = "preprocessor_config.json"
 TYPES = tuple(  # the names of this processor in files of all versions
     f"ImageGPT{name}" for name in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 )
@@ -126,7 +125,8 @@ class ImageGPTImageProcessor:
         given = locals()
         check_refused("preprocess", refused, REFUSED, known=(*SETTINGS, *CALL))
         data_format, return_tensors, input_data_format = (
-            self.extra.get(name, default) if given[name] is None else given[name] for name, default in CALL.items()
+            next((value for value in (given[name], self.extra.get(name)) if value is not None), default)
+            for name, default in CALL.items()
         )
         chosen = {name: getattr(self, name) if given[name] is None else given[name] for name in SETTINGS}
         settings = SimpleNamespace(**{name: checked(name, value) for name, value in chosen.items()})
@@ -167,7 +167,7 @@ class ImageGPTImageProcessor:
         `overrides`: revision, subfolder and the other arguments of FETCHING, and those of `from_dict`.
         """
         where = fetching(overrides)
-        path = Path(ref) if Path(ref).is_file() else resolve(ref, files=[FILE_NAME], **where) / FILE_NAME
+        path = Path(ref) if Path(ref).is_file() else resolve(ref, files=[PROCESSOR], **where) / PROCESSOR
         overrides = check_refused("the image processor's from_pretrained", overrides, OF_FETCHING)
         settings = read_json(path)
         try:
@@ -222,12 +222,8 @@ class ImageGPTImageProcessor:
     def save_pretrained(self, directory, push_to_hub: bool = False) -> list[str]:
         """Writes preprocessor_config.json, which transformers can read. Returns a list with its path."""
         check_refused("save_pretrained", {"push_to_hub": push_to_hub}, OF_UPLOADING)
-        path = Path(directory) / FILE_NAME
         text = self.to_json_string()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{directory} is a file; name a directory to save into") from None
+        path = folder_to_save(directory) / PROCESSOR
         write_text(path, text)
         return [str(path)]
 

@@ -71,6 +71,7 @@ def topology_devices(name: str, slices: int = 1) -> list:
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"--topology={name}; give {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, or gpu:NUMBER")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU host can answer the query
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan uses no chip, so several may be made at once
     flags = os.environ.setdefault("LIBTPU_INIT_ARGS", COMPILER_FLAGS)
     megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}  # one device per chip, as on the other kinds
     try:
@@ -115,7 +116,10 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
         traced = program.train_step.trace(abstract, abstract_batch(config, model, mesh))
         plan["float32_products_in_blocks"] = float32_products_in_blocks(traced.jaxpr.jaxpr, model.depth)
         plan["libtpu_init_args"] = os.environ["LIBTPU_INIT_ARGS"]
-        executable, memory = _compile(traced, plan["bytes_per_chip"]["gradients"])
+        try:
+            executable, memory = _compile(traced, plan["bytes_per_chip"]["gradients"])
+        finally:
+            bundles = take_bundles(_dump_folder())  # in any case, or the next program would count them
     plan["compile_seconds"] = time.process_time() - start
 
     plan["bytes_per_chip"] |= memory | {"memory": chip.memory}
@@ -124,7 +128,7 @@ def compile_plan(config: ConfigDict | Config, topology: str) -> dict:
     if not plan["fits"]:
         plan["largest_buffer"] = largest_buffer(abstract.params, traced.jaxpr.jaxpr, model, mesh)
     if executable is not None:
-        plan |= _read_program(text_of(executable), take_bundles(_dump_folder()), plan, model, chip)
+        plan |= _read_program(text_of(executable), bundles, plan, model, chip)
     return plan
 
 
@@ -152,9 +156,12 @@ def _libtpu_version() -> str:
 
 def _plan_without_compiler(config: Config, topology: str, count: str) -> dict:
     """The plan for GPUs (Ampere or newer): shapes and shardings only."""
-    if not count.isdecimal() or int(count) < 1:
+    if not re.fullmatch("[1-9][0-9]{0,6}", count):
         raise UserError(f"--topology={topology}; give gpu: and their number, such as gpu:8")
     sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, int(count))
+    if sizes["data"] % config.mesh.dcn_data:
+        found = f"mesh.dcn_data is {config.mesh.dcn_data}, and mesh.data is {sizes['data']}"
+        raise UserError(f"{found}; the number of slices must divide mesh.data")
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     check_batch_size("train.batch_size", config.train.batch_size, config.train.accumulate, mesh)
     device = SimpleNamespace(platform="gpu", device_kind="GPU", compute_capability="8.0")
@@ -225,7 +232,6 @@ def _read_program(text: str, bundles: dict, plan: dict, model: ModelConfig, chip
     facts |= estimates(plan | facts, model, chip)
     if plan["slices"] > 1:
         facts["between_slices"] = program.between_slices()
-        facts["estimate"]["leaves_out"] = "between_slices"
     return facts
 
 

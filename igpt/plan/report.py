@@ -13,10 +13,13 @@ between slices are counted, but not estimated. Plans for GPUs contain only param
 because there is no compiler for GPUs here.
 """
 
+import tempfile
+from pathlib import Path
+
 import jax
 
 from igpt.command import Parser, add_shared
-from igpt.files import write_json, written
+from igpt.files import is_bucket, write_json, written
 from igpt.plan.compiled import GIB, USABLE_SHARE, compile_plan
 from igpt.plan.search import search_plans
 
@@ -70,14 +73,26 @@ def _estimate_rows(estimate: dict, basis: str) -> list[tuple[str, str]]:
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--topology", required=True, help="chips of v4, v5e, v5p or v6e, such as v5e:8x8; or gpu:8")
+    topology = "one slice of v4, v5e, v5p or v6e, such as v5e:8x8; or the number of all GPUs, such as gpu:8"
+    parser.add_argument("--topology", required=True, help=topology)
     add_shared(parser, "json")
     parser.add_argument("--search", action="store_true", help="try meshes, remat and micro-batches; print the best")
+
+
+def check_writable(path: str) -> None:
+    """Raises UserError if the file `path` cannot be written. Comes before the compilation, which takes minutes."""
+    if not is_bucket(path):
+        with written(f"--json={path}"):
+            if Path(path).is_dir():
+                raise IsADirectoryError("it is a folder")
+            tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
 
 
 def run(args) -> None:
     """Prints one plan, or with --search the best plan, and writes it to --json, complete or not at all."""
     jax.config.update("jax_platforms", "cpu")  # a TPU attached to this machine must not be used
+    if args.json:
+        check_writable(args.json)
     if args.search:
         result = search_plans(args.config, args.topology)
         plan = result.found[0] if result.found else result.nearest

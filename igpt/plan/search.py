@@ -58,9 +58,9 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
     """Compiles candidates for the config's global batch, the fastest prediction first, and prints each plan.
 
     The search ends when `enough` plans fit, or when all other predictions are more than MARGIN slower than the
-    prediction of the best plan. It skips a candidate if its predicted memory is not below that of a program that did
-    not fit, or if it differs only in fsdp from a plan that fits; it passes over programs that cannot be read. Raises
-    UserError if there is no candidate, UnreadableProgramError if no program could be read.
+    prediction of the best plan. It skips a candidate that is predicted to need at least the memory of a program that
+    did not fit, and one that differs only in fsdp from a plan that fits. It passes over programs that cannot be read.
+    Raises UserError if there is no candidate, UnreadableProgramError if no program could be read.
     """
     config = Config.of(config, trains=True)
     ranked, capacity = _rank_candidates(config, topology)

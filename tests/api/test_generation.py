@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from igpt.api import GenerationConfig, ImageGPTForCausalImageModeling
+from igpt.api import GenerationConfig, ImageGPTConfig, ImageGPTForCausalImageModeling
 from igpt.api.generation import DEFAULTS, REFUSED
 from igpt.errors import UserError
-from tests.helpers import api_tokens
+from tests.helpers import API_SIZES, api_tokens
 
 LEFT = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
 EVERYTHING = dict(
@@ -111,6 +111,13 @@ def test_the_prompt_has_three_forms_and_is_given_once(causal):
         ours.generate(x, inputs_embeds=np.zeros((3, 5, 22)))
     with pytest.raises(UserError, match="rows of different lengths"):
         ours.generate([[1, 2], [3]])
+
+
+def test_a_model_without_a_start_of_sequence_needs_the_first_tokens():
+    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**API_SIZES, prepend_sos=False))
+    with pytest.raises(UserError, match="reads no start of sequence; give the first tokens of an image"):
+        model.generate(max_length=3)
+    assert model.generate([[5]], max_length=3).shape == model.generate(bos_token_id=5, max_length=3).shape == (1, 3)
 
 
 def test_settings_come_from_the_call_then_its_config_then_the_model_s(causal, tmp_path):

@@ -16,6 +16,7 @@ from tests.helpers import API_PADDING, API_SOS, api_labels, api_tokens
         (dict(input_ids=api_tokens() + 1), r"input_ids has the value 18; give 0\.\.17"),
         (dict(input_ids=api_tokens() - 1), r"input_ids has the value -1"),
         (dict(input_ids=api_tokens() / 2), "input_ids is an array of float64; give whole numbers"),
+        (dict(input_ids=5), r"input_ids has shape \[\]; give \[B, T\]"),
         (dict(input_ids=["a"]), "input_ids is an array of <U1; give numbers"),
         (dict(input_ids=api_tokens(length=38)), "38 inputs; the model has 37 positions.*give 1 to 37"),
         (

@@ -12,7 +12,13 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from igpt.api import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from igpt.api import (
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTImageProcessor,
+    ImageGPTModel,
+)
 from igpt.api.pretrained import LOADING, METHODS, SAVING
 from igpt.errors import UserError
 from igpt.interop.documented import FETCHING
@@ -231,3 +237,30 @@ def test_resizing_keeps_the_colours_and_the_start_of_sequence(size, saved, tmp_p
     transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not support pad_to_multiple_of=8"):
         model.resize_token_embeddings(20, pad_to_multiple_of=8)
+
+
+def test_resizing_moves_the_token_ids_that_were_the_start_of_sequence():
+    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**API_SIZES, bos_token_id=17, pad_token_id=3))
+    model.resize_token_embeddings(25)
+    for settings in (model.config, model.generation_config):
+        assert (settings.bos_token_id, settings.pad_token_id) == (24, 3)
+    assert model.generate(max_length=2)[0, 0] == 24
+
+
+@pytest.mark.parametrize(
+    "part", [ImageGPTModel(ImageGPTConfig(**API_SIZES)), ImageGPTConfig(), ImageGPTImageProcessor()], ids=type
+)
+def test_a_home_directory_is_a_target_and_a_bucket_or_a_file_is_none(part, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    part.save_pretrained("~/model")
+    assert [*(tmp_path / "home" / "model").glob("*.json")]
+    (tmp_path / "file").write_text("mine")
+    for target, message in (
+        ("gs://bucket/model", "gs://bucket/model is a bucket; save to a local"),
+        (tmp_path / "file", "/file is a file; name a directory"),
+        (tmp_path / "file" / "below", "/file/below is in a file; name a directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            part.save_pretrained(target)
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "file"}

@@ -174,7 +174,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing_half_written(pictures, palet
             r"data\.image_size is \[7, 5\] there, \[8, 5\] here; data\.pre",
         ),
         ({"split_seed": 1}, r"prepared otherwise: data\.split_seed is None there, 1 here\. Name a new"),
-        ({"source": "npz"}, r"data\.source is 'folder:.*' there, 'npz:.*' here"),
+        ({"source": "npz"}, r"prepared otherwise: class_names is \['class0'"),
         ({"palette": 1}, r"palette_sha256 is"),
         ({"shard_images": 12}, r"shard_images is 11 there, 12 here"),
         ({"picture": 1}, r"images\.train is 43 there, 44 here"),
@@ -229,6 +229,8 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
         run_igpt([*command, f"--out={tmp_path}/stop"])
     assert stopped.value.code == 2
     assert f"error: {train_files[11]} cannot be read" in capsys.readouterr().err
+    run_igpt([*command, f"--out={tmp_path}/stop", "--on_unreadable=skip"])  # what the message says; it goes on
+    assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
     for _ in range(2):  # a second time everything is finished, and the count is the same
         run_igpt([*command, f"--out={tmp_path}/skip", "--on_unreadable=skip"])
         assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
@@ -239,6 +241,17 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
     np.testing.assert_array_equal(opened.train.labels, source.train.labels[kept])
     expected = Palette.load(palette).encode(source.train.images[np.array(kept)])
     np.testing.assert_array_equal(opened.train.images.grids(slice(None)), expected)
+
+
+def test_a_folder_may_be_renamed_and_a_bucket_is_refused(pictures, palette, prepared_folder, tmp_path):
+    before = file_contents(prepared_folder)
+    (tmp_path / "folder").rename(tmp_path / "elsewhere")
+    arguments = str(palette), str(prepared_folder)
+    prepare.prepare(prepare_settings(f"folder:{tmp_path}/elsewhere"), *arguments, shard_images=11)
+    changed = {name for name, content in file_contents(prepared_folder).items() if before[name] != content}
+    assert {Path(name).name for name in changed} <= {"prepared.json"}
+    with pytest.raises(UserError, match="is a bucket; write to a local or mounted path"):
+        prepare.prepare(prepare_settings(f"folder:{tmp_path}/elsewhere"), str(palette), "gs://bucket/tokens")
 
 
 def test_other_images_are_refused_with_the_flags_of_the_command(palette, tmp_path, capsys):

@@ -223,6 +223,18 @@ def test_a_card_that_was_imported_is_kept_and_its_licence_with_it(tmp_path):
         export(out, tmp_path / "other", license="mit")
 
 
+def test_the_pictures_of_a_card_are_kept_through_the_hub_an_import_and_a_new_export(hub, tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    (run / "samples").mkdir()
+    Image.new("RGB", (9, 9)).save(run / "samples" / "0000003.png")
+    run_igpt(["export", f"--model={run}", "--push=someone/draws"])
+    back = export(import_directory("someone/draws", tmp_path / "imported"), tmp_path / "back")
+    names = re.findall(r"\]\((\w+\.png)\)", (back / "README.md").read_text())
+    assert names == ["samples.png"] and all((back / name).is_file() for name in names)
+    run_igpt(["export", f"--model={tmp_path}/imported", "--push=someone/draws"])
+    assert "samples.png" in hub[0].repos["models", "someone/draws"]["files"]
+
+
 @pytest.mark.parametrize(
     "settings", [{"bos_token_id": 3}, {"top_k": 40, "_from_model_config": True, "bos_token_id": None}, {}], ids=str
 )

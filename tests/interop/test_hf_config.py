@@ -245,6 +245,12 @@ def test_names_of_a_file_take_precedence_over_its_outdated_fields():
     assert config.num_labels == 3 and config.label2id["cow"] == 2
 
 
+def test_labels_that_are_none_when_loading_leave_those_of_the_file():
+    for name in ("num_labels", "id2label", "label2id"):
+        assert ImageGPTConfig.from_dict({"id2label": CAT}, **{name: None}).num_labels == 3
+    assert ImageGPTConfig.from_dict({"id2label": CAT}, id2label=None, num_labels=5).num_labels == 5
+
+
 def test_a_config_changed_in_place_is_not_saved_broken(tmp_path):
     config = ImageGPTConfig(id2label=CAT)
     config.id2label[5] = "gap"

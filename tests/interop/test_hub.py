@@ -9,6 +9,7 @@ import pytest
 
 import igpt
 from igpt.errors import UserError
+from igpt.files import as_path
 from igpt.interop.hf_config import ImageGPTConfig
 from igpt.interop.hub import resolve
 from igpt.interop.processor import ImageGPTImageProcessor
@@ -120,6 +121,22 @@ def test_configurations_and_processors_fetch_only_their_own_file(hub, hf):
         ("v2", ["config.json"], dict(token="secret")),
         (None, ["preprocessor_config.json"], dict(cache_dir="here", force_download=True)),
     ]
+
+
+def test_token_false_reaches_the_hub_and_asks_for_no_token(hub, hf):
+    asked = []
+    hub(lambda ref, **how: asked.append(how["token"]) or str(hf))
+    ImageGPTConfig.from_pretrained("someone/imagegpt", token=False)
+    assert asked == [False]
+
+
+def test_of_a_bucket_only_the_wanted_file_is_fetched(hf, gs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for file in hf.iterdir():
+        (as_path(gs) / "hf" / file.name).write_bytes(file.read_bytes())
+    assert ImageGPTImageProcessor.from_pretrained(f"{gs}/hf") == ImageGPTImageProcessor.from_pretrained(hf)
+    copied = {path.name.removesuffix(".fetched.json") for path in tmp_path.glob("igpt/fetched/*/*")}
+    assert copied == {"preprocessor_config.json"}
 
 
 def test_a_subfolder_of_the_hub_is_fetched_alone(hub, hf, tmp_path):

@@ -1,18 +1,21 @@
 """Imports of Hugging Face directories and of OpenAI's checkpoints as run directories."""
 
 import json
+import shlex
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import igpt
 from igpt.__main__ import main as run_igpt
 from igpt.errors import UserError
 from igpt.interop.import_run import import_checkpoint, import_directory
+from igpt.interop.processor import ImageGPTImageProcessor
 from igpt.palette import Palette
-from tests.helpers import HF_CLUSTERS, OPENAI_DIMS, hf_model, openai_variables, write_tf_checkpoint
+from tests.helpers import HF_CLUSTERS, OPENAI_DIMS, hf_model, openai_variables, save_hf_model, write_tf_checkpoint
 
 V, D, N, T, F, L = OPENAI_DIMS.values()
 
@@ -117,3 +120,25 @@ def test_the_command_prints_that_a_bert_model_cannot_be_sampled(clusters, tmp_pa
     run_igpt(["import", f"--checkpoint={prefix}", f"--clusters={clusters}", f"--out={tmp_path}/run"])
     printed = capsys.readouterr().out
     assert "BERT objective" in printed and "igpt sample" not in printed
+
+
+def test_given_clusters_replace_only_the_clusters_of_a_processor(tmp_path):
+    hf_model(n_positions=64).save_pretrained(tmp_path / "hf")
+    processor = ImageGPTImageProcessor(-HF_CLUSTERS, size=(4, 16), resample=Image.Resampling.BICUBIC)
+    processor.save_pretrained(tmp_path / "hf")
+    Palette(HF_CLUSTERS).save(tmp_path / "clusters.npy")
+    pretrained = igpt.load(import_directory(tmp_path / "hf", tmp_path / "run", clusters=tmp_path / "clusters.npy"))
+    assert (pretrained.config.data.image_size, pretrained.config.data.filter) == ((4, 16), "bicubic")
+    np.testing.assert_array_equal(pretrained.tokenizer.centers, HF_CLUSTERS.astype(np.float32))
+
+
+def test_the_printed_commands_run_in_a_folder_with_a_space_and_classify(tmp_path, capsys):
+    made = save_hf_model(tmp_path / "hf", hf_model("classes"))
+    run_igpt(["import", f"--from={made}", f"--out={tmp_path}/my run"])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert all(f"--model={tmp_path}/my run" in words for words in commands)
+    assert f"--workdir={tmp_path}/my run/probe" in commands[-1]
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    (predict,) = (words[1:-1] for words in commands if words[:2] == ["igpt", "predict"])
+    run_igpt([*predict, f"{tmp_path}/image.png"])
+    assert "image.png: " in capsys.readouterr().out

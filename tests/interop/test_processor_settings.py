@@ -276,6 +276,8 @@ def test_settings_of_a_call_may_be_settings_of_the_processor():
     processor = make_processor(do_color_quantize=False, data_format="channels_last", return_tensors="np")
     assert processor(PROCESSOR_PICTURE).pixel_values.shape == (1, 13, 11, 3)
     assert processor(PROCESSOR_PICTURE, data_format="channels_first").pixel_values.shape == (1, 3, 13, 11)
+    processor = make_processor(do_color_quantize=False, data_format=None, return_tensors="np")
+    assert processor(PROCESSOR_PICTURE).pixel_values.shape == (1, 3, 13, 11)  # as without the setting
 
 
 @pytest.mark.parametrize("field", ["image_processor_type", "feature_extractor_type"])

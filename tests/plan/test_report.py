@@ -1,9 +1,9 @@
 """What `igpt plan` prints and writes, the documented commands, and docs/plans.md with its record."""
 
+import argparse
 import importlib
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from igpt.__main__ import main as run_igpt
+from igpt.errors import UserError
 from igpt.plan import report
 from igpt.plan.compiled import CHIPS, USABLE_SHARE, compile_plan
 
@@ -63,11 +64,21 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsy
     assert stopped.value.code == 2 and "give v4, v5e" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["absent/plan.json", "."])
+@pytest.mark.parametrize("search", [True, False])
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_compiled(monkeypatch, tmp_path, name, search):
+    for function in ("compile_plan", "search_plans"):
+        monkeypatch.setattr(report, function, lambda *_: pytest.fail("it compiles"))
+    args = argparse.Namespace(config=None, topology="v5e:2x4", json=f"{tmp_path}/{name}", search=search)
+    with pytest.raises(UserError, match="--json=.* cannot be written"):
+        report.run(args)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """benchmarks/plan.py"""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the module sets it; this restores it
     return importlib.import_module("plan")
 
 
@@ -88,6 +99,18 @@ def test_the_record_and_the_guide_match_the_present_code(benchmark):
                 assert again["estimate"][figure] == pytest.approx(plan["estimate"][figure]), (name, figure)
     guide = (ROOT / "docs" / "plans.md").read_text()
     assert f"<!-- table -->\n{benchmark.format_table(RECORD)}\n<!-- /table -->" in guide
+
+
+@pytest.mark.parametrize(("flags", "searched"), [([], 1), (["--enough=2"], 2)])
+def test_without_enough_only_missing_plans_are_searched(benchmark, monkeypatch, tmp_path, flags, searched):
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "plan.json"
+    path.write_text(json.dumps(RECORD | {"plans": {"s v5e:2x4": RECORD["plans"]["s v5e:2x4"]}}))  # its enough is 1
+    again = []
+    monkeypatch.setattr(benchmark, "search_best", lambda size, *_: again.append(size) or RECORD["plans"]["m v5e:2x4"])
+    monkeypatch.setattr(sys, "argv", ["plan.py", f"--out={path}", "--sizes=s,m", "--topologies=v5e:2x4", *flags])
+    benchmark.main()
+    assert len(again) == searched and json.loads(path.read_text())["plans"].keys() == {"s v5e:2x4", "m v5e:2x4"}
 
 
 def test_the_calibration_of_the_guide_is_the_recorded_one():
