@@ -87,6 +87,8 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
         results |= {"step": pretrained.step, "pretrained": fitted}
         results |= {"checkpoints": checkpoints} if len(steps) > 1 else {}
         results["images"] = {name: len(part.labels) for name, part in zip(SPLITS, features, strict=True)}
+        results |= {"solver": solver_settings(config), "metrics": metrics_of_layers(fitted)}
+        write_results(results, workdir)  # so that they are kept if a later fit fails
 
         # Fit the concatenated features of several layers, and subsets with few labels.
         best = fitted["best_layer"]
@@ -97,14 +99,12 @@ def run(config: ConfigDict | ProbeConfig, ref: str | Path, workdir: str | Path) 
             results["few_labels"] = {"layer": best, "features": probe.fit_few(features, best)}
             if config.baselines:
                 results["few_labels"]["raw_pixels"] = probe.fit_few(pixels, 0)
-        results["solver"] = solver_settings(config)
-        results["metrics"] = metrics_of_layers(fitted)
 
         # Write the files. Features are written last: if they fill the disk, the results are already there.
+        write_results(results, workdir)
         if cluster.is_first_process():
             if source.unreadable:  # only images that this process read are listed
                 print(f"passed over {len(source.unreadable)} unreadable images, such as: {source.unreadable[0]}")
-            write_results(results, workdir)
             record_results(results, workdir, trackers, {"model": str(ref)} | config.flat())
             if config.features_out:
                 write_features(dict(zip(SPLITS, features, strict=True)), Path(config.features_out))

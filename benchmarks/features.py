@@ -3,7 +3,8 @@
 pip install -e ".[bench]"
 python benchmarks/features.py --out=benchmarks/results/features_cpu.json
 
-Times alternate in one process. Peak memory is that of one process each, minus what it holds before the first call.
+Times alternate in one process. Peak memory is that of one process each, from the first call on, minus what the process
+holds before that call (from /proc, so on Linux only).
 """
 
 import argparse
@@ -46,10 +47,13 @@ def runs(depth: int, width: int, batch_size: int, names: list[str]) -> dict:
     return found
 
 
-def peak_bytes() -> int:
-    """This process's largest memory. getrusage would count the memory of the process that started it, too."""
+def memory_bytes(kind: str) -> int:
+    """This process's memory: "VmRSS" now, "VmHWM" at its peak.
+
+    getrusage would count the memory of the process that started it, too.
+    """
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", status)[1])
 
 
 def memory_of(name: str, shape: list[str]) -> dict:
@@ -73,9 +77,10 @@ def main() -> None:
     sizes = args.depth, args.width, args.batch_size
     if args.memory_of:
         run = runs(*sizes, [args.memory_of])[args.memory_of]
-        before = peak_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = memory_bytes("VmRSS")
         run()
-        print(json.dumps({"peak": peak_bytes(), "of_the_call": peak_bytes() - before}))
+        print(json.dumps({"peak": (peak := memory_bytes("VmHWM")), "of_the_call": peak - before}))
         return
 
     seconds, failed = {}, {}

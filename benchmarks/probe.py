@@ -32,6 +32,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
+
 import igpt
 from configs import probe_digits
 from igpt.data.examples import EncodedImages, Split

@@ -12,22 +12,24 @@ FOLDER holds the four IDX files of Fashion-MNIST's release. A config with anothe
 """
 
 import argparse
-import importlib
 import json
 import math
-import sys
+import re
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from report import write
 from runs import Runs
 from scaling_fit import LEAST_SIZES, MEANING, agreement, fit
 from scaling_picture import draw
+from study import read_idx
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/
-
+from igpt.command import Parser
 from igpt.config import Config
+from igpt.errors import UserError, reported
 from igpt.flops import train_flops_per_image
 from igpt.model import ModelConfig, count_params
+from igpt.run.flags import parse_with_config
 
 BUDGETS = (4e10, 8e10, 1.6e11, 3.2e11)
 SIZES = ("16x1", "24x1", "24x2", "32x3", "48x4")
@@ -39,33 +41,45 @@ def parameters(model: ModelConfig) -> int:
 
 
 def plan_run(cost: float, size: str, args: argparse.Namespace) -> dict:
-    """What a size would do with a budget: its config fields, parameters, steps and tokens. SystemExit if too little."""
+    """What a size would do with a budget: its config fields, parameters, steps and tokens.
+
+    Raises UserError for a size or a field of --set that cannot be, and for a budget that pays too few steps.
+    """
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+        raise UserError(f"--sizes: {size} is no size; give WIDTHxDEPTH, such as 32x3")
     width, depth = map(int, size.split("x"))
-    base = importlib.import_module(args.config.removesuffix(".py").replace("/", ".")).get_config()
     heads = max(1, width // args.head_size)
+    if width % heads:
+        problem = f"--sizes: {size} has {heads} heads by --head_size={args.head_size}, which do not divide {width}"
+        raise UserError(f"{problem}; give another width or head size")
+    base = with_fields(args.config, args.set)
     base.model.update(width=width, depth=depth, num_heads=heads)
     model = Config.of(base).network()
     steps = int(cost / (train_flops_per_image(model) * args.batch_size))
     if steps < 20:
-        raise SystemExit(f"--budgets: {cost:.2g} FLOPs pay {steps} steps of {size}; drop that size, or pay 20 or more")
+        raise UserError(f"--budgets: {cost:.2g} FLOPs pay {steps} steps of {size}; drop that size, or pay 20 or more")
     rate = min(args.largest_rate, args.rate * math.sqrt(args.rate_width / width))
     fields = {"model.width": width, "model.depth": depth, "model.num_heads": heads}
     fields |= {"train.steps": steps, "train.batch_size": args.batch_size, "optim.warmup_steps": max(1, steps // 10)}
     fields |= {f"train.{name}": steps for name in ("eval_every", "sample_every", "checkpoint_every")}
     fields |= {"optim.name": args.optimizer, "optim.learning_rate": round(rate, 6)}
-    fields |= dict(pair.split("=", 1) for pair in args.set)
+    given = dict(pair.split("=", 1) for pair in args.set)
+    for name in given.keys() & fields.keys():
+        flags = "--sizes, --head_size, --budgets, --batch_size, --optimizer and --rate"
+        raise UserError(f"--set {name}={given[name]}: the plan sets {name} itself; leave it out, and use {flags}")
+    fields |= given
     tokens = steps * args.batch_size * model.seq_len
     run = {"flops": cost, "size": size, "parameters": parameters(model), "all_parameters": count_params(model)}
     return run | {"steps": steps, "tokens": tokens, "fields": fields}
 
 
-def fashion_mnist(idx: str | None, path: Path) -> None:
-    """Writes the .npz that configs/scattered_fashion.py reads, from the IDX files."""
-    from study import read_idx  # the study reads the same files
-
-    if not idx:
-        raise SystemExit("--idx is missing; give the folder of train-images-idx3-ubyte.gz and the other three files")
-    read_idx(idx, path)
+def with_fields(config: str, pairs: list[str]) -> ConfigDict:
+    """The configuration that train.py would read. Raises UserError for a field that is unknown or of a wrong type."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--set {pair}: give FIELD=VALUE, such as model.remat=attention")
+    words = [f"--config={config}", *(f"--config.{pair}" for pair in pairs)]
+    return parse_with_config(Parser("scaling.py", ""), words).config
 
 
 def results_of(run: dict, folder: Path) -> dict:
@@ -94,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate_width", type=int, default=128, help="see --rate")
     parser.add_argument("--largest_rate", type=float, default=1e-2, help="no learning rate is higher")
     parser.add_argument("--probe_images", type=int, default=2000, help="labelled images for the probe")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="more fields of all training runs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of all training runs")
     parser.add_argument("--list", action="store_true", help="print the runs, and run nothing")
     parser.add_argument("--summarize", action="store_true", help="run nothing, read the runs that have finished")
     return parser
@@ -102,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    args.sizes = list(dict.fromkeys(args.sizes))
+    if len(args.sizes) < LEAST_SIZES:
+        raise UserError(f"--sizes: {' '.join(args.sizes)}; a parabola needs {LEAST_SIZES} or more different sizes")
     plans = [plan_run(cost, size, args) for cost in args.budgets for size in args.sizes]
     total = sum(args.budgets) * len(args.sizes)
     if args.list:
@@ -115,14 +132,15 @@ def main() -> None:
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     runs, npz = Runs("scaling", workdir), workdir / "fashion_mnist.npz"
-    own = {} if args.config != parser().get_default("config") else {"data.source": f"scattered:npz:{npz}"}
-    if own and not npz.exists():
-        fashion_mnist(args.idx, npz)
+    clothes = Path(args.config) == Path(parser().get_default("config"))
+    own = {"data.source": f"scattered:npz:{npz}"} if clothes else {}
+    if own and not args.summarize:
+        read_idx(args.idx, npz)
     finished = []
     for plan in plans:
         name = f"{plan['flops']:.2e}_{plan['size']}"
         if not args.summarize:
-            runs.train(name, args.config, **own, **plan["fields"])
+            runs.train(name, args.config, **(own | plan["fields"]))
             runs.probe(name, baselines=False, neighbours=0, train_images=args.probe_images)
         if (runs.path(name) / "probe" / "finished").exists():
             finished.append(results_of(plan, runs.path(name)))
@@ -141,11 +159,14 @@ def main() -> None:
             "across_sizes_at_one_budget": agreement(finished, "flops"),
             "across_budgets_at_one_size": agreement(finished, "size"),
         },
-        "fits": {metric: fit(by_budget, metric) for metric in MEANING},
     }
+    if by_budget:
+        results["fits"] = {metric: fit(by_budget, metric) for metric in MEANING}
     write(f"{args.out}/scaling.json", results)
-    draw(results, f"{args.out}/scaling.png")
+    if by_budget:
+        draw(results, f"{args.out}/scaling.png")
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

@@ -16,8 +16,9 @@ python benchmarks/study.py --workdir=runs/study --out=docs/results --data=fashio
    benchmarks/tiles.py has put photographs there.
 
 Every part is a seeded run of train.py or eval_probe.py in a new process, stored under --workdir. A part that has
-finished is not run again, so the study can be stopped and continued. --summarize runs nothing and reads what exists.
-FOLDER holds the four IDX files of Fashion-MNIST's release; its images are scaled down to 14 x 14.
+finished is not run again, so the study can be stopped and continued; with other settings it is refused. --summarize
+runs nothing and reads what exists. FOLDER holds the four IDX files of Fashion-MNIST's release; its images are scaled
+down to 14 x 14.
 """
 
 import argparse
@@ -36,11 +37,12 @@ from study_findings import findings
 from study_picture import draw
 from tiles import cut
 
+from igpt.errors import UserError, reported
 from igpt.flops import train_flops_per_image
 from igpt.model import ModelConfig
 
 # A classifier of ten classes, at a constant learning rate.
-TUNED = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
+CLASSIFIER = {"model.num_classes": 10, "objective.classification": 1.0, "optim.schedule": "constant"}
 
 
 def fine_tune(study: Runs, config: str, seed: int, fields: dict, gently: dict | None = None) -> None:
@@ -146,7 +148,7 @@ def run_fashion_mnist(study: Runs) -> None:
     }
     often = {"train.eval_every": 500, "train.checkpoint_every": 500, "train.max_to_keep": 8}
     long = small | often | {"train.steps": 4000, "train.sample_every": 4000}
-    tuned = TUNED | {
+    tuned = CLASSIFIER | {
         "optim.learning_rate": 5e-4,
         "train.steps": 3000,
         "train.eval_every": 250,
@@ -171,9 +173,9 @@ def run_fashion_mnist(study: Runs) -> None:
 def run_fashion_codes(study: Runs) -> None:
     vqvae, tokens = study.path("vqvae"), study.path("tokens")
     study.train("vqvae", "configs/vqvae_fashion_mnist.py", **{"data.source": f"npz:{study.workdir}/fashion_mnist.npz"})
-    fractions = "--validation_fraction=0.07142857142857142 --test_fraction=0.14285714285714285"
-    source = f"--source=npz:{study.workdir}/fashion_mnist.npz --size=28 --channels=1 --preprocess=none"
-    prepare = f"-m igpt prepare {source} {fractions} --tokenizer={vqvae} --out={tokens}"
+    fractions = ["--validation_fraction=0.07142857142857142", "--test_fraction=0.14285714285714285"]
+    source = [f"--source=npz:{study.workdir}/fashion_mnist.npz", "--size=28", "--channels=1", "--preprocess=none"]
+    prepare = ["-m", "igpt", "prepare", *source, *fractions, f"--tokenizer={vqvae}", f"--out={tokens}"]
     study.once("tokens", prepare, {}, study.path("tokens.finished"))
 
     codes = {"data.source": f"tokens:{tokens}", "tokenizer": vqvae}
@@ -182,7 +184,7 @@ def run_fashion_codes(study: Runs) -> None:
     network = dict(width=128, depth=4, num_heads=4)
     images = train_flops_per_image(ModelConfig(**network, vocab_size=512, seq_len=49))  # FLOPs of an image of codes
     images /= train_flops_per_image(ModelConfig(**network, vocab_size=16, seq_len=196))  # in images of pixels
-    tuned = TUNED | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+    tuned = CLASSIFIER | {"optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
 
     def length(steps, evaluations):
         every = -(-steps // evaluations)
@@ -221,8 +223,15 @@ def cut_photographs(folder: Path) -> None:
     partial.rename(folder)
 
 
-def read_idx(idx: str, path: Path, shrink: int = 1) -> None:
-    """Writes the 70,000 images of the IDX files as .npz. With `shrink`, each pixel is the mean of shrink x shrink."""
+def read_idx(idx: str | None, path: Path, shrink: int = 1) -> None:
+    """Writes the 70,000 images of the IDX files as .npz, unless `path` exists.
+
+    With `shrink`, each pixel is the mean of shrink x shrink. Raises UserError if no folder `idx` was given.
+    """
+    if path.exists():
+        return
+    if not idx:
+        raise UserError("--idx is missing; give the folder of train-images-idx3-ubyte.gz and the other three files")
 
     def read(kind: str, header: int) -> bytes:
         parts = [Path(idx) / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")]
@@ -255,12 +264,9 @@ def main() -> None:
     needed = {"fashion_mnist": {"fashion_mnist_14.npz": 2}}
     needed["scattered_fashion"] = {"fashion_mnist.npz": 1}
     needed["fashion_codes"] = needed["fashion_mnist"] | {"fashion_mnist.npz": 1}
-    for name, shrink in needed.get(args.data, {}).items():
-        if not (workdir / name).exists():
-            if not args.idx:
-                parser.error("--idx is missing; give the folder of train-images-idx3-ubyte.gz and three more files")
-            read_idx(args.idx, workdir / name, shrink)
     if not args.summarize:
+        for name, shrink in needed.get(args.data, {}).items():
+            read_idx(args.idx, workdir / name, shrink)
         RECIPES[args.data][0](study)
     results = {
         "what": "test accuracies; intervals are 95 %: Student over seeds, Wilson within one run",
@@ -274,4 +280,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

@@ -3,8 +3,8 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-TUNED = {"classes": "classes only", "scratch": "from scratch", "long_scratch": "from scratch, equal compute"}
-TUNED["bert_joint"] = "BERT, joint"
+LABELS = {"classes": "classes only", "scratch": "from scratch", "long_scratch": "from scratch, equal compute"}
+LABELS["bert_joint"] = "BERT, joint"
 
 
 def draw(found: dict, path: str) -> None:
@@ -74,9 +74,9 @@ def draw_networks(panel, by_layer: dict) -> None:
 
 def draw_checkpoints(panel, found: dict) -> None:
     if over_time := found.get("2 accuracy against validation loss"):
-        for seed, points in enumerate(over_time["step, validation loss, test accuracy"]):
+        for number, points in enumerate(over_time["step, validation loss, test accuracy"], start=1):
             _, losses, accuracies = np.array(points).T
-            panel.plot(losses, 100 * accuracies, "o-", label=f"seed {seed}")
+            panel.plot(losses, 100 * accuracies, "o-", label=f"run {number}")
         panel.invert_xaxis()
         panel.legend()
     panel.set(title="best layer of a run's checkpoints", xlabel="validation loss (nats a token)", ylabel="accuracy (%)")
@@ -86,7 +86,7 @@ def draw_tuning(panel, found: dict) -> None:
     if tuning := found.get("4 fine-tuning"):
         names = list(tuning["test_accuracy"])
         means = [100 * tuning["test_accuracy"][name]["mean"] for name in names]
-        panel.barh([TUNED.get(name, name) for name in names], means, color="tab:blue", alpha=0.6)
+        panel.barh([LABELS.get(name, name) for name in names], means, color="tab:blue", alpha=0.6)
         for row, name in enumerate(names):
             values = tuning["test_accuracy"][name]["values"]
             panel.plot(100 * np.array(values), [row] * len(values), "k.")

@@ -7,7 +7,9 @@ The paper's protocol (Chen et al. 2020, section 3.4): momentum 0.9, a cosine to 
 tried from 30 downwards. The paper does not state batch size and augmentation. Here features come from the evaluation
 crop and are standardised, so other learning rates may be best.
 
-Disk: D features of 1.28 million images take 5.1 x D MB per layer: 7.9 GB for L, 16 GB for XL.
+Disk: D features of 1.28 million images take 5.1 x D MB per layer, in every process: 7.9 GB for L, 16 GB for XL. All 61
+layers of XL would be 1 TB, so name some in config.layers. Memory: config.concatenate=5 puts the features of five layers
+side by side, 76 GB for XL.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,9 @@ import re
 import runpy
 from unittest import mock
 
+import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from tests.helpers import ROOT
 
@@ -127,6 +129,15 @@ def test_what_the_paper_found_is_told_of_scattered_images_as_recorded(data, head
         )
     table = dict(re.findall(r"\| ([^|]+) \| (\*\*[^|]+\*\* \| [^|]+ \| [^|]*?) ?\|", section))
     assert {label: row.strip() for label, row in table.items()} == {label: row.strip() for label, row in rows.items()}
+
+
+def test_the_rank_correlation_of_the_digits_is_that_of_the_recorded_checkpoints():
+    recorded = json.loads((ROOT / "docs" / "results" / "study_digits.json").read_text())["findings"]
+    found = recorded["2 accuracy against validation loss"]
+    values = [spearmanr([point[1:] for point in run])[0] for run in found["step, validation loss, test accuracy"]]
+    assert found["rank_correlation"]["values"] == pytest.approx(values)
+    figures = f"{np.mean(values):.2f} over 10 checkpoints, {max(values):.2f} to {min(values):.2f} by seed"
+    assert f"rank correlation {figures}" in DOCUMENTS["reproduce.md"]
 
 
 def test_the_figures_of_the_vqvae_page_are_the_recorded_ones():

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from igpt.errors import UserError
 from tests.helpers import ROOT
 
 ALPHA, BETA = 0.34, 0.28  # Hoffmann et al. 2022 fit the first and the second to text
@@ -113,8 +114,66 @@ def test_a_run_spends_its_budget(scaling):
             assert flops == pytest.approx(cost, rel=0.06)
             assert run["fields"]["optim.warmup_steps"] <= run["steps"] // 2
             assert run["fields"]["optim.name"] == "adam"  # the rates are Adam's
-    with pytest.raises(SystemExit, match="pay 0 steps of 512x8"):
+    with pytest.raises(UserError, match="pay 0 steps of 512x8"):
         module.plan_run(1e9, "512x8", args)
+
+
+def test_fields_that_are_set_change_the_plan_too(scaling):
+    module, _ = scaling
+
+    def plan(*flags):
+        return module.plan_run(1e11, "32x3", module.parser().parse_args(["--workdir=a", "--out=b", *flags]))
+
+    usual, wide = plan(), plan("--set", "model.mlp_width=64", "data.flip=False")
+    assert wide["parameters"] < usual["parameters"] and wide["tokens"] > usual["tokens"]
+    assert wide["fields"]["model.mlp_width"] == "64" and wide["fields"]["data.flip"] == "False"  # as train.py is told
+    for field in ("train.steps=7", "train.batch_size=16", "model.width=48", "optim.learning_rate=1"):
+        with pytest.raises(UserError, match=f"--set {field}: .*plan"):
+            plan("--set", field)
+    for field, message in (
+        ("model.mlpwidth=64", "no field 'mlpwidth'"),
+        ("train.seed", "--set train.seed: give FIELD"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan("--set", field)
+
+
+@pytest.mark.parametrize(
+    "config", ["./configs/digits.py", str(ROOT / "configs" / "digits.py"), "configs/imagenet.py:s"]
+)
+def test_a_config_is_named_as_train_py_names_it(scaling, config):
+    module, _ = scaling
+    args = module.parser().parse_args(["--workdir=a", "--out=b", f"--config={config}"])
+    assert module.plan_run(1e16, "32x3", args)["steps"] > 20
+
+
+@pytest.mark.parametrize(
+    ("last", "message"), [("56x2", "--sizes: 56x2"), ("big", "--sizes: big"), ("16x1", "--sizes: 16x1 24x1 24x2; ")]
+)
+def test_sizes_that_cannot_be_fitted_are_refused_before_a_run(scaling, tmp_path, monkeypatch, last, message):
+    module, _ = scaling
+    argv = [
+        "scaling.py",
+        f"--workdir={tmp_path}",
+        f"--out={tmp_path}",
+        "--idx=nowhere",
+        "--sizes",
+        "16x1",
+        "24x1",
+        "24x2",
+    ]
+    monkeypatch.setattr(sys, "argv", [*argv, last])
+    with pytest.raises(UserError, match=message):
+        module.main()
+
+
+def test_a_summary_without_a_finished_budget_has_no_fits(scaling, tmp_path, monkeypatch):
+    module, _ = scaling
+    argv = ["scaling.py", f"--workdir={tmp_path}", f"--out={tmp_path}", "--summarize"]
+    monkeypatch.setattr(sys, "argv", argv)
+    module.main()
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert found["runs"] == [] and "fits" not in found and not (tmp_path / "scaling.png").exists()
 
 
 def test_the_figures_of_the_scaling_page_are_the_recorded_ones(scaling):

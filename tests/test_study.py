@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt.errors import UserError
 from tests.helpers import ROOT
 
 
@@ -52,6 +53,30 @@ def test_a_part_that_has_finished_is_not_run_again(study):
     assert [command[0] for command in commands] == ["train.py", "eval_probe.py"]
     assert "--config.train.steps=7" in commands[0] and "--config.layers=(1, 2)" in commands[1]
     assert set(runs.seconds()) == {"autoregressive_0", "autoregressive_0/probe"}
+
+
+def test_a_part_that_finished_with_other_settings_is_not_taken_for_this_one(study):
+    runs, commands = study()
+    runs.train("joint_0", "configs/digits.py", **{"train.steps": 7, "seed": 1})
+    with pytest.raises(UserError, match=r"joint_0 has finished with other settings: .*steps=7.*, and now .*steps=8"):
+        runs.train("joint_0", "configs/digits.py", **{"train.steps": 8, "seed": 1})
+    runs.train("joint_0", "configs/digits.py", **{"seed": 1, "train.steps": 7})
+    runs.only = "^scratch"
+    runs.train("joint_0", "configs/digits.py", **{"train.steps": 8})  # not asked for
+    assert len(commands) == 1
+
+
+def test_a_study_may_be_moved_and_its_folder_may_have_a_space(study, tmp_path):
+    from runs import Runs
+
+    runs, commands = study()
+    moved = Runs("set", tmp_path / "a folder")
+    for some in (runs, moved):
+        some.train("joint_0", "configs/digits.py", **{"init_from": some.path("autoregressive_0")})
+    assert f"--workdir={tmp_path}/a folder/set_joint_0" in commands[1]
+    (moved.path("joint_0") / "finished").write_text((runs.path("joint_0") / "finished").read_text())
+    moved.train("joint_0", "configs/digits.py", **{"init_from": moved.path("autoregressive_0")})
+    assert len(commands) == 2
 
 
 def test_only_the_parts_with_a_name_are_run(study):
@@ -129,7 +154,7 @@ def test_features_are_above_the_baselines_only_if_the_intervals_are_disjoint(stu
     runs, _ = study(seeds=3)
     finish(tmp_path, "autoregressive", probe_of, 0.85, untrained, raw)
     found = findings(runs)["1 accuracy by layer"]
-    assert found["disjoint"] is disjoint and found["best_layers"] == [1, 1, 1]
+    assert found["disjoint"] is disjoint and found["best_pretrained"]["layers"] == [1, 1, 1]
     assert found["raw_pixels_interval"] == pytest.approx([raw - 0.05, raw + 0.05])
     assert found["best_pretrained"]["linear"]["mean"] == pytest.approx(0.85)
 
@@ -149,6 +174,69 @@ def test_bert_is_compared_at_equal_compute_and_at_equal_predictions(study, tmp_p
     compared = found["3 as many predicted positions"]
     assert compared["next_pixels_beat_bert_in_the_probe"]["holds"] == holds
     assert compared["bert_layers"][1]["mean"] == compared["probe"]["BERT"]["mean"]
+
+
+def test_runs_are_compared_by_their_seed_and_not_by_their_position(study, tmp_path):
+    from study_findings import findings
+
+    runs, _ = study(seeds=3)
+    finish(tmp_path, "autoregressive", probe_of, 0.85, 0.5, 0.3)
+    finish(tmp_path, "bert", probe_of, 0.6, 0.5, 0.3)
+    (tmp_path / "set_autoregressive_0" / "probe" / "probe.json").unlink()
+    compared = findings(runs)["3 next pixels against BERT"]["next_pixels_beat_bert_in_the_probe"]
+    assert compared["difference"]["values"] == pytest.approx([0.25, 0.25])
+
+
+def test_a_comparison_of_which_one_side_has_not_run_is_left_out(study, tmp_path):
+    from study_findings import findings
+
+    runs, _ = study(seeds=1)
+    for name in ("joint", "classes", "scratch"):
+        place = tmp_path / f"set_{name}_0"
+        place.mkdir()
+        (place / "finetune.json").write_text(json.dumps({"test_accuracy": 0.5, "interval": [0.4, 0.6]}))
+    assert "fine-tuning_beats_the_probe" not in findings(runs)["4 fine-tuning"]
+
+
+def test_a_longer_run_in_colour_is_told_without_the_shorter_one(study, tmp_path):
+    from study_findings import findings
+
+    runs, _ = study(seeds=3)
+    finish(tmp_path, "color_longer", probe_of, 0.85, 0.5, 0.3)
+    (tmp_path / "set_color_longer_0" / "metrics.jsonl").write_text('{"train/loss": 1.0, "eval/loss": 2.0}\n')
+    losses = findings(runs)["7 in colour, on photographs, longer"]["last_losses"]
+    assert losses == {"color_longer": {"train/loss": 1.0, "eval/loss": 2.0}}
+
+
+def test_equally_accurate_checkpoints_have_the_same_rank(study, tmp_path):
+    from study_findings import findings
+
+    runs, _ = study(seeds=1)
+    steps = [dict(step=i, validation_loss=loss, test_accuracy=0.5) for i, loss in enumerate((3.0, 2.0, 1.0))]
+    place = tmp_path / "set_autoregressive_0" / "probes"
+    place.mkdir(parents=True)
+    steps[0]["test_accuracy"] = 0.4
+    (place / "probe.json").write_text(json.dumps({"checkpoints": steps}))
+    found = findings(runs)["2 accuracy against validation loss"]["rank_correlation"]
+    assert found["mean"] == pytest.approx(-(0.75**0.5))
+
+
+def test_a_summary_needs_no_images(benchmarks, tmp_path, monkeypatch):
+    import study
+
+    flags = [f"--workdir={tmp_path}", f"--out={tmp_path}", "--data=fashion_mnist", "--summarize"]
+    monkeypatch.setattr(sys, "argv", ["study.py", *flags])
+    study.main()
+    assert json.loads((tmp_path / "study_fashion_mnist.json").read_text())["findings"] == {}
+    monkeypatch.setattr(sys, "argv", ["study.py", *flags[:-1]])
+    with pytest.raises(UserError, match="--idx is missing"):
+        study.main()
+
+
+def test_every_benchmark_that_reads_a_config_finds_the_configs():
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        path, found, _ = script.read_text().partition("\nfrom configs import ")
+        assert not found or "sys.path.insert(0, " in path, f"{script.name} cannot import configs"
 
 
 def test_the_photographs_behind_the_digits_are_cut_once(benchmarks, tmp_path):

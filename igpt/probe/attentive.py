@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from igpt.loss import cross_entropy
 from igpt.probe.config import AdamW
-from igpt.probe.logistic import Scale, several_batches
+from igpt.probe.logistic import Scale, finite, several_batches
 from igpt.sharding import check_batch_size, replicate
 
 NUMBERS_AT_ONCE = 1 << 25  # features in memory at a time: 128 MiB
@@ -40,7 +40,7 @@ class AttentiveClassifiers(NamedTuple):
 
     params: Pooler
     scale: Scale
-    converged: Bool[np.ndarray, "R"]
+    converged: Bool[np.ndarray, "R"]  # whether the parameters are finite
 
     def predict(self, features: Float[np.ndarray, "N TD"]) -> Int[np.ndarray, "R N"]:
         """Predicts the class of each example. A classifier with parameters that are not finite always predicts -1."""
@@ -82,8 +82,7 @@ def fit_attentive(
         for batches in several_batches(features, labels, by_position(scale), settings, seed, mesh, at_once):
             carry = _descend(carry, *batches, rates, np.float32(settings.weight_decay))
     params, _ = carry
-    finite = np.logical_and.reduce([np.isfinite(np.asarray(x)).reshape(R, -1).all(axis=1) for x in params])
-    return AttentiveClassifiers(params, scale, finite)
+    return AttentiveClassifiers(params, scale, finite(jax.device_get(params)))
 
 
 def by_position(scale: Scale):
@@ -102,8 +101,7 @@ def logits(params: Pooler, rows: Float[Array, "n T D"]) -> Float[Array, "R n C"]
 
 @jax.jit
 def _predict(params, rows):
-    finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in params]
-    return jnp.where(jnp.stack(finite).all(axis=0)[:, None], jnp.argmax(logits(params, rows), axis=-1), -1)
+    return jnp.where(finite(params)[:, None], jnp.argmax(logits(params, rows), axis=-1), -1)
 
 
 def objective(params: Pooler, rows: Float[Array, "n T D"], targets: Int[Array, "n"]) -> Float[Array, ""]:

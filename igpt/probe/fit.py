@@ -43,7 +43,7 @@ def fit_probe(parts: Sequence[Features], layers: Sequence[int], config: ProbeCon
     (SGD, AdamW). If several are equally accurate, the smallest C or rate is chosen. Training has one mask; in other
     splits, the predictions under all masks of an image vote. An example counts as wrong if its class does not occur in
     training, or if the classifier diverged. Returns the solver, the chosen C or rate, the accuracies, and the 95 %
-    interval of the test accuracy.
+    interval of the test accuracy. `converged` tells of SGD and AdamW only that the parameters are finite.
     """
     train, validation, test = ((part.joined(layers), part.labels) for part in parts)
     classes, targets = np.unique(train[1], return_inverse=True)
@@ -136,6 +136,8 @@ class Probe:
         # Of labels in files, only the first were checked before. Now all are in memory.
         splits = zip(self.source.splits().values(), kept, strict=True)
         check_labels(*(dataclasses.replace(split, labels=part.labels) for split, part in splits))
+        for count in self.config.labels_per_class:  # unreadable images may have left a class with fewer
+            few_labels(kept[0].labels, count, seed=0)
         return kept
 
     def fit(self, parts: list[Features], layers: list[int]) -> dict:

@@ -5,6 +5,7 @@ classifiers. Dims: N examples, D features, C classes.
 """
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Classifiers(NamedTuple):
     kernel: Float[Array | np.ndarray, "R D C"]  # on the devices, or on the host
     bias: Float[Array | np.ndarray, "R C"]
     scale: Scale
-    converged: Bool[np.ndarray, "R"]
+    converged: Bool[np.ndarray, "R"]  # of SGD: whether the parameters are finite
 
     def predict(self, features: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "R N"]:
         """Predicts the class of each example. A classifier with parameters that are not finite always predicts -1."""
@@ -70,16 +71,19 @@ class Classifiers(NamedTuple):
 @jax.jit
 def _predict(kernel, bias, rows):
     classes = jnp.argmax(_logits(kernel, bias, rows), axis=-1)
-    finite = jnp.isfinite(kernel).all(axis=(1, 2)) & jnp.isfinite(bias).all(axis=1)
-    return jnp.where(finite[:, None], classes, -1)
+    return jnp.where(finite((kernel, bias))[:, None], classes, -1)
 
 
 def _predict_on_host(kernel, bias, rows):
     """`_predict` without a compilation."""
     with threadpool_limits(1, "blas"):
         classes = np.argmax(rows @ kernel + bias[:, None], axis=-1)
-    finite = np.isfinite(kernel).all(axis=(1, 2)) & np.isfinite(bias).all(axis=1)
-    return np.where(finite[:, None], classes, -1)
+    return np.where(finite((kernel, bias))[:, None], classes, -1)
+
+
+def finite(params: tuple[Array | np.ndarray, ...]) -> Bool[Array | np.ndarray, "R"]:
+    """Whether all parameters of each of R classifiers are finite. Arrays of NumPy stay on the host."""
+    return functools.reduce(operator.and_, ((abs(x) < np.inf).reshape(len(x), -1).all(axis=1) for x in params))
 
 
 def _logits(kernel: Float[Array, "R D C"], bias: Float[Array, "R C"], rows: Float[Array, "n D"]):
@@ -156,8 +160,8 @@ def fit_sgd(
     with jax.set_mesh(mesh):
         for batches in several_batches(features, labels, scale, sgd, seed, mesh, STEPS_AT_ONCE):
             carry = _descend(carry, *batches, rates, np.float32(sgd.weight_decay))
-    (kernel, bias), _ = carry
-    return Classifiers(kernel, bias, scale, np.isfinite(np.asarray(bias)).all(axis=1))
+    params, _ = carry
+    return Classifiers(*params, scale, finite(jax.device_get(params)))
 
 
 def several_batches(features, labels, scale, settings: SGD, seed: int, mesh: Mesh, at_once: int) -> Iterator[tuple]:

@@ -23,13 +23,18 @@ def fit_newton(
 ) -> Classifiers:
     """Fits what scikit-learn's LogisticRegression(C) fits, for each C of `Cs`, as `logistic.fit_lbfgs` does.
 
-    Each process fits all rows, and then takes the result of process 0: processors may round differently.
+    Each process fits all rows, and then takes the result of process 0: processors may round differently. If a feature
+    is not finite, all parameters are NaN.
     """
     scale, count = Scale.of(features), len(features)
+    scaled = scale(features).astype(np.float64)
+    if not np.isfinite(scaled).all():  # NumPy's SVD would raise LinAlgError
+        kernel = np.full((len(Cs), features.shape[1], num_classes), np.nan, np.float32)
+        return Classifiers(kernel, kernel[:, 0], scale, np.zeros(len(Cs), bool))
     # One thread: products this small are slower with several, which burn processor time while they wait.
     with threadpool_limits(1, "blas"):
         # On its principal axes the Hessian is nearly diagonal. A rotation changes neither losses nor penalties.
-        left, sizes, axes = np.linalg.svd(scale(features).astype(np.float64), full_matrices=False)
+        left, sizes, axes = np.linalg.svd(scaled, full_matrices=False)
         problem = Problem.of(left * sizes, labels, num_classes)
         weights, kernel, bias, largest = np.zeros((num_classes, len(sizes) + 1)), {}, {}, {}
         for C in sorted(Cs):

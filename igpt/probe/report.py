@@ -7,6 +7,7 @@ from pathlib import Path
 from igpt.errors import UserError
 from igpt.files import AnyPath, is_bucket, write_json
 from igpt.plots import probe_curve
+from igpt.run.cluster import is_first_process
 from igpt.track.lines import records
 from igpt.track.trackers import Trackers
 
@@ -33,7 +34,9 @@ def metrics_of_layers(fitted: dict, name: str = "accuracy_layer") -> dict:
 
 
 def write_results(results: dict, workdir: AnyPath) -> None:
-    """Writes probe.json and probe.png. Raises UserError, with the table of results, if that fails."""
+    """Process 0 writes probe.json and probe.png. Raises UserError, with the table of results, if that fails."""
+    if not is_first_process():
+        return
     with _errors_with_table(results, workdir):
         write_json(workdir / "probe.json", results, indent=2)
         probe_curve(results, workdir / "probe.png")

@@ -203,15 +203,19 @@ def test_bert_is_probed_under_masks_and_trains_on_one(source, tmp_path, eval_mas
     assert arrays["train_layer_01"].ndim == 2 and arrays["validation_layer_01"].ndim == expected.ndim
 
 
-def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
-    images, labels = grey_pictures(90)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = tmp_path / "photos" / f"class{label}" / f"{i:03d}.png"
+def photos(folder):
+    """Writes 90 pictures of three classes, of which 10 of the first class are broken."""
+    for i, (image, label) in enumerate(zip(*grey_pictures(90), strict=True)):
+        path = folder / "photos" / f"class{label}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
         if i % 9 == 0:
             path.write_bytes(b"no image")
-    run = write_run(tmp_path / "run", f"folder:{tmp_path / 'photos'}", steps=(1,), on_unreadable="skip", depth=1)
+    return folder / "photos"
+
+
+def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
+    run = write_run(tmp_path / "run", f"folder:{photos(tmp_path)}", steps=(1,), on_unreadable="skip", depth=1)
     config = probe_config(layers=(1,), labels_per_class=(3,), subsets=2, features_out=str(tmp_path / "features.npz"))
     results = eval_probe.run(config, run, tmp_path / "probe")
     arrays = arrays_of(tmp_path / "features.npz")
@@ -223,6 +227,25 @@ def test_unreadable_images_are_left_out_of_everything(tmp_path, capsys):
     chosen = few_labels(arrays["train_labels"], 3, seed=1)
     accuracy = fit_again(arrays, [1], chosen)["test_accuracy"]
     assert results["few_labels"]["features"][0]["accuracies"][1] == accuracy
+
+
+def test_labels_that_unreadable_images_take_away_are_missed_before_anything_is_fitted(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", f"folder:{photos(tmp_path)}", steps=(1,), on_unreadable="skip", depth=1)
+    count = int(np.bincount(open_source(igpt.load(run).config.data).train.labels).min())  # of files
+    monkeypatch.setattr(fit, "fit_probe", lambda *_: pytest.fail("fitted"))
+    with pytest.raises(UserError, match=f"{count} labels of each class were asked for, but class 0 has only"):
+        eval_probe.run(probe_config(labels_per_class=(count,)), run, tmp_path / "probe")
+
+
+def test_a_late_failure_keeps_the_results_of_the_layers(monkeypatch, trained, tmp_path):
+    def fail(*_):
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(fit.Probe, "fit_few", fail)
+    with pytest.raises(RuntimeError, match="late"):
+        eval_probe.run(probe_config(labels_per_class=(2,), layers=(1,)), trained, tmp_path / "probe")
+    kept = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert kept["pretrained"]["best_layer"] == 1 and "few_labels" not in kept
 
 
 def test_the_images_are_the_runs_own_unless_the_probe_names_others(trained, tmp_path, monkeypatch):

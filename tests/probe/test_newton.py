@@ -121,3 +121,12 @@ def test_newton_reads_features_from_a_file(tmp_path):
     mapped = np.memmap(tmp_path / "features.f32", np.float32, "r", shape=TRAIN[0].shape)
     in_memory, in_file = (fit_newton(rows, TRAIN[1], CLASSES, (0.1,), 1000) for rows in (TRAIN[0], mapped))
     np.testing.assert_array_equal(in_memory.kernel, in_file.kernel)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_features_that_are_not_finite_have_no_classifier(wrong):
+    features = TRAIN[0].copy()
+    features[3, 5] = wrong
+    ours = fit_newton(features, TRAIN[1], CLASSES, PENALTIES, 1000)
+    assert not ours.converged.any() and (ours.predict(TEST[0]) == -1).all()
+    assert ours.kernel.shape == (len(PENALTIES), features.shape[1], CLASSES)
