@@ -71,9 +71,9 @@ def by_rows(linear: Linear, dtype: str, equation: str) -> Callable[..., Array]:
 
 
 def prefill(model: ImageGPT, inputs: Int[Array, "B P"], given: Array | int) -> tuple[Float[Array, "B V"], KVCache]:
-    """Reads the first `given` of `model.inputs`. Returns the logits of the next token and a cache of P positions.
+    """Reads the first `given` of P inputs. Returns the logits of the next token, and a cache of P positions.
 
-    The inputs at index `given` and above are padding; `decode` overwrites their cache entries.
+    The other inputs are padding. The cache has entries for them, too, which `decode` overwrites.
     """
     x, outputs = model.run_blocks(model.embed(inputs))
     last = jax.lax.dynamic_slice_in_dim(x, given - 1, 1, axis=1)

@@ -24,13 +24,13 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int | float = 0
     top_p: float = 1.0
 
     def __post_init__(self):
         if not (self.temperature >= 0.0 and np.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if not (self.top_k >= 0 and self.top_k % 1 == 0):
             raise UserError(f"top_k is {self.top_k}; give the number of tokens to keep, or 0 for all")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all)")
@@ -47,14 +47,14 @@ class Sampling:
         return self.temperature, self.greedy, int(self.top_k) if self.top_k < vocab_size else 0, self.top_p
 
 
-def image_keys(seed: int, num: int, first: int = 0) -> Array:
+def image_keys(seed: int | float, num: int, first: int = 0) -> Array:
     """Random keys for `num` images, numbered from `first`. Image i depends on the seed and i, but not on its batch.
 
     Raises UserError unless the seed is in 0..2**32 - 1: JAX would draw the same from seeds that differ by 2**32.
     """
     if not 0 <= seed <= LARGEST_SEED or seed != int(seed):
         raise UserError(f"seed is {seed}; it must be a whole number from 0 to {LARGEST_SEED}")
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(num))
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(int(seed))))(first + jnp.arange(num))
 
 
 def draw_tokens(keys, temperature, greedy: bool, top_k: int, top_p: float, logits, position) -> Int[Array, "B"]:

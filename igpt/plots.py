@@ -86,6 +86,7 @@ def confusion_picture(counts: np.ndarray, path, class_names: Sequence[str] | Non
             if class_names:
                 names = [name if len(name) <= 20 else f"{name[:19]}..." for name in class_names]
                 names = [name.replace("$", r"\$") for name in names]  # "$" would begin a formula
+                names = [name if _has_glyphs(name) else str(i) for i, name in enumerate(names)]
                 axes.set_xticklabels(names, rotation=90)
                 axes.set_yticklabels(names)
             for (row, column), count in np.ndenumerate(counts):
@@ -93,6 +94,14 @@ def confusion_picture(counts: np.ndarray, path, class_names: Sequence[str] | Non
                     color = "white" if shares[row, column] > 50 else "black"
                     axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
         axes.figure.colorbar(image, label="% of the true class")
+
+
+def _has_glyphs(text: str) -> bool:
+    """Whether matplotlib's fonts have every letter of a text. It draws a box for another one, and warns."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in FontProperties().get_family()]
+    return all(any(font.get_char_index(ord(letter)) for font in fonts) for letter in text)
 
 
 def probe_curve(results: dict, path) -> None:
@@ -116,7 +125,8 @@ def probe_curve(results: dict, path) -> None:
             if "neighbours" in pixels:
                 votes, label = 100 * pixels["neighbours"], "raw pixels, nearest neighbours"
                 axes.axhline(votes, color="tab:orange", linestyle=":", label=label)
-        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=layers, title="probe by layer")
+        ticks = layers[:: math.ceil(len(layers) / 25)]  # more of them overlap
+        axes.set(xlabel="layer", ylabel="test accuracy (%)", xticks=ticks, title="probe by layer")
         axes.figure.legend(loc="outside lower center", ncols=2)  # inside, it would lie over a curve
         axes.grid(alpha=0.3)
 

@@ -73,7 +73,7 @@ def inputs_of(model: ImageGPT, prefix: Integer[np.ndarray, "B P"]) -> Integer[np
         return np.concatenate([start, prefix], axis=1)
     if prefix.shape[1] == 0:
         problem = "this model was trained without SOS (model.sos=False), so that it knows no first pixel"
-        raise UserError(f"{problem}; give it the upper rows of an image: --complete, with --keep for a row or more")
+        raise UserError(f"{problem}; complete an image, of which you keep a row or more (igpt sample: --complete)")
     return prefix
 
 
@@ -222,8 +222,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--num", type=at_least(1), default=16, help="samples, or completions per image (default 16)")
     parser.add_argument("--complete", metavar="IMAGE", help="an image file, or 'test' for images of the test split")
-    parser.add_argument("--images", type=at_least(1), default=8, help="images of the test split (default 8)")
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows that is given (default 0.5)")
+    parser.add_argument("--images", type=at_least(1), help="with --complete=test: how many images (default 8)")
+    parser.add_argument("--keep", type=float, help="with --complete: fraction of the rows that is given (default 0.5)")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy (default 1)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens (default 0: from all)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest share p (default 1: all)")
@@ -234,7 +234,9 @@ def add_arguments(parser: Parser) -> None:
 def run(args) -> None:
     """Samples or completes images and writes the picture."""
     join_from(args)
+    _check_completion(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    keep = 0.5 if args.keep is None else args.keep
     if is_first_process():
         check_writable(args.out)
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
@@ -242,12 +244,12 @@ def run(args) -> None:
     clock = Clock()
     options = args.num, args.seed, sampling, args.batch_size, clock
     with jax.set_mesh(mesh):
-        if args.complete:
+        if args.complete is not None:
             images = _images_to_complete(args, pretrained.config)
-            continuations = complete_images(pretrained, images, args.keep, *options)
+            continuations = complete_images(pretrained, images, keep, *options)
             count = len(images) * args.num
-            picture = completion_picture(pretrained.tokenizer, images, args.keep, continuations)
-            note = kept_note(pretrained.tokenizer, images.shape[1:3], args.keep)
+            picture = completion_picture(pretrained.tokenizer, images, keep, continuations)
+            note = kept_note(pretrained.tokenizer, images.shape[1:3], keep)
         else:
             count, note = args.num, ""
             picture = image_grid(sample_images(pretrained, *options))
@@ -258,13 +260,23 @@ def run(args) -> None:
         print(f"wrote {args.out}")
 
 
+def _check_completion(args) -> None:
+    """Raises UserError for flags of completions that would be ignored."""
+    if args.complete == "":
+        raise UserError("--complete is empty; name an image file, or 'test' for images of the test split")
+    if args.keep is not None and args.complete is None:
+        raise UserError(f"--keep={args.keep} needs --complete: without it, whole images are drawn")
+    if args.images is not None and args.complete != "test":
+        raise UserError(f"--images={args.images} needs --complete=test; --num is the number of pictures to draw")
+
+
 def _images_to_complete(args, config: Config) -> np.ndarray:
     """Returns the image of the file --complete, or the first --images images of the test split: uint8 [N, H, W, 3]."""
     if args.complete != "test":
         return read_image(args.complete, picture_settings(config, "shrink"))[None]
     if not config.data.source:
         raise UserError(f"{args.model} was not trained here and has no test split; give an image file")
-    return open_source(config.data).test.images[: args.images]
+    return open_source(config.data).test.images[: args.images or 8]
 
 
 def kept_note(tokenizer: Tokenizer, size: tuple[int, int], keep: float) -> str:
@@ -285,5 +297,5 @@ def completion_picture(tokenizer: Tokenizer, images: np.ndarray, keep: float, co
     given, height = originals.copy(), images.shape[1]
     rows = tokenizer.grid(*images.shape[1:3])[0]
     given[:, kept_rows(keep, rows) * height // rows :] = 255
-    rows = np.concatenate([given[:, None], continuations, originals[:, None]], axis=1)
-    return image_grid(rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1])
+    cells = np.concatenate([given[:, None], continuations, originals[:, None]], axis=1)
+    return image_grid(cells.reshape(-1, *images.shape[1:]), columns=cells.shape[1])

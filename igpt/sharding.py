@@ -130,8 +130,8 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int
     if devices % fixed or (not free and fixed != devices):
         asked = f"{'a multiple of ' if free else ''}{fixed} devices"
         raise UserError(
-            f"mesh {sizes} asks for {asked}, but there are {devices}; choose sizes with that product. Of a CPU, the "
-            "commands make mesh.cpu_devices; in Python, set jax.config.jax_num_cpu_devices before JAX starts"
+            f"mesh {sizes} asks for {asked}, but there are {devices}; choose sizes with that product. The "
+            "environment variable JAX_NUM_CPU_DEVICES, or mesh.cpu_devices of a configuration, makes several of a CPU"
         )
     return sizes | dict.fromkeys(free, devices // fixed)
 

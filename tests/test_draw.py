@@ -41,7 +41,7 @@ def test_top_p_keeps_the_smallest_set_of_that_mass():
     "settings",
     [
         *({"temperature": value} for value in (-1.0, float("nan"), float("inf"))),
-        {"top_k": -1},
+        *({"top_k": value} for value in (-1, 1.5, float("nan"), float("inf"))),
         *({"top_p": value} for value in (0.0, 1.5, float("nan"))),
     ],
     ids=str,
@@ -62,3 +62,7 @@ def test_seeds_that_would_repeat_others_are_refused(seed):
     with pytest.raises(UserError, match=f"seed is {seed}; it must be a whole number from 0 to 4294967295"):
         image_keys(seed, 2)
     assert (jax.random.key_data(image_keys(2**32 - 1, 1)) != jax.random.key_data(image_keys(0, 1))).any()
+
+
+def test_a_whole_seed_may_be_a_float():
+    np.testing.assert_array_equal(jax.random.key_data(image_keys(3.0, 2)), jax.random.key_data(image_keys(3, 2)))

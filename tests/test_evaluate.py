@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import re
 
@@ -13,7 +14,7 @@ from igpt.data.batches import Drops
 from igpt.data.examples import Split
 from igpt.errors import UserError
 from igpt.evaluate import evaluate
-from tests.helpers import pretrained_and_split
+from tests.helpers import pretrained_and_split, records
 
 
 def nats(logits, tokens):
@@ -30,7 +31,7 @@ def test_the_loss_is_a_mean_over_images_for_any_batch_size():
         results = evaluate(pretrained, split, batch_size)
         assert results["images"] == 23
         np.testing.assert_allclose(results["loss"], each.mean(), rtol=1e-5)
-        np.testing.assert_allclose(results["standard_error"], each.std() / np.sqrt(23), rtol=1e-4)
+        np.testing.assert_allclose(results["standard_error"], each.std(ddof=1) / np.sqrt(23), rtol=1e-4)
         np.testing.assert_allclose(results["bits_per_dim"], each.mean() / np.log(2), rtol=1e-5)
 
 
@@ -98,6 +99,64 @@ def test_a_folder_of_one_image_is_evaluated_whole(named_run, tmp_path, capsys):
     Image.fromarray(images[np.argmax(labels == 2)]).save(path)
     figures, _ = figures_of(capsys, run, tmp_path / "out.json", "--split=all", f"--source=folder:{tmp_path}/photos")
     assert figures["images"] == 1 and list(figures["accuracy_by_class"]) == ["light"] and figures["split"] == "all"
+    assert "loss" in figures and "standard_error" not in figures  # one number has no spread
+
+
+def test_evaluations_into_one_folder_add_to_what_is_there(named_run, tmp_path, capsys):
+    run, *_ = named_run
+    earlier = {"step": 9, "probe/accuracy": 0.5}  # as a probe of a later checkpoint leaves it
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(earlier) + "\n")
+    figures = {}
+    for split in ("all", "test"):
+        flags = (f"--split={split}", f"--workdir={tmp_path}", "--track=")
+        figures[split], _ = figures_of(capsys, run, tmp_path / "out.json", *flags)
+    found = records(tmp_path)
+    assert found[0] == earlier and [record["step"] for record in found] == [9, 2, 2]
+    for split, record in zip(figures, found[1:], strict=True):
+        assert record[f"{split}/loss"] == figures[split]["loss"]
+
+
+def test_unreadable_images_are_passed_over_if_asked_for_and_counted(named_run, tmp_path, capsys):
+    run, images, labels = named_run
+    for i in range(5):
+        path = tmp_path / "photos" / ("dark", "medium", "light")[labels[i]] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+    path.write_bytes(b"no image")
+    flags = ("--split=all", f"--source=folder:{tmp_path}/photos")
+    with pytest.raises(SystemExit):
+        figures_of(capsys, run, tmp_path / "out.json", *flags)
+    assert "(igpt prepare and igpt evaluate: --on_unreadable=skip); or remove it" in capsys.readouterr().err
+    figures, said = figures_of(capsys, run, tmp_path / "out.json", *flags, "--on_unreadable=skip")
+    assert figures["images"] == 4 and "passed over 1 unreadable images, such as: " in said and "4.png" in said
+
+
+def test_printed_numbers_are_short(named_run, tmp_path, capsys):
+    figures, said = figures_of(capsys, named_run[0], tmp_path / "out.json")
+    low, high = figures["interval"]
+    assert f"{'interval':<20}{low:.4f} to {high:.4f}\n" in said and f"{'loss':<20}{figures['loss']:.6g}\n" in said
+    assert not re.search(r"\.\d{10}", said)
+
+
+def test_a_source_of_another_size_or_too_few_images_is_explained_by_flags_of_the_command(
+    named_run, write_npz, tmp_path, capsys
+):
+    run, images, labels = named_run
+    path = write_npz(images=images[:, :3], labels=labels)
+    with pytest.raises(SystemExit):
+        run_igpt(["evaluate", f"--model={run}", f"--source=npz:{path}"])
+    assert "--preprocess=shrink (igpt)" in capsys.readouterr().err
+    path = write_npz(images=images[:3], labels=labels[:3])
+    with pytest.raises(SystemExit):
+        run_igpt(["evaluate", f"--model={run}", f"--source=npz:{path}", "--split=validation"])
+    assert "igpt evaluate reads all of them with --split=all" in capsys.readouterr().err
+
+
+def test_a_second_evaluation_compiles_nothing(monkeypatch):
+    pretrained, split, _ = pretrained_and_split(num_classes=3)
+    evaluate(pretrained, split, 10)
+    monkeypatch.setattr("igpt.evaluate.make_loss", lambda *_: pytest.fail("traced again"))
+    evaluate(pretrained, split, 10)
 
 
 def test_bert_predicts_what_its_masks_drop_without_bits_per_dim():
@@ -136,10 +195,13 @@ def test_the_command_evaluates_a_run_on_its_own_data_and_on_others(tiny_config, 
     assert json.loads((tmp_path / "other.json").read_text())["images"] == 2
 
 
-def test_results_that_cannot_be_written_are_printed_all_the_same(named_run, tmp_path, capsys):
-    path, *_ = named_run
+def test_results_that_cannot_be_written_are_printed_all_the_same(named_run, tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("igpt.evaluate.write_json", fails)
     with pytest.raises(SystemExit):
-        run_igpt(["evaluate", f"--model={path}", f"--json={tmp_path}/absent/results.json"])
+        run_igpt(["evaluate", f"--model={named_run[0]}", f"--json={tmp_path}/results.json"])
     printed = capsys.readouterr()
     assert "accuracy" in printed.out and "--json=" in printed.err
 
@@ -149,6 +211,12 @@ def test_results_that_cannot_be_written_are_printed_all_the_same(named_run, tmp_
     [
         (["--model=absent"], "no directory absent"),
         (["--model=absent", "--batch_size=0"], "--batch_size is 0"),
+        (
+            ["--model=absent", "--json=absent/a.json"],
+            "--json=absent/a.json cannot be written; name a file in an existing",
+        ),
+        (["--model=absent", "--track=wandb"], "--track=wandb needs --workdir"),
+        (["--model=absent", "--workdir="], "--workdir is empty"),
         (["--model=absent", "--workdir=run"], "--workdir=run holds a run or a model; name another folder"),
     ],
 )

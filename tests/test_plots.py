@@ -1,12 +1,15 @@
+import contextlib
 import os
 import subprocess
 import sys
+import warnings
 
 import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
+from igpt import plots
 from igpt.errors import UserError
 from igpt.plots import (
     check_drawing,
@@ -51,6 +54,35 @@ def test_the_probe_curve_is_a_picture(tmp_path):
     layers = {"layers": [entry(0, 0.5), entry(1, 0.7)]}
     probe_curve({"pretrained": layers, "random_init": layers, "raw_pixels": entry(None, 0.6)}, tmp_path / "probe.png")
     assert Image.open(tmp_path / "probe.png").size[0] > 300
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of every figure that is written."""
+    axes, figure = [], plots._figure
+
+    @contextlib.contextmanager
+    def kept(*arguments, **named):
+        with figure(*arguments, **named) as one:
+            axes.append(one)
+            yield one
+
+    monkeypatch.setattr(plots, "_figure", kept)
+    return axes
+
+
+def test_the_probe_curve_of_a_deep_model_names_only_as_many_layers_as_can_be_read(drawn, tmp_path):
+    for count, ticks in ((2, 2), (25, 25), (26, 13), (49, 25)):
+        fits = [{"layer": i, "test_accuracy": 0.5, "interval": (0.4, 0.6)} for i in range(count)]
+        probe_curve({"pretrained": {"layers": fits}}, tmp_path / "probe.png")
+        assert len(drawn[-1].get_xticks()) == ticks and drawn[-1].get_xticks()[0] == 0
+
+
+def test_a_class_whose_name_the_font_lacks_has_its_number(drawn, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confusion_picture(np.eye(4, dtype=int), tmp_path / "a.png", ["Äpfel", "\u732b", "cat \u72ac", "$x^$"])
+    assert [text.get_text() for text in drawn[0].get_yticklabels()] == ["Äpfel", "1", "2", r"\$x^\$"]
 
 
 @pytest.mark.parametrize("colors", [1, 17, 512, 1021])

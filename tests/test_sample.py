@@ -163,7 +163,7 @@ def test_a_bert_model_does_not_sample():
 
 def test_a_model_without_sos_draws_no_first_pixel():
     model = random_model(dataclasses.replace(TINY_MODEL, sos=False))
-    with pytest.raises(UserError, match=r"without SOS .*, so that it knows no first pixel; give .*--complete"):
+    with pytest.raises(UserError, match=r"without SOS .*, so that it knows no first pixel; complete an image"):
         sample_tokens(model, nothing(1), image_keys(0, 1))
 
 
@@ -180,6 +180,22 @@ def test_the_command_refuses_such_a_seed(capsys):
     with pytest.raises(SystemExit) as caught:
         run_igpt(["sample", "--model=nowhere", "--out=x.png", "--seed=4294967296"])
     assert caught.value.code == 2 and "--seed is 4294967296; it must be at most 4294967295" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--complete="], "--complete is empty; name an image file, or 'test'"),
+        (["--keep=0.3"], "--keep=0.3 needs --complete"),
+        (["--images=3"], "--images=3 needs --complete=test"),
+        (["--complete=photo.png", "--images=3"], "--images=3 needs --complete=test"),
+    ],
+    ids=str,
+)
+def test_flags_of_completions_are_not_ignored(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_igpt(["sample", "--model=nowhere", f"--out={tmp_path}/x.png", *flags])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_prefix_has_only_ids_of_colours():

@@ -64,7 +64,7 @@ def split_indices(
         found = ", ".join(f"{size} for {name}" for name, size in sizes.items())
         raise UserError(
             f"{count} {what} split into {found}; each needs at least one, so give more images or change "
-            "data.validation_fraction and data.test_fraction"
+            "data.validation_fraction and data.test_fraction; igpt evaluate reads all of them with --split=all"
         )
     ends = np.cumsum([sizes["train"], sizes.get("validation", 0)])
     return np.split(np.random.default_rng(settings.split_seed).permutation(count), ends)

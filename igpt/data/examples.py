@@ -106,7 +106,8 @@ class EncodedImages(Images):
                     return self.preprocess(image, draws, name), index
                 except UnreadableImage as error:
                     if not self.skip:
-                        raise UserError(f"{error}. data.on_unreadable=skip passes over such images") from None
+                        remedy = "skip passes over such images (igpt prepare and igpt evaluate: --on_unreadable=skip)"
+                        raise UserError(f"{error}. data.on_unreadable={remedy}; or remove it") from None
                     self.unreadable[index] = str(error)
             index = (index + 1) % len(self)
         raise UserError(f"none of {len(self)} images can be read; the first: {self.unreadable[min(self.unreadable)]}")

@@ -34,19 +34,24 @@ def open_source(settings, is_command: bool = False, whole: bool = False) -> Sour
     """Opens the source that a DataConfig, or a mapping with the same fields, describes.
 
     Raises UserError if the images do not have the size and the channels of `settings`. With `is_command`, the message
-    names flags of `igpt prepare`, otherwise flags of train.py. `whole`: see `load_source`.
+    names flags of `igpt prepare`, otherwise those of the other commands. `whole`: see `load_source`.
     """
     settings = DataConfig.of(settings)
     source = load_source(settings, whole)
     if source.image_size != settings.image_size or source.channels != settings.channels:
         height, width = source.image_size
-        prefix = "--" if is_command else "--config.data."
-        size = f"size={height}x{width}" if is_command else f"image_size='({height},{width})'"
+        if is_command:
+            as_they_are = f"use the images as they are, set --size={height}x{width} --channels={source.channels}"
+            resize = "--preprocess=shrink"
+        else:
+            fields = f"--config.data.image_size='({height},{width})' --config.data.channels={source.channels}"
+            as_they_are = f"train on the images as they are, set {fields}"
+            resize = "--config.data.preprocess=shrink (train.py), --config.preprocess=shrink (eval_probe.py) or "
+            resize += "--preprocess=shrink (igpt)"
         raise UserError(
             f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), but "
-            f"the settings ask for {' x '.join(map(str, settings.image_size))} with {settings.channels}. To use the "
-            f"images as they are, set {prefix}{size} {prefix}channels={source.channels}"
-            + ("" if source.tokenizer else f". To resize them, set {prefix}preprocess=shrink")
+            f"the settings ask for {' x '.join(map(str, settings.image_size))} with {settings.channels}. To "
+            f"{as_they_are}" + ("" if source.tokenizer else f". To resize them, set {resize}")
         )
     return source
 

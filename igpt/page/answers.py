@@ -28,13 +28,16 @@ NEIGHBOURS = 8
 
 
 class Answers:
-    """Answers for one model. One computation runs at a time. Raises UserError for a wrong request."""
+    """Answers for one model. One drawing or search runs at a time. Raises UserError for a wrong request."""
 
     def __init__(self, run: Run, train_images: int, probe: str | Path | None = None):
         self.run, self.data = run, run.config.data
         self.computing, self.decoding = threading.Lock(), threading.Lock()
         self.probe_folder = as_path(probe) if probe else run.path / "probe"
+        if self.probe_folder.is_file():
+            self.probe_folder = self.probe_folder.parent
         self.probe = read_json(self.probe_folder / "probe.json") if self._has_probe(probe) else None
+        self.fits, self.probe_step = self._fits_of_step()
         self.examples, self.train, self.why_no_data = None, None, ""
         try:
             if self.data.source:
@@ -52,20 +55,33 @@ class Answers:
             raise UserError(f"--probe={asked} has no probe.json; eval_probe.py --workdir={asked} writes it")
         return found
 
+    def _fits_of_step(self) -> tuple[dict, int | None]:
+        """The probe's results for the run's step, or its main results and their step, if it has none of the run's."""
+        depth = self.run.model.config.depth
+        if self.probe is None:
+            return {"best_layer": depth // 2, "layers": []}, None
+        main = {"step": self.probe.get("step")} | self.probe["pretrained"]
+        fits = next((fits for fits in self.probe.get("checkpoints", []) if fits["step"] == self.run.step), main)
+        if (deepest := max(fit["layer"] for fit in fits["layers"])) > depth:
+            problem = f"{self.probe_folder}/probe.json is of a model with layer {deepest}, and this one has layers 0 to"
+            raise UserError(f"{problem} {depth}; name the folder of this model's probe: --probe")
+        return fits, None if fits["step"] == self.run.step else fits["step"]
+
     def about(self) -> dict:
         """What the page shows at its start."""
         model = self.run.model.config
-        probed = self.probe["pretrained"] if self.probe else {"best_layer": model.depth // 2, "layers": []}
-        accuracies = {fit["layer"]: fit["test_accuracy"] for fit in probed["layers"]}
+        accuracies = {fit["layer"]: fit["test_accuracy"] for fit in self.fits["layers"]}
         return {
             "text": repr(self.run).strip("<>").removeprefix("igpt.Run "),
             "rows": self.run.tokenizer.grid(*self.data.image_size)[0],  # of tokens: so many steps draw an image
             "noun": self.run.tokenizer.noun,
+            "causal": model.causal,
             "can_complete": bool(model.causal and model.pixel_head),
             "can_sample": bool(model.causal and model.pixel_head and model.sos),
             "vocab_size": model.vocab_size,
             "layers": [{"layer": i, "accuracy": accuracies.get(i)} for i in range(model.depth + 1)],
-            "best_layer": probed["best_layer"],
+            "best_layer": self.fits["best_layer"],
+            "probe_step": self.probe_step,  # None: the accuracies are those of this step
             "has_probe_picture": bool(self.probe) and (self.probe_folder / "probe.png").is_file(),
             "examples": 0 if self.examples is None else len(self.examples),
             "train_images": 0 if self.train is None else len(self.train),
@@ -101,13 +117,19 @@ class Answers:
         if self.train is None:
             raise UserError(self.about()["why_no_data"])
         (own,) = unit(self.run.features(image, layer))
-        cosines = self._features(layer) @ own
+        features, indices = self._features(layer)
+        cosines = features @ own
         order = np.argsort(-cosines, kind="stable")[:NEIGHBOURS]
-        images, used = self.train.read(order)
-        return [(images[i], float(cosines[order[i]]), self._class(int(used[i]))) for i in range(len(order))]
+        images, _ = self.train.read(indices[order])
+        found = zip(images, cosines[order].tolist(), indices[order].tolist(), strict=True)
+        return [(image, cosine, self._class(index)) for image, cosine, index in found]
 
-    def _features(self, layer: int) -> np.ndarray:
-        return unit(self.run.features(self.train.images[:], layer))
+    def _features(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features of the training images that can be read, and the indices of these images."""
+        wanted = np.arange(len(self.train))
+        images, used = self.train.read(wanted)
+        readable = used == wanted  # another image stands in for one that cannot be read
+        return unit(self.run.features(images[readable], layer)), wanted[readable]
 
     def _class(self, index: int) -> str:
         if self.train.labels is None:

@@ -7,6 +7,8 @@ The page comes from this machine alone and works offline. It listens on the loop
 cannot reach it; --host=0.0.0.0 opens it to everyone on the network, without a password.
 """
 
+import os
+
 from igpt.command import Parser, add_shared, at_least
 from igpt.page.answers import Answers
 from igpt.page.server import make_server
@@ -17,7 +19,8 @@ def add_arguments(parser: Parser) -> None:
     add_shared(parser, "model", "step")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=at_least(0, 65535), default=8008, help="0: any free port (default 8008)")
-    parser.add_argument("--probe", help="the folder of eval_probe.py's results (default: the run's folder probe)")
+    probe = "eval_probe.py's --workdir, or its probe.json (default: the run's folder probe)"
+    parser.add_argument("--probe", help=probe)
     nearest = "training images among which the nearest are searched (default 500)"
     parser.add_argument("--images", type=at_least(1), default=500, help=nearest)
 
@@ -26,9 +29,11 @@ def run(args) -> None:
     """Serves the page until Ctrl-C."""
     server = make_server(Answers(load(args.model, args.step), args.images, args.probe), args.host, args.port)
     host, port = server.server_address[:2]
+    host = f"[{host}]" if ":" in host else host
     print(f"the page of {args.model}: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
     with server:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print()
+            print(flush=True)
+            os._exit(0)  # sys.exit would crash if a thread computes: XLA cannot return into a Python that has ended

@@ -1,7 +1,7 @@
 "use strict";
-// One picture is chosen at a time: an uploaded file, or the number of an example.
+// One picture is chosen at a time: an uploaded file, or the number of an example. `shown` is the last whose preview came.
 const at = (id) => document.getElementById(id);
-let about = null, chosen = null, running = null;
+let about = null, chosen = null, shown = null, running = null;
 
 function say(text, isError = false) {
   at("status").textContent = text;
@@ -26,13 +26,27 @@ function post(path, fields, withPicture, signal) {
   return ask(`${path}?${query}`, {method: "POST", signal, body: withPicture && !isExample ? chosen : ""});
 }
 
+// The bytes of a file, kept here: the browser refuses to send a file that has changed on disk since it was chosen.
+async function bytes(file) {
+  try {
+    return new Blob([await file.arrayBuffer()]);
+  } catch {
+    throw new Error("This file cannot be read; choose it again.");
+  }
+}
+
 async function choose(picture) {
-  const before = chosen;
   chosen = picture;
   try {
     if (picture.size > about.max_upload) throw new Error(`This file is larger than ${about.max_upload >> 20} MiB; shrink it first.`);
+    if (picture instanceof File) {
+      const kept = await bytes(picture);
+      if (chosen !== picture) return;  // another one was chosen meanwhile
+      chosen = picture = kept;
+    }
     const seen = await (await post("picture", {}, true)).blob();
-    if (chosen !== picture) return;  // another one was chosen meanwhile
+    if (chosen !== picture) return;
+    shown = picture;
     URL.revokeObjectURL(at("picture").src);
     at("picture").src = URL.createObjectURL(seen);
     at("picture").hidden = false;
@@ -40,7 +54,7 @@ async function choose(picture) {
     say("");
   } catch (error) {
     if (chosen !== picture) return;
-    chosen = before;
+    chosen = shown;
     say(error.message, true);
   }
   document.querySelectorAll("#examples button").forEach((button, i) => button.setAttribute("aria-pressed", i === chosen));
@@ -138,9 +152,18 @@ async function start() {
     at("probe").src = "probe.png";
     at("probe").hidden = false;
   }
-  if (!about.can_complete) say("This model has no head that draws pixels one after the other: it gives features only.");
+  if (about.probe_step !== null) {
+    at("probed").textContent = `The accuracies are of the probe of step ${about.probe_step}.`;
+    at("probed").hidden = false;
+  }
+  if (!about.causal) say("This model was trained with the BERT objective: it predicts masked pixels and cannot sample.");
+  else if (!about.can_complete) say("This model has no head that draws pixels: it gives features only.");
   else if (!about.examples) say(`No pictures of the run are here: ${about.why_no_data}`);
-  at("file").addEventListener("change", () => at("file").files.length && choose(at("file").files[0]));
+  at("file").addEventListener("change", () => {
+    if (!at("file").files.length) return;
+    choose(at("file").files[0]);
+    at("file").value = "";  // so that the same file can be chosen again
+  });
   const drop = at("drop");
   for (const kind of ["dragover", "dragleave", "drop"]) {
     drop.addEventListener(kind, (event) => {
@@ -154,7 +177,9 @@ async function start() {
   at("sample").addEventListener("click", () => draw("sample", false, 0));
   at("stop").addEventListener("click", () => running && running.abort());
   at("nearest").addEventListener("click", () => run("reading features", async (signal) => {
+    const asked = chosen;
     const found = await (await post("nearest", {layer: at("layer").value}, true, signal)).json();
+    if (asked !== chosen) return "";  // another picture is chosen now
     figures(at("neighbours"), found.map((one) => ({image: one.image, text: `${one.class} ${one.cosine.toFixed(3)}`})));
     return `the nearest of ${about.train_images} training images, by layer ${at("layer").value}`;
   }));

@@ -8,8 +8,10 @@
 
 import base64
 import contextlib
+import errno
 import ipaddress
 import json
+import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -44,6 +46,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, address, handler):
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         self.free = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__(address, handler)
 
@@ -77,7 +81,9 @@ def make_server(answers: Answers, host: str, port: int) -> Server:
         server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host={host} --port={port} cannot be used: {reason}; --port=0 takes a free port") from None
+        is_port = isinstance(error, OverflowError) or error.errno in (errno.EADDRINUSE, errno.EACCES)
+        remedy = "--port=0 takes a free port" if is_port else "--host=127.0.0.1 is this machine"
+        raise UserError(f"--host={host} --port={port} cannot be used: {reason}; {remedy}") from None
     address = server.server_address[0]
     Handler.local_names = LOCAL | {address, host.lower()} if ipaddress.ip_address(address).is_loopback else None
     return server

@@ -154,3 +154,72 @@ def test_a_file_that_is_no_picture_is_explained(page, tmp_path):
     page.get_by_text("larger than 16 MiB").wait_for()
     page.set_input_files("#file", photo(tmp_path / "good.png"))
     page.locator("#status.error").wait_for(state="detached")
+
+
+def choose_example(page, number):
+    page.locator("#examples button").nth(number).click()
+    page.locator(f"#examples button:nth-child({number + 1})[aria-pressed=true]").wait_for()
+
+
+def held(page, waiting, count):
+    """Waits until `waiting` has so many requests."""
+    while len(waiting) < count:
+        page.wait_for_timeout(50)
+
+
+def test_a_slow_answer_is_not_shown_under_another_picture(page):
+    choose_example(page, 2)
+    waiting = []
+    page.route("**/nearest?*", lambda route: waiting.append(route))
+    page.get_by_role("button", name="Nearest training images").click()
+    held(page, waiting, 1)
+    choose_example(page, 3)
+    waiting[0].continue_()
+    page.locator("#stop").wait_for(state="hidden")
+    page.unroute("**/nearest?*")
+    assert page.locator("#neighbours figure").count() == 0 and page.locator("#status").inner_text() == ""
+
+
+def test_a_file_can_be_chosen_again_and_may_change_on_disk_meanwhile(page, tmp_path):
+    choose_example(page, 0)
+    page.set_input_files("#file", photo(tmp_path / "photo.png"))
+    page.locator("#examples [aria-pressed=true]").wait_for(state="detached")
+    (tmp_path / "photo.png").write_bytes(b"another file")
+    page.get_by_role("button", name="Complete").click()
+    page.get_by_text("drawn in").wait_for()
+    assert page.input_value("#file") == ""  # otherwise, the browser would report no change
+
+
+def test_a_refused_picture_leaves_the_one_that_is_shown(page, tmp_path):
+    choose_example(page, 1)
+    waiting = []
+    page.route("**/picture?*", lambda route: waiting.append(route))
+    page.set_input_files("#file", photo(tmp_path / "slow.png"))
+    held(page, waiting, 1)
+    (tmp_path / "notes.png").write_text("no picture")
+    page.set_input_files("#file", tmp_path / "notes.png")
+    held(page, waiting, 2)
+    with page.expect_response("**/picture?*"):
+        waiting[0].continue_()
+    page.wait_for_timeout(200)
+    waiting[1].continue_()
+    page.get_by_text("cannot be read as an image").wait_for()
+    page.unroute("**/picture?*")
+    assert page.evaluate("chosen") == 1
+    assert page.locator("#examples button").nth(1).get_attribute("aria-pressed") == "true"
+
+
+def test_a_model_that_does_not_draw_and_a_probe_of_another_step_are_explained(page, address):
+    about = page.request.get(f"{address}about").json()
+    other = page.context.browser.new_page()
+    other.set_default_timeout(120_000)
+    changed = {"causal": False, "can_complete": False, "can_sample": False, "probe_step": 7}
+    other.route("**/about", lambda route: route.fulfill(json=about | changed))
+    other.goto(address)
+    other.get_by_text("was trained with the BERT objective: it predicts masked pixels and cannot sample").wait_for()
+    assert other.get_by_text("probe of step 7").is_visible()
+    other.close()
+
+
+def test_every_tab_stop_does_something(page):
+    assert page.locator("[tabindex]").count() == 0

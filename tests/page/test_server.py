@@ -155,7 +155,17 @@ def test_pages_of_other_sites_are_refused(ask, headers):
         assert ask(method, path, **headers)[0] == 403
 
 
-@pytest.mark.parametrize("name", ["127.0.0.2", "LOCALHOST"])
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as one:
+        one.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["127.0.0.2", "LOCALHOST", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="needs IPv6"))],
+)
 def test_the_page_answers_to_the_name_that_it_was_given(run, name):
     with serving(Answers(run, train_images=0), name) as server:
         address = (name, server.server_address[1])
@@ -170,6 +180,44 @@ def test_an_image_without_a_label_is_near_without_a_class(run):
     answers.train = dataclasses.replace(answers.train, labels=labels)
     own = answers.train.images[[0]][0]
     assert answers.nearest(own, 1)[0][2] == "" and all(one[2] for one in answers.nearest(own, 1)[1:])
+
+
+def test_the_nearest_of_a_folder_are_different_images_also_if_some_cannot_be_read(tmp_path):
+    images, labels = grey_pictures(12)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "photos" / "train" / f"class{label}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png_of(image) if i % 3 else b"no picture")
+    run = write_run(tmp_path / "run", f"folder:{tmp_path}/photos", steps=(2,), depth=1, on_unreadable="skip")
+    answers = Answers(igpt.load(run), train_images=500)
+    readable = [i for i in range(len(answers.train)) if answers.train.read(np.array([i]))[1] == i]
+    found = answers.nearest(images[1], 1)
+    assert 3 < len(readable) < len(answers.train) and len(found) == min(8, len(readable))
+    assert len({image.tobytes() for image, *_ in found}) == len(found)
+
+
+def probed(folder, **results):
+    folder.mkdir()
+    (folder / "probe.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_accuracies_are_those_of_the_step_that_is_shown_or_say_their_own(run, tmp_path):
+    newest = PROBE["pretrained"]
+    older = {"step": 2, "best_layer": 2, "layers": [{"layer": 2, "test_accuracy": 0.9}]}
+    both = Answers(run, 10, probed(tmp_path / "both", step=5, pretrained=newest, checkpoints=[older])).about()
+    assert [one["accuracy"] for one in both["layers"]] == [None, None, 0.9] and both["best_layer"] == 2
+    assert both["probe_step"] is None
+    other = Answers(run, 10, probed(tmp_path / "other", step=5, pretrained=newest) / "probe.json").about()
+    assert other["layers"][1]["accuracy"] == 0.25 and other["probe_step"] == 5
+    same = Answers(run, 10, probed(tmp_path / "same", step=2, pretrained=newest)).about()
+    assert same["layers"][1]["accuracy"] == 0.25 and same["probe_step"] is None
+
+
+def test_a_probe_of_a_deeper_model_is_refused(run, tmp_path):
+    deeper = {"best_layer": 7, "layers": [{"layer": 7, "test_accuracy": 0.9}]}
+    with pytest.raises(UserError, match="is of a model with layer 7, and this one has layers 0 to 2; name .* --probe"):
+        Answers(run, 10, probed(tmp_path / "deeper", step=2, pretrained=deeper))
 
 
 def test_a_client_that_goes_away_stops_its_drawing(server, ask, monkeypatch):
@@ -210,5 +258,7 @@ def test_more_connections_than_allowed_are_closed(server, ask):
 def test_a_port_in_use_and_a_missing_probe_are_explained(server, run, tmp_path):
     with pytest.raises(UserError, match="cannot be used: Address already in use; --port=0 takes a free port"):
         make_server(server.RequestHandlerClass.answers, *server.server_address)
+    with pytest.raises(UserError, match="--host=192.0.2.1 .* cannot be used: .*; --host=127.0.0.1 is this machine"):
+        make_server(server.RequestHandlerClass.answers, "192.0.2.1", 0)  # an address for documentation, RFC 5737
     with pytest.raises(UserError, match="has no probe.json; eval_probe.py --workdir="):
         Answers(run, 10, tmp_path)
