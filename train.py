@@ -320,6 +320,7 @@ def test_classifier(
         drops, batch_size = evaluation_drops(config), config.train.eval_batch_size
         counts = finetune.confusion(program.graph, params, source, tokenizer, drops, batch_size, program.mesh)
         images = {name: len(getattr(source, name)) for name in SPLITS}
+        images["test"] = int(counts.sum())  # some may be unreadable
         accuracy = run.progress.best_accuracy
         details = {"source": source.name, "images": images, "step": best, "validation_accuracy": accuracy}
         results = finetune.report(run.path, counts, details, finetune.output_names(source, config))

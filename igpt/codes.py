@@ -62,6 +62,8 @@ class Codes:
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim < 3 or images.shape[-1] != 3:
             raise UserError(f"encode takes uint8 images [..., H, W, 3], not {images.dtype} {list(images.shape)}")
+        if self.config.channels == 1 and not (images == images[..., :1]).all():
+            raise UserError("this VQ-VAE reads grey images, and these are in colour; set channels=1")
         grid = self.grid(*images.shape[-3:-1])
         return self._in_parts(0, images.reshape(-1, *images.shape[-3:])).reshape(*images.shape[:-3], *grid)
 

@@ -10,7 +10,6 @@ and of the source meet by name. The command uses all devices. With several proce
 """
 
 import functools
-import os
 from collections.abc import Sequence
 
 import jax
@@ -26,7 +25,7 @@ from igpt.data.examples import SPLITS, Split, check_classes
 from igpt.data.settings import CHOICES
 from igpt.data.sources import open_source
 from igpt.errors import UserError
-from igpt.files import as_path, check_holds_no_run, check_workdir, is_bucket, write_json, written
+from igpt.files import check_holds_no_run, check_workdir, check_writable, write_json, written
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, data_settings, load, outline
 from igpt.loss import bits_per_dim, make_loss, wilson_interval
@@ -125,13 +124,6 @@ def _trackers(args) -> Trackers | None:
     return Trackers(workdir, names, "evaluate", cluster.is_first_process())
 
 
-def _check_json(name: str) -> None:
-    """Raises UserError if no file `name` can be written."""
-    path = as_path(name)
-    if not is_bucket(name) and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise UserError(f"--json={name} cannot be written; name a file in an existing, writable folder")
-
-
 def add_arguments(parser: Parser) -> None:
     add_shared(parser, "model", "step")
     parser.add_argument("--source", help="images, written as data.source (default: the model's training data)")
@@ -154,7 +146,7 @@ def run(args) -> None:
     cluster.join_from(args)
     tracked = _trackers(args)
     if args.json and cluster.is_first_process():
-        _check_json(args.json)
+        check_writable(args.json, "--json")
     directory = resolve(args.model)
     shapes = outline(directory)
     changes = {name: getattr(args, name) for name in ("source", "preprocess", "on_unreadable", "data_dir")}

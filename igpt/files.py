@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO
@@ -156,6 +157,8 @@ def check_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> AnyPat
                 "machine's account, and for a server other than Google's or Amazon's its address (docs/pods.md)"
             ) from None
         return workdir
+    if workdir.resolve() == Path.cwd():
+        workdir = Path.cwd()  # --start_over renames the folder, and "." would follow it
     nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{flag}={workdir} cannot be written: {nearest} is no writable folder; name another place")
@@ -185,6 +188,16 @@ def written(what: str):
     except OSError as error:
         problem = f"{what} cannot be written: {error.strerror or error}"
         raise UserError(f"{problem}; make room, or name another place") from None
+
+
+def check_writable(path: str, flag: str) -> None:
+    """Raises UserError if the file `path` of a flag cannot be written. Comes before long work. Asks no bucket."""
+    if is_bucket(path):
+        return
+    with written(f"{flag}={path}"):
+        if Path(expand_home(path)).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.TemporaryFile(dir=Path(expand_home(path)).absolute().parent).close()
 
 
 def check_new(out: str | Path) -> None:

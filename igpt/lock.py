@@ -132,7 +132,8 @@ class Lock:
     def _end(self, *_) -> None:
         self.path.unlink(missing_ok=True)
         self._remove_folders()
-        os.write(2, b"stopped: SIGTERM came when there was nothing to save; the same command goes on from there\n")
+        # The second SIGTERM of a run ends up here, too, and may cut off a save.
+        os.write(2, b"stopped: SIGTERM came; the same command goes on from what is saved\n")
         os._exit(PREEMPTED)  # an exception could be taken for one of the work that it interrupts
 
     def _remove_folders(self) -> None:

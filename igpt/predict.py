@@ -25,11 +25,10 @@ from igpt.data.examples import EncodedImages, Split
 from igpt.data.folder import ImagePaths, printable
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
-from igpt.files import write_json, written
+from igpt.files import check_writable, write_json, written
 from igpt.interop.hub import resolve
 from igpt.interop.load import Pretrained, load, outline, picture_settings
 from igpt.loss import masks_of
-from igpt.plan.report import check_writable
 from igpt.sharding import batch_shards, make_mesh, one_device, process_rows, replicate
 from igpt.state import run_batches
 
@@ -90,7 +89,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args) -> None:
     """Prints the likeliest classes of each file, and writes them to the file that --json names."""
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json, "--json")
     directory = resolve(args.model)
     shapes = outline(directory)
     check_classifies(shapes, args.model)

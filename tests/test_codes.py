@@ -38,7 +38,7 @@ def make_codes(seed=0, **changes):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (5, 8, 12, 1), np.uint8).repeat(3, axis=3)
 
 
 @pytest.mark.parametrize("tokenizer", [GREY_PALETTE, make_codes(), Bytes()], ids=lambda one: one.kind)
@@ -49,6 +49,11 @@ def test_every_tokenizer_keeps_the_promises_of_the_protocol(tokenizer, pictures)
     images = tokenizer.decode(tokens)
     assert images.shape == pictures.shape and images.dtype == np.uint8
     assert isinstance(tokenizer.digest, str) and tokenizer.content.ndim
+
+
+def test_a_grey_vqvae_refuses_pictures_in_colour(pictures):
+    with pytest.raises(UserError, match="reads grey images.*set channels=1"):
+        make_codes().encode(pictures * np.array([1, 0, 1], np.uint8))
 
 
 def test_a_code_does_not_depend_on_the_other_images(pictures):

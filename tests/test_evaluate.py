@@ -213,7 +213,7 @@ def test_results_that_cannot_be_written_are_printed_all_the_same(named_run, tmp_
         (["--model=absent", "--batch_size=0"], "--batch_size is 0"),
         (
             ["--model=absent", "--json=absent/a.json"],
-            "--json=absent/a.json cannot be written; name a file in an existing",
+            "--json=absent/a.json cannot be written: No such file or directory",
         ),
         (["--model=absent", "--track=wandb"], "--track=wandb needs --workdir"),
         (["--model=absent", "--workdir="], "--workdir is empty"),

@@ -337,6 +337,19 @@ def test_training_ends_with_patience_and_more_patience_resumes_it(images, start,
     assert_bitwise_equal(read_arrays(tmp_path / "run", 12), read_arrays(tmp_path / "whole", 12))
 
 
+def test_accuracies_on_other_images_do_not_count(images, start, tmp_path, script):
+    config = tuning(images, start, train__steps=40, train__eval_every=1)
+    config.train.update(patience=3, checkpoint_every=100)
+    script(0.5, 0.9, 0.8, 0.9, 0.1)
+    train.run(config, tmp_path / "run")
+    arrays = dict(np.load(images))
+    np.savez(tmp_path / "others.npz", **arrays | {"labels": 2 - arrays["labels"]})
+    config.data.source = f"npz:{tmp_path}/others.npz"
+    script(0.3, 0.2, 0.4, 0.1, 0.1, 0.1)  # the first one is of the same step as before
+    train.run(config, tmp_path / "run", allowed=("data",))
+    assert progress_of(tmp_path / "run") == ([7, 10], checkpoint.Progress(10, 7, 0.4, 3))
+
+
 def test_a_missing_report_is_written_when_the_run_is_started_again(joint):
     workdir = joint[0]
     expected = (workdir / "finetune.json").read_bytes()

@@ -172,7 +172,8 @@ def load(place: Place, source: str, streaming: bool = False) -> Data:
     except Exception as error:  # the library and the network raise exceptions of many types
         raise UserError(f"{source} cannot be opened: {first_line(error)}; {PLACES}") from None
     found = found if isinstance(found, dict) else {"train": found}
-    return _with_splits(found, _columns(next(iter(found.values())).features, options, source), source)
+    train = min(found, key=lambda name: (name != "train", split_named(name) != "train"))  # else the first
+    return _with_splits(found, _columns(found[train].features, options, source), source)
 
 
 def _columns(features, options: dict[str, str], source: str) -> tuple:

@@ -58,7 +58,7 @@ def decode(content: bytes | Path, name: str, channels: int = 3) -> Image.Image:
         _check_bounds(image, content, name)
         _check_tiff(image, name)
         image.load()
-        upright = UPRIGHT.get(_orientation(image))
+        upright = UPRIGHT.get(orientation(image))
         image = _rgb(image, channels)
         return image if upright is None else image.transpose(upright)
     except (MemoryError, UserError):  # a file within the limits is not the cause of a MemoryError
@@ -120,7 +120,7 @@ def _check_tiff(image: Image.Image, name: str) -> None:
         raise UnreadableImage(f"{name} is a TIFF compressed by {compression}; save it again, as LZW or Deflate")
 
 
-def _orientation(image: Image.Image) -> int | None:
+def orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:

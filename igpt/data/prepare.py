@@ -147,7 +147,8 @@ def _begin(folder: Path, plan: dict, tokenizer: Tokenizer) -> None:
             raise UserError(f"--out={folder} exists and is no prepared directory; name a new one")
         there = read_json(folder / PLAN)
     ours, theirs, images = _flat(plan), _flat(there), "images_sha256"
-    free = (*FREE, *(["data.source"] if images in theirs else []))  # the digest tells whether the images are the same
+    # The digest tells whether the images are the same, but that of a stream knows only how many they are.
+    free = (*FREE, *(["data.source"] if images in theirs and "stream" not in plan else []))
     theirs = {images: ours[images]} | theirs  # plans of earlier versions have no digest
     if "class_names" not in theirs:  # written by an earlier version, without names; its labels are the same
         ours.pop("class_names", None)
@@ -284,10 +285,11 @@ def run(args: argparse.Namespace) -> None:
     """Prepares a source with the flags of the command line. Prints what was written, and the command to run next."""
     settings = source_settings(args)
     counts = prepare(settings, args.palette, args.out, args.shard_images, args.workers, args.stream)
-    if classes := class_counts(open_prepared(args.out)):
+    made = open_prepared(args.out)
+    if classes := class_counts(made):
         print(f"classes: {classes}")
-    written = {name: len(split) for name, split in open_prepared(args.out).splits().items()}
-    print(f"wrote {args.out}: " + ", ".join(f"{count} images for {name}" for name, count in written.items()))
+    sizes = ", ".join(f"{len(split)} images for {name}" for name, split in made.splits().items())
+    print(f"wrote {args.out}: {sizes}")
     if counts["unreadable"]:
         named = ", ".join(map(str, sorted(Path(args.out).glob("*.unreadable.txt"))[:3]))
         print(f"passed over {counts['unreadable']} that cannot be read, named in {named}")
@@ -299,9 +301,8 @@ def run(args: argparse.Namespace) -> None:
         "config.data.image_size": f"({height},{width})",
         "config.data.channels": settings["channels"],
     }
-    tokenizer = load_tokenizer(Path(args.out))
-    fields = tokenizer.fields(args.out)
-    if not tokenizer.is_per_pixel:  # codes are neither shifted nor mirrored
+    fields = made.tokenizer.fields(args.out)
+    if not made.tokenizer.is_per_pixel:  # codes are neither shifted nor mirrored
         fields |= {"data.pad": 0, "data.flip": False}
     flags |= {f"config.{name}": value for name, value in fields.items()}
     print("next:\n  python train.py", *(shlex.quote(f"--{name}={value}") for name, value in flags.items()))

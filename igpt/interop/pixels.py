@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from igpt.data.images import UPRIGHT, _orientation, lay_on_white, scale_to_bytes
+from igpt.data.images import UPRIGHT, lay_on_white, orientation, scale_to_bytes
 from igpt.errors import UserError
 
 LAYOUTS = ("channels_first", "channels_last", "none")
@@ -78,7 +78,7 @@ def _as_numpy(image) -> np.ndarray:
 def _decoded(image: Image.Image, convert_rgb: bool, upright: bool) -> np.ndarray:
     """A PIL image as uint8 [H, W, 3 or 4]. One of more than 8 bits per channel as [H, W], with its values unchanged."""
     try:
-        if upright and (turn := UPRIGHT.get(_orientation(image))) is not None:
+        if upright and (turn := UPRIGHT.get(orientation(image))) is not None:
             image = image.transpose(turn)
         if image.mode.startswith(("I", "F")):  # more than 8 bits per channel: I, I;16, I;16B and so on, and F
             numbers = np.asarray(image)

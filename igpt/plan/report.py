@@ -13,13 +13,10 @@ between slices are counted, but not estimated. Plans for GPUs contain only param
 because there is no compiler for GPUs here.
 """
 
-import tempfile
-from pathlib import Path
-
 import jax
 
 from igpt.command import Parser, add_shared
-from igpt.files import is_bucket, write_json, written
+from igpt.files import check_writable, write_json, written
 from igpt.plan.compiled import GIB, USABLE_SHARE, compile_plan
 from igpt.plan.search import search_plans
 
@@ -79,20 +76,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--search", action="store_true", help="try meshes, remat and micro-batches; print the best")
 
 
-def check_writable(path: str) -> None:
-    """Raises UserError if the file `path` cannot be written. Comes before the compilation, which takes minutes."""
-    if not is_bucket(path):
-        with written(f"--json={path}"):
-            if Path(path).is_dir():
-                raise IsADirectoryError("it is a folder")
-            tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
-
-
 def run(args) -> None:
     """Prints one plan, or with --search the best plan, and writes it to --json, complete or not at all."""
     jax.config.update("jax_platforms", "cpu")  # a TPU attached to this machine must not be used
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json, "--json")
     if args.search:
         result = search_plans(args.config, args.topology)
         plan = result.found[0] if result.found else result.nearest

@@ -53,6 +53,9 @@ def changed_fields(there: Config, here: Config, workdir: AnyPath, allowed: Colle
 
     FREE fields are left out; train.steps may always grow. Raises UserError, which names every other changed field.
     """
+    if there.train is None:
+        remedy = f"start from its weights: --config.init_from={workdir} with another --workdir"
+        raise UserError(f"{workdir} holds an imported model, which has no training to resume; {remedy}")
     before, now = there.flat(), here.flat()
     compared_by_images = OF_IMAGES if (workdir / IMAGES_FILE).exists() else ()
     changed = {
@@ -60,7 +63,7 @@ def changed_fields(there: Config, here: Config, workdir: AnyPath, allowed: Colle
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and name not in (*FREE, *compared_by_images)
     }
-    allowed = {*allowed, *(["train.steps"] if there.train and here.train.steps > there.train.steps else [])}
+    allowed = {*allowed, *(["train.steps"] if here.train.steps > there.train.steps else [])}
     refused = [name for name in changed if name not in allowed]
     if not refused:
         return list(changed.values())

@@ -89,8 +89,7 @@ def named(coordinator, processes, process) -> ProcessPlace | None:
     count = _number("processes", processes, 1, 1 << 20)
     if count == 1:
         return None
-    host, _, port = (coordinator or "").rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or process is None:
+    if not is_address(coordinator or "") or process is None:
         raise UserError(
             f"--processes={count} needs --coordinator=HOST:PORT, the address of process 0, and --process=0 to "
             f"{count - 1}, different in each process; given were --coordinator={coordinator} and --process={process}"
@@ -98,9 +97,15 @@ def named(coordinator, processes, process) -> ProcessPlace | None:
     return ProcessPlace(coordinator, count, _number("process", process, 0, count - 1))
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+
+
 def _number(name: str, value, low: int, high: int) -> int:
     text = str(value)
-    if not text.isdecimal() or not low <= int(text) <= high:
+    if not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
         raise UserError(f"--{name}={value}; give a whole number from {low} to {high}")
     return int(text)
 
@@ -130,6 +135,9 @@ def detected(timeout: int) -> ProcessPlace | None:
             "--coordinator, --processes and --process, or --processes=1"
         ) from None
     if None not in found[:3]:
+        if not is_address(found[0]):
+            problem = f"the environment names {found[0]} as the address of process 0, which is not HOST:PORT"
+            raise UserError(f"{problem}; mend JAX_COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT, or give --coordinator")
         return ProcessPlace(*found)
     if signs:
         raise UserError(

@@ -48,6 +48,7 @@ class RunDirectory:
         self.before = config  # the configuration at the last start
         self.changed = []  # what differs from it, in words
         self.source = self.images = None  # set by `same_images`
+        self.has_new_images = False
         if start_over:
             check_start_over(self.path)
         self.is_resumed = not start_over and exists(self.path / "config.json")
@@ -74,7 +75,8 @@ class RunDirectory:
             )
         is_compared = self.is_resumed and is_first_process()
         changed = changes.changed_images(self.path, source, self.images) if is_compared else []
-        if not all_processes(not changed) and changes.DATA not in self.allowed:
+        self.has_new_images = not all_processes(not changed)
+        if self.has_new_images and changes.DATA not in self.allowed:
             raise changes.images_error(self.path, changed)
         self.changed += changed
         return source
@@ -100,6 +102,8 @@ class RunDirectory:
         state = restore.state(self.path, program.abstract, self.first_step)
         known = restore.progress_at(self.path, self.first_step)
         self.progress = known or checkpoint.Progress(evaluated_step=self.first_step)
+        if self.has_new_images:  # accuracies on other images do not count
+            self.progress = checkpoint.Progress(tokenizer=self.progress.tokenizer)
         return state
 
     @property

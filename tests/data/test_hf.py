@@ -128,6 +128,13 @@ def test_validation_is_held_out_by_the_split_seed_and_all_images_can_be_test_ima
     assert len(opened(places / "parquet", whole=True).test) == TRAIN + TEST
 
 
+def test_columns_are_those_of_the_training_split_and_not_of_the_first(tmp_path):
+    parts = {"extra": table(range(4)).remove_columns("label"), "train": table(range(12))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved", test_fraction=0.1)
+    assert source.class_names == tuple(NAMES) and source.train.labels is not None
+
+
 def splits_of(tmp_path, capsys, **parts):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     source = opened(tmp_path / "saved", test_fraction=0.1)
@@ -295,6 +302,13 @@ def test_an_interrupted_stream_continues_with_the_same_bytes(places, palette, tm
         prepared(places / "parquet", palette, tmp_path / "cut", stream=True)
     assert sum(len(images) for _, images in calls) == TRAIN + TEST - 5 * after
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_shards_of_two_streams_of_one_length_are_not_mixed(places, palette, tmp_path):
+    prepared(places / "parquet", palette, tmp_path / "out", stream=True)
+    shutil.copytree(places / "parquet", tmp_path / "others")
+    with pytest.raises(UserError, match="data.source is"):
+        prepared(tmp_path / "others", palette, tmp_path / "out", stream=True)
 
 
 def test_unreadable_images_of_a_stream_are_refused_by_name_or_skipped_and_listed(palette, tmp_path):

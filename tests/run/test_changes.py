@@ -6,6 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from igpt.config import Config
 from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.run import changes
@@ -22,6 +23,13 @@ def changed(path, allowed=(), **fields):
 def test_a_run_of_another_configuration_is_named_field_by_field(tmp_path):
     with pytest.raises(UserError, match=r"(?s)model\.width: 512 there, 256 here.*seed: 0 there, 7 here.*--start_over"):
         changed(tmp_path, model__width=256, seed=7)
+
+
+def test_an_imported_model_has_no_training_to_resume(tmp_path):
+    here = configured()
+    imported = Config.of_network(here.model, (8, 8), 1)
+    with pytest.raises(UserError, match=rf"holds an imported model.*--config\.init_from={tmp_path} with another"):
+        changed_fields(imported, here, tmp_path)
 
 
 def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path):

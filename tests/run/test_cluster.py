@@ -113,6 +113,14 @@ def test_an_environment_that_contradicts_itself_is_refused(monkeypatch):
         cluster.detected(5)
 
 
+@pytest.mark.parametrize("address", ["node07", "node07:abc", "node07:99999", ":1234"])
+def test_an_address_of_the_environment_that_is_none_is_named(monkeypatch, address):
+    for name, value in (SLURM | {"JAX_COORDINATOR_ADDRESS": address}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"names {address} as the address of process 0.*JAX_COORDINATOR_PORT"):
+        cluster.detected(5)
+
+
 def test_one_process_joins_nobody(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError

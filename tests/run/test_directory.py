@@ -49,6 +49,19 @@ def test_starting_over_renames_the_earlier_run(tmp_path, capsys):
     assert "renamed the earlier run" in capsys.readouterr().out
 
 
+def test_the_current_directory_is_renamed_and_the_new_run_takes_its_place(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for steps in (7, 9):
+        config = configured(**{"train.steps": steps})
+        with locked(".") as lock:
+            run = RunDirectory(".", config, start_over=True, lock=lock)
+            with run.opened(GREY_PALETTE):
+                run.check_lock()
+    assert load_config(tmp_path / "run.old-1").train.steps == 7
+    assert load_config(tmp_path / "run").train.steps == 9
+
+
 def test_a_run_that_starts_over_keeps_its_lock(tmp_path):
     for number in (0, 1):
         with locked(tmp_path / "run") as lock:

@@ -38,6 +38,19 @@ def test_a_vqvae_of_images_that_no_file_can_hold_is_used_without_preparing_them(
     assert "--config.tokenizer=run" in lines[-1] and ("tokens:" in lines[-1]) == prepares
 
 
+def test_the_marginal_of_sorted_images_is_that_of_all_classes(capsys):
+    tokens = np.zeros((12_000, 8, 8), np.uint8)
+    tokens[10_000:] = 5
+    source = Source("it", *[Split(ArrayImages(GREY_PALETTE.decode(tokens)), None)] * 3, channels=1)
+    config = base.get_config()
+    config.palette.colors = 17
+    config = Config.of(config, trains=True)
+    describe("run", "fresh", config, config.network(), SimpleNamespace(params={}), make_mesh(), source, GREY_PALETTE)
+    share = 1 / 6
+    expected = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    assert float(capsys.readouterr().out.split("marginal: ")[1].split()[0]) == pytest.approx(expected, abs=0.02)
+
+
 @pytest.mark.parametrize(("sos", "marginal", "said"), [(True, 2 / 64, False), (False, 1 / 63, True)])
 def test_the_marginal_is_that_of_the_tokens_that_the_network_predicts(capsys, sos, marginal, said):
     tokens = np.zeros((4, 8, 8), np.int64)
