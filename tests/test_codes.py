@@ -38,7 +38,9 @@ def make_codes(seed=0, **changes):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return np.random.default_rng(0).integers(0, 256, (5, 8, 12, 1), np.uint8).repeat(3, axis=3)
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (5, 8, 12, 1)) * rng.uniform(size=(5, 1, 12, 1))  # dark and bright columns
+    return grey.astype(np.uint8).repeat(3, axis=3)
 
 
 @pytest.mark.parametrize("tokenizer", [GREY_PALETTE, make_codes(), Bytes()], ids=lambda one: one.kind)

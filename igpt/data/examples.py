@@ -163,8 +163,11 @@ class Split:
 
     def some(self, count: int) -> "Split":
         """Returns `count` random examples in the order of the split, the same ones in every call."""
-        order = np.random.default_rng((0, 6)).permutation(len(self))  # 6: see TrainBatches
-        return self.take(np.sort(order[:count]))
+        return self.take(self.some_indices(count))
+
+    def some_indices(self, count: int) -> Int[np.ndarray, "n"]:
+        """Returns the sorted indices of `count` random examples, the same ones in every call."""
+        return np.sort(np.random.default_rng((0, 6)).permutation(len(self))[:count])  # 6: see TrainBatches
 
     def renumbered(self, table: np.ndarray) -> "Split":
         """Returns the examples with the label `table[label]` for each label."""

@@ -49,8 +49,8 @@ def describe(
 
 def _about_igpt(config: Config, model: ModelConfig, count: int, source: Source, tokenizer: Tokenizer) -> str:
     # Fewer of files, which must be decoded. The first images may all be of one class.
-    some = source.train.some(1000 if isinstance(source.train.images, EncodedImages) else 10_000)
-    tokens, _ = some.encode(tokenizer, np.arange(len(some)))
+    some = source.train.some_indices(1000 if isinstance(source.train.images, EncodedImages) else 10_000)
+    tokens, _ = source.train.encode(tokenizer, some)
     predicted = tokens.reshape(len(tokens), -1)[:, model.first_predicted :]
     marginal = marginal_entropy(predicted, model.vocab_size)
     return (
