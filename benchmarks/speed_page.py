@@ -109,17 +109,22 @@ bytes that XLA plans for the step.
 
 {table}
 """
+TRAINING_GPU = """\
+Training steps in bfloat16 on one {device}, beside the same network in PyTorch with SDPA under torch.compile, which
+takes turns in the same run (`benchmarks/training.py --device=gpu`, `benchmarks/twin.py`). MFU counts the half of
+attention that is not masked; GiB are the peak of the device's memory:
+
+{table}
+"""
+SAMPLERS = ("ours", "transformers")
 COMPILED = """\
-`bash benchmarks/gpu.sh` runs everything that waits for an NVIDIA GPU: the tests (`-m gpu`), training of S,
-M and L beside the same network in PyTorch (`benchmarks/twin.py`: SDPA, torch.compile, bfloat16), sampling,
-and the loader. Without a GPU, tests prove this much (`tests/test_cuda.py`):
+`bash benchmarks/gpu.sh` runs all of this on an NVIDIA GPU: the tests (`-m gpu`), training, sampling and the loader.
+Without a GPU, tests prove this much (`tests/test_cuda.py`):
 
 - The training step of every size lowers for CUDA with cuDNN's attention, forward and backward, and without
   T x T scores, on one device and on `data`, `fsdp` and `tensor` meshes. When XLA splits the step, each
   device gets its own examples and heads.
 - XLA compiles the steps for H100s that are not there (`-m gpu_compile`).
-
-Whether cuDNN has a kernel for each shape, what it computes, and how fast it is, only a GPU can tell.
 """
 
 
@@ -196,20 +201,26 @@ def gpu() -> str:
         for row in results["rows"]:
             kinds = list(row["seconds"])
             rows.append([row["case"], str(row["batch_size"]), *(f"{row['seconds'][kind]:.3f}" for kind in kinds)])
+            rows[-1] += [f"{ratio:.2f}" for ratio in row["times_as_fast_as"].values()]
             rows[-1] += [share(mfu) if mfu else "-" for mfu in row["mfu_causal"].values()]
             rows[-1].append(share(row["goal_mfu_causal"]))
-        head = ["network", "batch", *(f"{kind}, s" for kind in kinds), *(f"MFU, {kind}" for kind in kinds), "goal"]
-        parts.append(f"Training steps in bfloat16 on {results['device']}:\n\n{table(head, rows)}\n")
+            rows[-1] += [f"{row['peak_bytes'][kind] / 2**30:.1f}" for kind in kinds]
+        head = ["network", "batch", *(f"{kind}, s" for kind in kinds), "times as fast", *(f"MFU, {x}" for x in kinds)]
+        head += ["goal", *(f"GiB, {kind}" for kind in kinds)]
+        parts.append(TRAINING_GPU.format(device=results["device"], table=table(head, rows)))
     if (RESULTS / "sampling_gpu.json").exists():
         results = read("sampling_gpu.json")
         head = ["size", "images at a time", "ours, images/s", "transformers", "share of the bound", "goal, images/s"]
-        rows = [
-            [row["size"].upper(), str(row["batch_size"]), *map(speed, row["images_per_s"].values())]
-            for row in results["rows"]
-        ]
-        for cells, row in zip(rows, results["rows"], strict=True):
-            cells += [share(row["share_of_bound"]), str(row["goal_images_per_s"])]
-        parts.append(f"Sampling in bfloat16 on {results['device']}:\n\n{table(head, rows)}\n")
+        rows = []
+        for row in results["rows"]:
+            speeds = [speed(row["images_per_s"][kind]) if kind in row["images_per_s"] else "-" for kind in SAMPLERS]
+            rows.append([row["size"].upper(), str(row["batch_size"]), *speeds, share(row["share_of_bound"])])
+            rows[-1].append(str(row["goal_images_per_s"]))
+        parts.append(
+            f"Sampling in bfloat16 on {results['device']} (`benchmarks/sampling_gpu.py`):\n\n{table(head, rows)}\n"
+        )
+        if missing := [size.upper() for size in "sml" if size not in {row["size"] for row in results["rows"]}]:
+            parts.append(f"Sampling was not measured for {' and '.join(missing)}.\n")
     if (RESULTS / "data_gpu.json").exists():
         parts.append(f"{loader(read('data_gpu.json'))}\n")
     return "\n".join([*parts, COMPILED]).strip()

@@ -9,13 +9,18 @@ with huge pages where they help. So does one of the eager peers. On one GPU, in 
 PyTorch with scaled_dot_product_attention under torch.compile (twin.py), and the model FLOPs utilisation is printed
 beside its goal. --tiny tries a small network on whatever device there is.
 
-On CPUs all processes live at once and take turns, each waiting while another one computes. A GPU has no room for two of
-these networks: there, one process after the other makes its turns and ends, twice over.
+All processes live at once and take turns, each waiting while another one computes. A GPU of 80 GB has no room for two
+networks of size L: with --apart, one process after the other makes its turns and ends, twice over.
 """
 
 import argparse
 import json
 import os
+
+# Of a GPU's memory, a process of JAX takes what it needs, and no more than almost all.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
 import resource
 import statistics
 import subprocess
@@ -58,14 +63,14 @@ CASES = {
 GPU_CASES = {
     "iGPT-S": Case(SIZES["S"], 512, 32, 32, 10, 5, goal=0.35),
     "iGPT-M": Case(SIZES["M"], 512, 32, 16, 5, 5, goal=0.47),
-    "iGPT-L": Case(SIZES["L"], 512, 32, 8, 5, 5, goal=0.50),
+    "iGPT-L": Case(SIZES["L"], 512, 32, 16, 5, 5, goal=0.50),
 }
 TINY = Case(dict(width=32, depth=2, num_heads=2), 17, 8, 2, 1, 2, goal=0.35)
 KINDS = {
     "cpu": ("ours", "eager", "eager, huge pages", "torch.compile"),
-    "gpu": ("ours", "ours, remat minimal", "torch.compile, SDPA"),
+    "gpu": ("ours", "torch.compile, SDPA"),
 }
-GPU_ROUNDS = 2
+ROUNDS_APART = 2
 PAUSE_S = 1.0  # before each turn: threads of the process that computed before may still spin, waiting for work
 
 
@@ -76,7 +81,7 @@ def case_of(args) -> tuple[str, Case]:
     return name, case._replace(batch_size=args.batch_size) if args.batch_size else case
 
 
-def ours(case: Case, device: str, kind: str):
+def ours(case: Case):
     """Returns (a function that makes one update, a function that tells the peak of memory on the device)."""
     import jax
 
@@ -90,8 +95,6 @@ def ours(case: Case, device: str, kind: str):
     config.model.update(case.model)
     config.palette.colors, config.data.image_size = case.colors, (case.side, case.side)
     config.train.batch_size = case.batch_size
-    if device == "gpu":
-        config.model.update(remat="minimal" if "minimal" in kind else "none", scan_layers=True)
     mesh = make_mesh(devices=jax.devices()[:1])
     program = build_program(Config.of(config, trains=True), mesh)
     state = program.create_state(seed=0)
@@ -168,7 +171,7 @@ def work(args) -> None:
     """
     _, case = case_of(args)
     mine = args.worker.startswith("ours")
-    update, peak = ours(case, args.device, args.worker) if mine else theirs(case, args.worker)
+    update, peak = ours(case) if mine else theirs(case, args.worker)
     for _ in range(3):
         update()
     print("ready", flush=True)
@@ -189,7 +192,6 @@ def start(name: str, kind: str, args) -> subprocess.Popen:
         environment["JAX_PLATFORMS"] = "cpu"
         if kind in ("ours", "eager, huge pages") and huge_pages.are_useful([]):
             environment["GLIBC_TUNABLES"] = f"{huge_pages.TUNABLE}=1"
-    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU's memory, all for this process
     flags = [f"--device={args.device}", f"--batch_size={args.batch_size}"]
     flags += ["--tiny"] if args.tiny else []
     command = [sys.executable, __file__, "--out=", "--cases", name, f"--worker={kind}", *flags]
@@ -215,8 +217,8 @@ def end(worker: subprocess.Popen) -> None:
 def measure(name: str, case: Case, args) -> dict:
     kinds = KINDS[args.device]
     found = {kind: [] for kind in kinds}
-    if args.device == "gpu":
-        for kind in kinds * GPU_ROUNDS:
+    if args.apart:
+        for kind in kinds * ROUNDS_APART:
             worker = start(name, kind, args)
             found[kind] += [take_turn(worker) for _ in range(case.turns)]
             end(worker)
@@ -260,6 +262,7 @@ def main() -> None:
     parser.add_argument("--device", choices=KINDS, default="cpu")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *GPU_CASES], help="default: all of the device")
     parser.add_argument("--batch_size", type=int, default=0, help="instead of each case's own")
+    parser.add_argument("--apart", action="store_true", help="one process at a time, for GPUs of 80 GB")
     parser.add_argument("--tiny", action="store_true", help="a small network, to try the command")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -269,23 +272,21 @@ def main() -> None:
             parser.error(f"--cases {name} needs --device={other}")
     if args.worker:
         return work(args)
+    kind = "bfloat16" if args.device == "gpu" else "float32"
+    peer = "our network in PyTorch" if args.device == "gpu" else "transformers' ImageGPT"
     names, rows = args.cases or list(of_device), []
     for name in names:
         args.cases = [name]
         _, case = case_of(args)
-        rows.append(measure(name, case, args))
-    for name, row in zip(names, rows, strict=True):  # JAX starts here, when the GPU's memory is free again
-        args.cases = [name]
+        rows.append(row := measure(name, case, args))
         if args.device == "gpu":
-            row |= utilisation(case_of(args)[1], row)
+            row |= utilisation(case, row)
         print(f"{name}: {row['seconds']['ours']:.4f} s a step", end="")
         print("".join(f"; {ratio:.2f} x {kind}" for kind, ratio in row["times_as_fast_as"].items()), end="")
         shares = row.get("mfu_causal", {}).items()
         print("".join(f"; MFU {kind} {share:.1%}" for kind, share in shares if share), end="")
         print(f" (goal {row['goal_mfu_causal']:.0%})" if "goal_mfu_causal" in row else "", flush=True)
-    kind = "bfloat16" if args.device == "gpu" else "float32"
-    peer = "our network in PyTorch" if args.device == "gpu" else "transformers' ImageGPT"
-    write(args.out, {"what": f"one update, {kind}, medians; peers: {peer}", "rows": rows})
+        write(args.out, {"what": f"one update, {kind}, medians; peers: {peer}", "rows": rows})
 
 
 if __name__ == "__main__":

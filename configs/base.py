@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     model.dtype = "auto"  # float32 | bfloat16 | auto: bfloat16 on TPU and GPU, float32 on CPU
     model.attention = "auto"  # reference | chunked | cudnn (GPU) | fused, splash (TPU) | auto: the fastest here
     model.remat = "none"  # recomputed: none | minimal: elementwise | dots: + attention | attention: all but it | full
-    model.scan_layers = True  # one compiled block for all layers; False: slower to compile, sometimes faster to run
+    model.scan_layers = "auto"  # yes: one compiled block for all layers | no: each has its own | auto: yes on TPUs
 
     config.objective = objective = ConfigDict()
     objective.generative = 1.0  # weight of the pixel loss: next pixels, or dropped pixels (BERT)

@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.model.depth = 4
     config.model.num_heads = 4
-    config.model.scan_layers = False  # a CPU fills the arrays of a scan with zeros first
 
     config.optim.name = "muon"  # a lower loss in a quarter of Adam's steps (docs/decisions.md)
     config.optim.learning_rate = 6e-3

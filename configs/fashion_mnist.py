@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.model.depth = 4
     config.model.num_heads = 4
-    config.model.scan_layers = False  # faster on a CPU, as in configs/digits.py
 
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 150

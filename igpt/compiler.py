@@ -19,7 +19,11 @@ MAX_BYTES = 1 << 30  # of all kept programs; the ones that were not used for the
 # alone, a training step takes 20 % less processor time (docs/decisions.md).
 _PRODUCTS_ALONE = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 # The order of operations that saves memory is as fast as the usual one; it takes a quarter off the peak of iGPT-S.
-FOR_STEPS = {"cpu": _PRODUCTS_ALONE | {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+# On GPUs, XLA would join the products of keys and values, and copy each result out of the joined one.
+FOR_STEPS = {
+    "cpu": _PRODUCTS_ALONE | {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
+}
 FOR_TOKENS = {"cpu": _PRODUCTS_ALONE}
 # For a function that runs once, LLVM's optimisation takes longer than it saves.
 FOR_ONE_RUN = {"cpu": {"xla_backend_optimization_level": 0}}
@@ -40,7 +44,7 @@ def _known(options: dict | None) -> dict | None:
 
 
 @functools.cache
-def _are_known(options: tuple[tuple[str, str | bool], ...]) -> bool:
+def _are_known(options: tuple[tuple[str, str | bool | int], ...]) -> bool:
     try:
         jax.jit(lambda: None, compiler_options=dict(options)).lower().compile()
     except jax.errors.JaxRuntimeError as error:  # they are experimental, and another XLA may lack them

@@ -90,13 +90,13 @@ SECTIONS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
 }
-DERIVED = ("vocab_size", "seq_len", "joined_batch")  # fields of the model that no user sets
+DERIVED = ("vocab_size", "seq_len", "platform")  # fields of the model that no user sets
 OF_TRAINING = ("optim", "train", "mesh")  # the sections that only training reads; an imported model has none of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The full configuration of a run. model.dtype and model.attention may be "auto"; `network` replaces it."""
+    """The full configuration of a run. Fields of the model may be "auto"; `network` replaces it."""
 
     data: DataConfig
     palette: PaletteConfig
@@ -201,7 +201,10 @@ class Config:
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"
         attention = resolve_backend(model.attention, device, dtype, model.num_heads, model.head_size, model.seq_len)
-        return dataclasses.replace(model, dtype=dtype, attention=attention, joined_batch=device.platform == "cpu")
+        # A scan copies what each layer keeps for the backward pass, or fills the arrays for it with zeros first. Only a
+        # TPU's compiler takes minutes for layers without a scan.
+        scan = device.platform == "tpu" if model.scan_layers == "auto" else model.scan_layers
+        return dataclasses.replace(model, dtype=dtype, attention=attention, platform=device.platform, scan_layers=scan)
 
     def to_dict(self) -> dict:
         """Nested dicts, as in config.json, without the fields of the model that `of` and `network` determine."""

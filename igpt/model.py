@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from igpt.activations import ACTIVATIONS
@@ -57,13 +58,16 @@ class ModelConfig:
     dtype: str = "float32"  # dtype of the computation; parameters are always float32
     attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces "auto" in this field and in dtype
     remat: str = "none"  # a key of REMAT
-    joined_batch: bool = False  # products join B and T: faster on CPUs, slower on TPUs; `Config.network` chooses
-    scan_layers: bool = True  # True: one compiled block serves all layers; False: the layers are unrolled
+    platform: str = ""  # "cpu", "gpu" or "tpu": the products take the form that is fast there; `Config.network` sets it
+    scan_layers: bool | str = True  # True: one compiled block serves all layers; False: the layers are unrolled; "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "sos", self.sos and self.causal)
         check_at_least(self, "model.", width=1, depth=1, num_heads=1, vocab_size=1, seq_len=1 + self.first_predicted)
         check_at_least(self, "model.", mlp_width=0, num_classes=0, norm_epsilon=0.0)
+        scan = {"yes": True, "no": False}.get(self.scan_layers, self.scan_layers)  # words, as in configuration files
+        object.__setattr__(self, "scan_layers", scan)
+        check_choice(self, "model.", scan_layers=(True, False, "yes", "no", "auto"))
         check_choice(self, "model.", dtype=("float32", "bfloat16", "auto"), attention=(*BACKENDS, "auto"))
         check_choice(self, "model.", activation=tuple(ACTIVATIONS), remat=tuple(REMAT))
         if self.width % self.num_heads:
@@ -113,7 +117,8 @@ class Linear(nnx.Module):
     """einsum(equation, x, kernel) + bias. It casts float32 parameters to x's dtype and returns `out_dtype` if given.
 
     `flat` is the kernel's shape in the product, where N and K are one axis: a last axis of K alone is slow on TPUs. In
-    the equation, `...` stands for B and T; with `joined`, they are one dimension in the product.
+    the equation, `...` stands for B and T. On CPUs they are one dimension in the product. On GPUs, queries, keys and
+    values (c) are three products: slices of one product would be copied for cuDNN's attention.
     """
 
     def __init__(
@@ -124,16 +129,21 @@ class Linear(nnx.Module):
         bias_shape: tuple | None,
         rngs: nnx.Rngs,
         flat: tuple | None = None,
-        joined: bool = False,
+        platform: str = "",
     ):
-        self.equation, self.flat, self.joined = equation, flat or shape, joined
+        self.equation, self.flat, self.platform = equation, flat or shape, platform
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape))
 
     def __call__(self, x: Array, out_dtype=None) -> Array:
         kernel = self.kernel[...].astype(x.dtype).reshape(self.flat)
-        rows = x.reshape(-1, x.shape[-1]) if self.joined else x
-        y = jnp.einsum(self.equation, rows, kernel, preferred_element_type=out_dtype)
+        rows = x.reshape(-1, x.shape[-1]) if self.platform == "cpu" else x
+        product = functools.partial(jnp.einsum, preferred_element_type=out_dtype)
+        if self.platform == "gpu" and kernel.ndim == 3:
+            one = self.equation.replace("c", "")
+            y = jnp.stack([product(one, rows, part) for part in jnp.unstack(kernel, axis=1)], axis=-2)
+        else:
+            y = product(self.equation, rows, kernel)
         y = y.reshape(*x.shape[:-1], *self.flat[1:])
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].reshape(self.flat[1:]), y.shape).astype(y.dtype)
@@ -151,7 +161,7 @@ class Block(nnx.Module):
             return shape if config.use_bias else None
 
         self.attention_norm = Norm(D, config.norm_epsilon)
-        linear = functools.partial(Linear, rngs=rngs, joined=config.joined_batch)
+        linear = functools.partial(Linear, rngs=rngs, platform=config.platform)
         self.qkv = linear("...d,dch->...ch", (D, 3, N, K), D**-0.5, bias(3, N, K), flat=(D, 3, N * K))
         self.out = linear("...h,hd->...d", (N, K, D), (D * config.depth) ** -0.5, bias(D), flat=(N * K, D))
         self.mlp_norm = Norm(D, config.norm_epsilon)
@@ -207,7 +217,7 @@ class ImageGPT(nnx.Module):
         self.final_norm = Norm(config.width, config.norm_epsilon)
         # Zero kernels make the first prediction uniform and the first loss ln V (Chen et al. 2020, appendix A.1).
         D, V, C = config.width, config.vocab_size, config.num_classes
-        linear = functools.partial(Linear, std=0.0, bias_shape=None, rngs=rngs, joined=config.joined_batch)
+        linear = functools.partial(Linear, std=0.0, bias_shape=None, rngs=rngs, platform=config.platform)
         self.head = linear("...d,dv->...v", (D, V)) if config.pixel_head else None
         self.classifier = linear("...d,dc->...c", (D, C)) if C else None
 
@@ -272,9 +282,15 @@ class ImageGPT(nnx.Module):
         # Both tables are small: all-gather them first, so that the lookup itself needs no communication.
         inputs = checked_ids("inputs", inputs, self.config.vocab_size + 1)
         tokens, positions = replicate(self.token_table[...]), replicate(self.position_table[...])
-        x = tokens[inputs] if keep is None else tokens[inputs] * keep[..., None]
+        x = rows_of(tokens, inputs) if self.config.platform == "gpu" else tokens[inputs]
+        x = x if keep is None else x * keep[..., None]
         x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]
-        return shard_batch(x.astype(self.config.dtype))
+        x = shard_batch(x.astype(self.config.dtype))
+        if self.config.platform == "gpu":
+            # The gradient of the positions sums over B. For it XLA would put B last here, and so in every layer, and
+            # then transpose what each product reads.
+            x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+        return x
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
         if self.head is None:
@@ -321,6 +337,24 @@ class ImageGPT(nnx.Module):
         """Attention of every position to itself and to earlier positions, or to all if the model is not causal."""
         c = self.config
         return attention(q, k, v, backend=c.attention, causal=c.causal, dropout=c.attention_dropout, key=key), None
+
+
+@jax.custom_vjp
+def rows_of(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """table[ids], with a gradient whose bits do not change from run to run: a product with a matrix of ones and zeros.
+
+    The usual gradient adds the rows of equal ids in whatever order a GPU's threads reach them.
+    """
+    return table[ids]
+
+
+def _rows_of_backward(kept: tuple, d_rows: Array) -> tuple:
+    ids, size = kept
+    chosen = jax.nn.one_hot(ids.reshape(-1), size, dtype=d_rows.dtype)
+    return jnp.einsum("bv,bd->vd", chosen, d_rows.reshape(-1, d_rows.shape[-1])), None
+
+
+rows_of.defvjp(lambda table, ids: (table[ids], (ids, len(table))), _rows_of_backward)
 
 
 def pool(normed: Float[Array, "B P D"]) -> Float[Array, "B D"]:

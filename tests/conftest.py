@@ -43,7 +43,7 @@ def tiny_config():
     from configs import digits
 
     config = digits.get_config()
-    config.model.update(width=20, depth=3, num_heads=2, mlp_width=28, remat="none", scan_layers=True)
+    config.model.update(width=20, depth=3, num_heads=2, mlp_width=28, remat="none", scan_layers="yes")
     config.optim.update(name="adam", learning_rate=3e-3, warmup_steps=2)
     config.train.update(
         steps=6, batch_size=8, log_every=1, eval_every=3, eval_batch_size=40, sample_every=6, num_samples=3

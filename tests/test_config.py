@@ -43,14 +43,31 @@ def test_vocabulary_and_length_follow_from_palette_and_images():
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "attention"), [("cpu", "float32", "chunked"), ("gpu", "bfloat16", "cudnn")]
+    ("platform", "dtype", "attention"),
+    [("cpu", "float32", "chunked"), ("gpu", "bfloat16", "cudnn"), ("tpu", "bfloat16", "chunked")],
 )
 def test_auto_is_settled_for_a_device(platform, dtype, attention):
-    device = SimpleNamespace(platform=platform, device_kind="it", compute_capability="8.0")
+    device = SimpleNamespace(platform=platform, device_kind="TPU v5 lite", compute_capability="8.0")
     config = Config.of(base.get_config())
     model = config.network(device)
-    assert (model.dtype, model.attention, model.joined_batch) == (dtype, attention, platform == "cpu")
-    assert config.model.dtype == config.model.attention == "auto"
+    assert (model.dtype, model.attention, model.platform) == (dtype, attention, platform)
+    assert model.scan_layers == (platform == "tpu")
+    assert config.model.dtype == config.model.attention == config.model.scan_layers == "auto"
+
+
+@pytest.mark.parametrize(("given", "scans"), [("yes", True), ("no", False), (True, True), (False, False)])
+def test_layers_are_scanned_as_asked_by_a_word_or_by_the_boolean_of_an_older_run(given, scans):
+    settings = base.get_config().to_dict()
+    settings["model"]["scan_layers"] = given
+    for platform in ("cpu", "tpu"):
+        assert Config.of(settings).network(SimpleNamespace(platform=platform, device_kind="it")).scan_layers is scans
+
+
+def test_an_unknown_word_for_scanned_layers_is_refused():
+    config = base.get_config()
+    config.model.scan_layers = "maybe"
+    with pytest.raises(UserError, match="model.scan_layers is 'maybe'; choose .*yes, no, auto"):
+        Config.of(config)
 
 
 def test_a_network_from_elsewhere_has_no_training():

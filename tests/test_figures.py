@@ -212,6 +212,13 @@ def test_the_speed_page_is_made_from_the_recorded_figures():
     assert DOCUMENTS["speed.md"] == made, "run python benchmarks/speed_page.py"
 
 
+def test_the_readme_quotes_the_share_of_a_gpus_peak():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "training_gpu.json").read_text())["rows"]
+    small, middle, large = (f"{100 * row['mfu_causal']['ours']:.0f}" for row in rows)
+    quoted = " ".join(DOCUMENTS["README.md"].split())
+    assert f"S, M and L train at {small}, {middle} and {large} % of an [H200's peak](docs/speed.md)" in quoted
+
+
 def test_the_speed_page_shows_a_gpu_once_it_has_been_measured(tmp_path):
     names = runpy.run_path(str(ROOT / "benchmarks" / "speed_page.py"))
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
@@ -221,17 +228,25 @@ def test_the_speed_page_shows_a_gpu_once_it_has_been_measured(tmp_path):
         "case": "iGPT-S",
         "batch_size": 32,
         "seconds": seconds,
+        "times_as_fast_as": {"torch.compile, SDPA": 1.63},
+        "peak_bytes": {"ours": 10 * 2**30, "torch.compile, SDPA": 15.25 * 2**30},
         "mfu_causal": {"ours": 0.414, "torch.compile, SDPA": None},
     }
     training = {"device": "NVIDIA H200", "rows": [row | {"goal_mfu_causal": 0.35}]}
     speeds = {"images_per_s": {"ours": 123.4, "transformers": 5.67}, "share_of_bound": 0.61, "goal_images_per_s": 90}
-    sampling = {"device": "NVIDIA H200", "rows": [{"size": "s", "batch_size": 128} | speeds]}
+    alone = speeds | {"images_per_s": {"ours": 45.6}}
+    rows = [{"size": "s", "batch_size": 128} | speeds, {"size": "m", "batch_size": 64} | alone]
+    sampling = {"device": "NVIDIA H200", "rows": rows}
     (tmp_path / "training_gpu.json").write_text(json.dumps(training))
     (tmp_path / "sampling_gpu.json").write_text(json.dumps(sampling))
     data = {"device": "NVIDIA H200", "training_step": {"slower_by": 0.123}}
     (tmp_path / "data_gpu.json").write_text(json.dumps(data))
     with mock.patch.dict(names["page"].__globals__, RESULTS=tmp_path):
         made = names["page"]()
-    assert "| iGPT-S | 32 | 0.123 | 0.200 | 41 % | - | 35 % |" in made and "measured on a TPU yet" in made
-    assert "| S | 128 | 123 | 5.7 | 61 % | 90 |" in made and "on NVIDIA H200" in made
+    assert (
+        "| iGPT-S | 32 | 0.123 | 0.200 | 1.63 | 41 % | - | 35 % | 10.0 | 15.2 |" in made
+        and "measured on a TPU yet" in made
+    )
+    assert "| S | 128 | 123 | 5.7 | 61 % | 90 |\n| M | 64 | 46 | - | 61 % | 90 |" in made and "on NVIDIA H200" in made
+    assert "Sampling was not measured for L." in made
     assert "NVIDIA H200 takes 12.3 % more time with the loader" in " ".join(made.split())

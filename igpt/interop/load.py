@@ -174,7 +174,7 @@ def starting_params(ref: str, mesh: Mesh) -> dict:
 def parameter_fields(model: ModelConfig) -> dict:
     """The fields that determine the shapes and the meaning of the parameters. Weights may change from SOS to none."""
     free = ("sos", "embedding_dropout", "residual_dropout", "attention_dropout")
-    free += ("dtype", "attention", "remat", "scan_layers", "joined_batch")
+    free += ("dtype", "attention", "remat", "scan_layers", "platform")
     return {name: value for name, value in vars(model).items() if name not in free}
 
 
