@@ -12,9 +12,13 @@ run. configs/base.py explains every field. At SIGTERM the run saves a checkpoint
 hosts, start the same command on each of them (docs/pods.md).
 """
 
+import signal
+
+from igpt.errors import end_at_sigterm
 from igpt.huge_pages import FLAG, ask_for_huge_pages
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_at_sigterm)  # the slow imports come before anything that could be saved
     ask_for_huge_pages()  # may start this program anew, and therefore comes before the slow imports
 
 import dataclasses

@@ -159,7 +159,8 @@ def check_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> AnyPat
         return workdir
     if workdir.resolve() == Path.cwd():
         workdir = Path.cwd()  # --start_over renames the folder, and "." would follow it
-    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    places = (workdir.absolute(), *workdir.absolute().parents)
+    nearest = next(path for path in places if path.exists() or path.is_symlink())  # a link may lead nowhere
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{flag}={workdir} cannot be written: {nearest} is no writable folder; name another place")
     return workdir

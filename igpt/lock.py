@@ -26,13 +26,14 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from igpt.errors import PREEMPTED, StorageError, UserError
+from igpt.errors import StorageError, UserError, end_at_sigterm
 from igpt.files import AnyPath, is_bucket, read_json, storage_errors, write_text
 
 BEAT = 10.0  # seconds between two renewals of a program's own file
 PATIENCE = 120.0  # seconds without a renewal, after which a program of another host counts as gone
 POLL = 2.0  # seconds between two looks at the file of a program of another host
 UNKNOWN = "unknown"  # the start of a process that cannot be found out
+NOBODYS = (signal.SIG_DFL, end_at_sigterm)  # handlers of SIGTERM that a lock replaces
 CONTEND = 1.0  # seconds in which programs that start at once, and see each other, try again
 
 
@@ -68,7 +69,7 @@ class Lock:
             self._remove_folders()
             raise
         on_main_thread = threading.current_thread() is threading.main_thread()
-        if self.frees_at_sigterm and on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if self.frees_at_sigterm and on_main_thread and signal.getsignal(signal.SIGTERM) in NOBODYS:
             self._previous = signal.signal(signal.SIGTERM, self._end)
         threading.Thread(target=self._renew, daemon=True).start()
         return self
@@ -132,9 +133,7 @@ class Lock:
     def _end(self, *_) -> None:
         self.path.unlink(missing_ok=True)
         self._remove_folders()
-        # The second SIGTERM of a run ends up here, too, and may cut off a save.
-        os.write(2, b"stopped: SIGTERM came; the same command goes on from what is saved\n")
-        os._exit(PREEMPTED)  # an exception could be taken for one of the work that it interrupts
+        end_at_sigterm()  # the second SIGTERM of a run ends up here, too, and may cut off a save
 
     def _remove_folders(self) -> None:
         for folder in self.made:

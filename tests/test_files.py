@@ -82,8 +82,10 @@ def test_a_workdir_is_a_writable_folder_or_can_become_one(tmp_path):
     for workdir in (tmp_path, tmp_path / "a" / "b"):
         assert check_workdir(str(workdir)) == workdir
     assert not (tmp_path / "a").exists()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     for workdir, message in (
         (tmp_path / "file" / "run", "no writable folder"),
+        (tmp_path / "nowhere", "nowhere is no writable folder"),
         ("az://bucket/run", "begin with gs://"),
         ("", "--workdir is empty"),
     ):

@@ -89,7 +89,9 @@ def learning_rate_text(there: Config, here: Config, step: int) -> str:
         return ""
     falls = f"falls along the cosine to 0 at step {here.train.steps:,}"
     course = {"cosine": falls, "constant": "stays there"}[here.optim.schedule]
-    return f"the learning rate after step {step:,} is {new:.3g} instead of {old:.3g}, and then {course}"
+    warmup = min(here.optim.warmup_steps, here.train.steps // 2)
+    rises = f"rises to {here.optim.learning_rate:.3g} at step {warmup:,}, and then " if step < warmup else ""
+    return f"the learning rate after step {step:,} is {new:.3g} instead of {old:.3g}, and then {rises}{course}"
 
 
 def changed_images(workdir: AnyPath, source: Source, found: dict) -> list[str]:

@@ -10,6 +10,7 @@ then call them, in the same order.
 
 import os
 import secrets
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from igpt.compiler import share_programs
-from igpt.errors import UserError
+from igpt.errors import UserError, end_at_sigterm
 from igpt.files import AnyPath, is_bucket
 from igpt.run.roll_call import roll_call
 from igpt.sharding import all_devices
@@ -72,6 +73,8 @@ def join(coordinator=None, processes=None, process=None, join_timeout=None, save
     roll_call(place.coordinator, place.process, place.processes, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", saves_at_sigterm)  # this service catches SIGTERM
+    if signal.getsignal(signal.SIGTERM) is end_at_sigterm:  # Python would run it only after all have connected
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     jax.distributed.initialize(
         place.coordinator,
         place.processes,

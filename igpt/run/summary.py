@@ -12,7 +12,7 @@ from igpt.data.classes import class_counts
 from igpt.data.examples import EncodedImages, Source
 from igpt.data.settings import DataConfig
 from igpt.data.sources import FLAGS
-from igpt.files import read_json
+from igpt.files import AnyPath, is_bucket, read_json
 from igpt.loss import marginal_entropy
 from igpt.model import ModelConfig
 from igpt.run.cluster import is_first_process
@@ -83,10 +83,11 @@ def learning_goal(objective: ObjectiveConfig, model: ModelConfig, place: str) ->
     return " + ".join(what if weight == 1 else f"{weight:g} x {what}" for weight, what in parts if weight)
 
 
-def _next_of_vqvae(config: Config, workdir) -> list[str]:
+def _next_of_vqvae(config: Config, workdir: AnyPath) -> list[str]:
     """The commands that encode images with a VQ-VAE, and train a model on its codes."""
     path, data, model = shlex.quote(str(workdir)), config.data, config.vqvae
-    out, (height, width) = shlex.quote(f"{workdir}-codes"), data.image_size
+    height, width = data.image_size
+    out = shlex.quote(f"{workdir.name if is_bucket(workdir) else workdir}-codes")  # codes are prepared on a disk
     flags = {
         "source": data.source,
         "size": f"{height}x{width}",
@@ -94,13 +95,13 @@ def _next_of_vqvae(config: Config, workdir) -> list[str]:
         "preprocess": data.preprocess,
     }
     flags |= {name: value for name in FLAGS if (value := getattr(data, name)) != getattr(DataConfig, name)}
-    source = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())  # the same three splits
+    given = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())  # the same three splits
     fields = f"--config.vqvae.codes={model.codes} --config.vqvae.stride={model.stride}"
     if data.source.startswith("scattered:"):  # each step has other images, which no file holds
-        return [f"  python train.py --config=CONFIG --config.tokenizer={path} {fields} ..."]
+        return [f"python train.py --config=CONFIG --config.tokenizer={path} {fields} ..."]
     return [
-        f"  igpt prepare {source} --tokenizer={path} --out={out}",
-        f"  python train.py --config=CONFIG --config.data.source=tokens:{out} --config.tokenizer={path} {fields} ...",
+        f"igpt prepare {given} --tokenizer={path} --out={out}",
+        f"python train.py --config=CONFIG --config.data.source=tokens:{out} --config.tokenizer={path} {fields} ...",
     ]
 
 
@@ -134,19 +135,24 @@ def farewell(run: RunDirectory, step: int, evaluation: dict, seconds: float, sou
             f"best on validation after step {results['step']}: test accuracy {100 * results['test_accuracy']:.1f} % "
             f"[{100 * low:.1f}, {100 * high:.1f}] of {results['images']['test']} images; {workdir}/confusion.png"
         )
-    print("next:")
-    if config.program == "vqvae":
-        print("\n".join(_next_of_vqvae(config, workdir)))
-        return
+    vqvae = config.program == "vqvae"
+    if commands := _next_of_vqvae(config, workdir) if vqvae else _next_of_igpt(config, workdir, source):
+        print("next:")
+        print("\n".join(f"  {command}" for command in commands))
+
+
+def _next_of_igpt(config: Config, workdir: AnyPath, source: Source) -> list[str]:
     model, probe = shlex.quote(str(workdir)), shlex.quote(f"{workdir}/probe")
+    commands = []
     if source.train.labels is not None:
-        print(f"  python eval_probe.py --config=configs/probe.py --model={model} --workdir={probe}")
+        commands.append(f"python eval_probe.py --config=configs/probe.py --model={model} --workdir={probe}")
     if config.objective.classification:
         resized = " --preprocess=shrink" if config.data.preprocess == "none" else ""  # a photo has some other size
-        print(f"  igpt predict --model={model}{resized} photo.png")
+        commands.append(f"igpt predict --model={model}{resized} photo.png")
     if config.model.causal and config.objective.classification:
-        print(f"  igpt export --model={model} --out=hf_classifier")
+        commands.append(f"igpt export --model={model} --out=hf_classifier")
     elif config.model.causal:
         if config.model.sos:
-            print(f"  igpt sample --model={model} --num=16 --out=samples.png")
-        print(f"  igpt sample --model={model} --complete=test --num=7 --out=completions.png")
+            commands.append(f"igpt sample --model={model} --num=16 --out=samples.png")
+        commands.append(f"igpt sample --model={model} --complete=test --num=7 --out=completions.png")
+    return commands

@@ -77,6 +77,8 @@ def test_the_learning_rate_of_longer_training_is_said():
     here = configured(**{"train.steps": 100, "optim.learning_rate": 0.01, "optim.schedule": "constant"})
     assert "is 0.01 instead of 0, and then stays there" in learning_rate_text(there, here, 100)
     assert learning_rate_text(here, here, 100) == ""
+    here = configured(**{"train.steps": 800, "optim.learning_rate": 0.01, "optim.warmup_steps": 300})
+    assert "then rises to 0.01 at step 300, and then falls along" in learning_rate_text(there, here, 100)
 
 
 # Images

@@ -7,9 +7,10 @@ import pytest
 
 from igpt.data.classes import load_names
 from igpt.errors import StorageError, UserError
+from igpt.files import as_path
 from igpt.lock import InUseError, lock_files
 from igpt.run.checkpoint import Checkpoints, Progress
-from igpt.run.directory import RunDirectory, load_config, locked, save_config
+from igpt.run.directory import RunDirectory, check_start_over, load_config, locked, save_config
 from igpt.sharding import make_mesh
 from igpt.state import TrainState, build_program
 from tests.helpers import GREY_PALETTE, configured
@@ -28,6 +29,11 @@ def test_an_opened_run_is_resumed_the_next_time(tmp_path):
         assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "palette.npy", "checkpoints"}
     run = RunDirectory(tmp_path / "run", configured())
     assert run.is_resumed and (run.tokenizer().centers == GREY_PALETTE.centers).all()
+
+
+def test_a_whole_bucket_is_not_renamed():
+    with pytest.raises(UserError, match="gs://mine is a whole bucket"):
+        check_start_over(as_path("gs://mine"))
 
 
 def test_the_names_of_the_classes_are_there_before_the_config(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,24 @@ def test_patience_that_ends_in_a_resumed_evaluation_ends_the_run(tmp_path, monke
     monkeypatch.setattr(train, "evaluate", never_better)
     train.run(config, tmp_path / "run")
     assert max(losses(tmp_path / "run")) == 4 and (tmp_path / "run" / "finetune.json").exists()
+
+
+def test_sigterm_while_a_run_imports_its_modules_ends_with_code_75(tmp_path):
+    command = [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def handles_sigterm() -> bool:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not handles_sigterm():
+        time.sleep(0.01)
+    assert "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text()  # the slow imports are still to come
+    process.send_signal(signal.SIGTERM)
+    assert "stopped: SIGTERM came" in process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and not (tmp_path / "run").exists()
 
 
 def test_sigterm_to_a_real_process_saves_and_ends_with_code_75(tmp_path):

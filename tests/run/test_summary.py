@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from configs import base
 from igpt.config import Config, ObjectiveConfig
 from igpt.data.examples import ArrayImages, Source, Split
-from igpt.run.summary import _next_of_vqvae, describe, learning_goal
+from igpt.files import as_path
+from igpt.run.directory import RunDirectory
+from igpt.run.summary import _next_of_vqvae, describe, farewell, learning_goal
 from igpt.sharding import make_mesh
 from tests.helpers import GREY_PALETTE, TINY_MODEL
 
@@ -33,9 +36,25 @@ def test_the_summary_names_each_objective_and_every_weight_but_1(generative, cla
 def test_a_vqvae_of_images_that_no_file_can_hold_is_used_without_preparing_them(source, prepares):
     config = base.get_config()
     config.program, config.data.source = "vqvae", source
-    lines = _next_of_vqvae(Config.of(config), "run")
+    lines = _next_of_vqvae(Config.of(config), Path("run"))
     assert any("igpt prepare" in line for line in lines) == prepares
     assert "--config.tokenizer=run" in lines[-1] and ("tokens:" in lines[-1]) == prepares
+
+
+def test_codes_of_a_run_in_a_bucket_are_prepared_on_a_disk():
+    config = base.get_config()
+    config.program = "vqvae"
+    prepare, use = _next_of_vqvae(Config.of(config), as_path("gs://mine/run"))
+    assert "--tokenizer=gs://mine/run --out=run-codes" in prepare and "tokens:run-codes" in use
+
+
+def test_a_run_with_which_nothing_can_be_done_next_says_nothing_of_it(capsys, tmp_path):
+    config = base.get_config()
+    config.model.causal = False  # no samples, and without labels no probe
+    source = Source("it", *[Split(ArrayImages(np.zeros((2, 8, 8, 3), np.uint8)), None)] * 3, channels=1)
+    run = RunDirectory(tmp_path / "run", Config.of(config, trains=True))
+    farewell(run, 9, {"eval/loss": 1.0}, 1.0, source)
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_the_marginal_of_sorted_images_is_that_of_all_classes(capsys):
