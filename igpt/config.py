@@ -200,7 +200,8 @@ class Config:
         model, dtype = self.model, self.model.dtype
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"
-        attention = resolve_backend(model.attention, device, dtype, model.num_heads, model.head_size, model.seq_len)
+        heads = max(1, model.num_heads // max(1, self.mesh.tensor)) if self.mesh else model.num_heads  # of one device
+        attention = resolve_backend(model.attention, device, dtype, heads, model.head_size, model.seq_len)
         # A scan copies what each layer keeps for the backward pass, or fills the arrays for it with zeros first. Only a
         # TPU's compiler takes minutes for layers without a scan.
         scan = device.platform == "tpu" if model.scan_layers == "auto" else model.scan_layers

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import base, probe_digits
+from configs import base, imagenet, probe_digits
 from igpt.config import OF_TRAINING, SECTIONS, Config
 from igpt.errors import UserError
 from igpt.model import ModelConfig
@@ -61,6 +61,17 @@ def test_layers_are_scanned_as_asked_by_a_word_or_by_the_boolean_of_an_older_run
     settings["model"]["scan_layers"] = given
     for platform in ("cpu", "tpu"):
         assert Config.of(settings).network(SimpleNamespace(platform=platform, device_kind="it")).scan_layers is scans
+
+
+def test_the_attention_of_a_mesh_is_chosen_for_the_heads_of_one_device():
+    config = imagenet.get_config("s")
+    device = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    assert Config.of(config).network(device).attention == "fused"
+    config.mesh.tensor = 8  # one head of 64 is left, and our kernel takes two
+    assert Config.of(config).network(device).attention == "splash"
+    config.model.attention = "fused"
+    with pytest.raises(UserError, match="model.attention='fused' needs a TPU, .*1 heads of size 64"):
+        Config.of(config).network(device)
 
 
 def test_an_unknown_word_for_scanned_layers_is_refused():
