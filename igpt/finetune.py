@@ -39,6 +39,8 @@ def labelled(source: Source, config: Config, names: Sequence[str] | None = None,
         source = with_classes(source, names, whose)
         tested = [source.test] if source.test.labels is not None else []
         check_labels(source.train, source.validation, *tested, num_classes=config.model.num_classes)
+        needing = {name: dataclasses.replace(split, needs_labels=True) for name, split in source.splits().items()}
+        source = dataclasses.replace(source, **needing)
     if not config.data.labels_per_class:
         return source
     check_labels(source.train)

@@ -136,7 +136,7 @@ class TrainBatches:
             draws = np.random.default_rng((self.seed, 2, step)).random(shape)[self.rows]
             images, indices = self.split.read(indices, draws)
             tokens = self.tokenizer.encode(self.augmentation(images, rng, self.rows, self.batch_size))
-        batch = _batch(tokens, self.split.labels, indices)
+        batch = _batch(tokens, self.split, indices)
         if self.drops is None:
             return batch
         return batch | {"keep": self.drops.of_step(step, self.batch_size, self.rows, batch["tokens"].shape[1])}
@@ -162,12 +162,12 @@ def eval_batches(
         wanted = np.where(positions < len(split), positions, 0)
         tokens, used = split.encode(tokenizer, wanted)
         mask = (positions < len(split)) & (used == wanted)
-        batch = _batch(tokens, split.labels, used) | {"mask": mask.astype(np.float32)}
+        batch = _batch(tokens, split, used) | {"mask": mask.astype(np.float32)}
         if drops is not None:
             batch["keep"] = drops.of_images(used, batch["tokens"].shape[1])
         yield batch
 
 
-def _batch(tokens, labels, indices) -> dict[str, np.ndarray]:
+def _batch(tokens: np.ndarray, split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
     batch = {"tokens": tokens.reshape(len(tokens), -1)}
-    return batch if labels is None else batch | {"label": labels[indices]}
+    return batch if split.labels is None else batch | {"label": split.labels_of(indices)}

@@ -143,18 +143,27 @@ class Split:
     """The examples of a split: images uint8 [N, H, W, 3] and, if the source has them, labels int32 [N].
 
     Labels are an array, or an object that reads labels when it is indexed like an array. With `may_lack_labels`, -1
-    marks an image without a label; otherwise -1 is a class, as labels may be any integers.
+    marks an image without a label; otherwise -1 is a class, as labels may be any integers. With `needs_labels`, too,
+    `labels_of` refuses such images: labels in files are not all read before.
     """
 
     images: Images
     labels: Any
     may_lack_labels: bool = False
+    needs_labels: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         return self.images.read(indices, draws)
+
+    def labels_of(self, indices: np.ndarray) -> Int[np.ndarray, "n"]:
+        """The labels at these indices. Raises UserError if one is missing that is needed."""
+        labels = self.labels[indices]
+        if self.needs_labels and self.may_lack_labels and -1 in labels:
+            raise UserError(_missing_labels("an image", "has"))
+        return labels
 
     def take(self, indices: np.ndarray) -> "Split":
         """Returns the examples at these indices, in this order."""
@@ -226,10 +235,12 @@ def check_classes(splits: Sequence[Split], num_classes: int) -> None:
 def _refuse_missing(split: Split, whose: str = "") -> None:
     if split.may_lack_labels and -1 in _classes(split):
         count = np.count_nonzero(split.labels == -1) if isinstance(split.labels, np.ndarray) else "some"
-        raise UserError(
-            f"{count} images{whose} have no label; here every image needs one: remove these images from the data set, "
-            "or name another column of labels, as hf:NAME,label=COLUMN"
-        )
+        raise UserError(_missing_labels(f"{count} images{whose}", "have"))
+
+
+def _missing_labels(which: str, have: str) -> str:
+    remedy = "remove such images from the data set, or name another column of labels, as hf:NAME,label=COLUMN"
+    return f"{which} {have} no label; here every image needs one: {remedy}"
 
 
 def _classes(split: Split) -> np.ndarray:

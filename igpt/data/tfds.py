@@ -69,8 +69,8 @@ class Labels:
     dtype = np.dtype(np.int32)
     ndim = 1
 
-    def __init__(self, records: Records, numbers: np.ndarray, table: np.ndarray | None = None):
-        self.records, self.numbers, self.table = records, numbers, table
+    def __init__(self, records: Records, numbers: np.ndarray, table: np.ndarray | None = None, skip: bool = False):
+        self.records, self.numbers, self.table, self.skip = records, numbers, table, skip
         self.shape = numbers.shape
 
     def __len__(self) -> int:
@@ -84,17 +84,28 @@ class Labels:
         return known[numbers] if self.table is None else self.table[known[numbers]]
 
     def renumbered(self, table: np.ndarray) -> "Labels":
-        return Labels(self.records, self.numbers, table)
+        return Labels(self.records, self.numbers, table, self.skip)
 
     def classes(self) -> np.ndarray:
         """The declared classes, and the labels of the first records. Reads all labels if no classes are declared.
 
-        Otherwise it does not read all labels, because this would read all 140 GB of ImageNet.
+        Otherwise it does not read all labels, because this would read all 140 GB of ImageNet. With `skip`, records that
+        cannot be read have no label here.
         """
         if not self.records.num_classes:
-            return np.unique(self)
+            return np.unique(self._readable(self.numbers))
         numbers = np.arange(self.records.num_classes) if self.table is None else self.table[:-1]
-        return np.union1d(numbers, self[:LOOKED_AT])
+        return np.union1d(numbers, self._readable(self.numbers[:LOOKED_AT]))
+
+    def _readable(self, numbers: np.ndarray) -> np.ndarray:
+        labels = []
+        for number in numbers.tolist():
+            try:
+                labels.append(Labels(self.records, np.array([number]), self.table)[0])
+            except UnreadableImage:
+                if not self.skip:
+                    raise
+        return np.array(labels, np.int32)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -140,7 +151,7 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
     splits = []
     for records, some in zip((train, train, train if test is None else test), numbers, strict=True):
         images = EncodedImages(records, preprocess, settings.channels, skip, some)
-        splits.append(Split(images, Labels(records, some) if labelled else None, may_lack_labels=True))
+        splits.append(Split(images, Labels(records, some, skip=skip) if labelled else None, may_lack_labels=True))
     return Source(source_name, *splits, settings.channels, class_names=_class_names(source_name, features))
 
 

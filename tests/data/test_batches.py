@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 
@@ -15,7 +16,7 @@ from igpt.data.examples import ArrayImages, EncodedImages, Split
 from igpt.data.images import Preprocess
 from igpt.errors import UserError
 from igpt.probe.features import raw_pixels
-from tests.helpers import assert_trees_equal, load_source
+from tests.helpers import GREY_PALETTE, assert_trees_equal, load_source
 
 
 def numbered_split(count=23, size=5):
@@ -259,6 +260,19 @@ def test_an_image_that_takes_the_place_of_another_brings_its_own_label():
     batch = batches_of(split, batch_size=23)[0]  # tokens and labels are both the index
     np.testing.assert_array_equal(batch["tokens"], np.repeat(batch["label"][:, None], 25, axis=1))
     assert sorted(split.images.unreadable) == [3, 4, 17] and not set(batch["label"]) & {3, 4, 17}
+
+
+def test_a_batch_refuses_an_image_without_a_label_only_where_each_needs_one():
+    """Labels in files are not all read before fine-tuning starts."""
+    split = Split(ArrayImages(np.zeros((4, 3, 3, 3), np.uint8)), np.array([0, 1, -1, 1], np.int32), True)
+    assert next(eval_batches(split, GREY_PALETTE, 4))["label"][2] == -1
+    needing = dataclasses.replace(split, needs_labels=True)
+    with pytest.raises(UserError, match="an image has no label; here every image needs one: remove such images"):
+        next(eval_batches(needing, GREY_PALETTE, 4))
+    with pytest.raises(UserError, match="an image has no label"):
+        TrainBatches(needing, GREY_PALETTE, 4, 0, Augmentation(), slice(None))[0]
+    numbers = dataclasses.replace(needing, may_lack_labels=False)  # -1 is a class like any other
+    assert next(eval_batches(numbers, GREY_PALETTE, 4))["label"][2] == -1
 
 
 def test_evaluation_masks_what_it_cannot_read(tmp_path):

@@ -63,6 +63,13 @@ def test_images_without_a_label_are_learned_from_where_none_is_needed(unlabelled
     assert open_prepare_source(f"{unlabelled},label=").train.labels is None
 
 
+def test_fine_tuning_needs_the_label_of_every_image_that_it_reads(tmp_path):
+    source = open_prepare_source(save_data_set(tmp_path / "saved", [0, 1, 2] * 10))
+    classifier = configured(**{"model.num_classes": 3, "objective.classification": 1.0})
+    assert all(split.needs_labels for split in labelled(source, classifier).splits().values())
+    assert not any(split.needs_labels for split in labelled(source, configured()).splits().values())
+
+
 def test_prepared_tokens_know_that_images_had_no_label(unlabelled, palette, tmp_path):
     prepare.prepare(prepare_settings(unlabelled), str(palette), str(tmp_path / "out"))
     prepare.prepare(prepare_settings(f"tokens:{tmp_path}/out"), str(palette), str(tmp_path / "again"))

@@ -351,3 +351,17 @@ def test_damaged_records_are_refused_or_passed_over_and_counted(prepared, tmp_pa
     _, used = source.train.read(np.arange(25))
     assert 1 <= len(source.unreadable) < 5
     assert np.array_equal(np.flatnonzero(used != np.arange(25)), sorted(source.train.images.unreadable))
+
+
+def test_labels_are_checked_where_damaged_records_are_passed_over(prepared, tmp_path):
+    (record,) = (shutil.copytree(prepared[0], tmp_path / "copy") / "photos" / "1.0.0").glob("*train*")
+    content = bytearray(record.read_bytes())
+    damaged = content.find(photo(2)[10:40])
+    content[damaged : damaged + 8] = bytes(8)
+    record.write_bytes(content)
+    with pytest.raises(UserError, match=r"photos train record \d+ cannot be read"):
+        check_labels(opened("photos", str(tmp_path / "copy")).train)
+    train = opened("photos", str(tmp_path / "copy"), skip=True).train
+    check_labels(train)
+    _, used = train.read(np.arange(25))
+    assert np.array_equal(train.labels_of(used), [train.labels[i] for i in used])
