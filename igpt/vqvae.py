@@ -232,7 +232,7 @@ def follow(
     sums = jnp.einsum("nv,nd->vd", one_hot, latents, precision="highest") / len(latents)
     usage = config.decay * averages.usage + (1 - config.decay) * shares(codes, config)
     sums = config.decay * averages.sums + (1 - config.decay) * sums
-    dead = usage <= config.revive_below / config.codes
+    dead = usage <= max(config.revive_below / config.codes, TINY)
     chosen = latents[jax.random.randint(key, (config.codes,), 0, len(latents))]
     codebook = jnp.where(dead[:, None], chosen, sums / jnp.maximum(usage, TINY)[:, None])
     usage = jnp.where(dead, 1 / config.codes, usage)

@@ -123,6 +123,16 @@ def test_without_a_threshold_only_codes_that_no_batch_has_used_are_revived():
         np.testing.assert_allclose(codebook, 1.0, rtol=1e-6)  # and no code is zero
 
 
+def test_a_code_that_no_batch_has_used_for_long_is_revived_before_its_average_is_lost():
+    config = dataclasses.replace(TINY, revive_below=0.0)
+    usage, sums = jnp.full(TINY.codes, 1e-37), jnp.full((TINY.codes, TINY.code_width), 1e-37)
+    latents, codes = jnp.ones((8, TINY.code_width)), jnp.zeros(8, jnp.int32)
+    averages = Averages(usage, sums, jnp.zeros((), jnp.int32))
+    codebook, averages = vqvae.follow(averages, latents, codes, jax.random.key(0), config)
+    assert averages.revived == TINY.codes - 1
+    np.testing.assert_allclose(codebook, 1.0, rtol=1e-6)
+
+
 def test_perplexity_counts_the_codes_that_are_used_equally():
     assert vqvae.perplexity(jnp.array([0.25, 0.25, 0.0, 0.25, 0.25])) == pytest.approx(4)
     assert vqvae.perplexity(jnp.array([0.0, 1.0])) == pytest.approx(1)

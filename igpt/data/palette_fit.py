@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt.color_table import MAX_COLORS
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.sources import add_source_arguments, load_source, source_settings
 from igpt.errors import UserError
@@ -63,6 +64,8 @@ def fit_pixels(pixels: np.ndarray, colors: int, seed: int = 0, flag: str = "pale
 
     Raises UserError if they have fewer. `flag` is the name of the number of colours in the message.
     """
+    if colors > MAX_COLORS:
+        raise UserError(f"{flag} is {colors}; a palette has at most {MAX_COLORS} colours, since tokens take 16 bits")
     distinct, counts = np.unique(pixels, axis=0, return_counts=True)
     if len(distinct) < colors:
         raise UserError(

@@ -56,6 +56,12 @@ def test_fit_looks_at_no_more_pixels_than_it_may(monkeypatch):
     assert set(seen) == {999}  # 111 of each image
 
 
+def test_more_colours_than_tokens_can_name_are_refused_before_the_fit():
+    pixels = np.stack(np.unravel_index(np.arange(70_000), (64, 64, 64)), axis=-1).astype(np.uint8)
+    with pytest.raises(UserError, match="palette.colors is 65536; a palette has at most 65535 colours"):
+        palette_fit.fit_pixels(pixels, 65_536)
+
+
 def test_fit_says_how_many_colours_there_are_when_too_many_are_asked_for():
     with pytest.raises(UserError, match=r"palette.colors is 9.*2 pixels.*only 2.*palette.colors=2"):
         palette_fit.fit(np.array([[[[0, 0, 0], [9, 9, 9]]]], np.uint8), colors=9)
