@@ -1,5 +1,5 @@
 #!/bin/bash
-# All that waits for an NVIDIA GPU: the tests, and the figures of docs/speed.md. About an hour on an H100 or H200.
+# All that waits for an NVIDIA GPU: the tests, and the figures of docs/speed.md. About 20 minutes on an H200.
 #
 #     pip install -e ".[gpu,bench,test]"
 #     bash benchmarks/gpu.sh
@@ -13,7 +13,7 @@ export PYTHONPATH=$PWD
 out=benchmarks/results training=() sampling=() data=() tests=() failed=()
 if [ -n "${TINY:-}" ]; then
     out=$(mktemp -d) training=(--tiny --cases iGPT-S) sampling=(--tiny --sizes s)
-    data=(--repeats=1 --rounds=1) tests=(tests/test_attention.py --collect-only)
+    data=(--repeats=1 --rounds=1) tests=(tests/test_attention.py tests/test_gpu.py --collect-only)
 fi
 
 try() { # goes on after a command that fails, and names it at the end
