@@ -18,8 +18,8 @@ from igpt.errors import end_at_sigterm
 from igpt.huge_pages import FLAG, ask_for_huge_pages
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end_at_sigterm)  # the slow imports come before anything that could be saved
     ask_for_huge_pages()  # may start this program anew, and therefore comes before the slow imports
+    signal.signal(signal.SIGTERM, end_at_sigterm)  # they come before anything that could be saved
 
 import dataclasses
 import time

@@ -1,5 +1,5 @@
 #!/bin/bash
-# All that waits for an NVIDIA GPU: the tests, and the figures of docs/speed.md. About 20 minutes on an H200.
+# All that waits for an NVIDIA GPU: the tests, and the figures of docs/speed.md. Perhaps 20 minutes on an H200.
 #
 #     pip install -e ".[gpu,bench,test]"
 #     bash benchmarks/gpu.sh
@@ -10,10 +10,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
+memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
 out=benchmarks/results training=() sampling=() data=() tests=() failed=()
 if [ -n "${TINY:-}" ]; then
     out=$(mktemp -d) training=(--tiny --cases iGPT-S) sampling=(--tiny --sizes s)
     data=(--repeats=1 --rounds=1) tests=(tests/test_attention.py tests/test_gpu.py --collect-only)
+fi
+
+if [ "${memory:-0}" -lt 120000 ]; then # MiB: training holds two networks at once, which take 110 GiB for L
+    training+=(--apart)
 fi
 
 try() { # goes on after a command that fails, and names it at the end

@@ -29,7 +29,7 @@ from igpt.sample import sample_tokens
 
 GOALS = {"s": 90, "m": 30, "l": 15}  # images/s
 BATCH_SIZES = {"s": 512, "m": 256, "l": 128}  # with these, caches take 26, 39 and 39 GB
-WITH_PEER = ("s",)  # transformers takes half a minute for a batch of s, and longer for others
+WITH_PEER = ("s",)  # transformers takes a minute for a batch of s, and longer for others
 WARM_UP = 16  # tokens that the peer draws before it is timed
 TINY = ModelConfig(width=32, depth=2, num_heads=2, vocab_size=17, seq_len=64)
 

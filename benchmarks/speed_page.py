@@ -219,8 +219,9 @@ def gpu() -> str:
         parts.append(
             f"Sampling in bfloat16 on {results['device']} (`benchmarks/sampling_gpu.py`):\n\n{table(head, rows)}\n"
         )
-        if missing := [size.upper() for size in "sml" if size not in {row["size"] for row in results["rows"]}]:
-            parts.append(f"Sampling was not measured for {' and '.join(missing)}.\n")
+        if missing := results.get("not_measured"):
+            reasons = "; ".join(f"{size.upper()}: {reason}" for size, reason in missing.items())
+            parts.append(f"The same run was to measure other sizes ({reasons}).\n")
     if (RESULTS / "data_gpu.json").exists():
         parts.append(f"{loader(read('data_gpu.json'))}\n")
     return "\n".join([*parts, COMPILED]).strip()

@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 
-# Of a GPU's memory, a process of JAX takes what it needs, and no more than almost all.
+# JAX allocates a GPU's memory as it needs it, up to 95 %.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 

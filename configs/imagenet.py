@@ -26,8 +26,9 @@ Expected results, from Chen et al. 2020 (tables 2 and 3) and OpenAI's README. No
     VQ-VAE are our choice, because the paper says nothing about them.
 
 Cost: 6 x parameters x tokens, without attention, is 60 EFLOP for s, 358 for m, 1,070 for l, 2,400 for l48 and 21,400
-for xl. One H100 at 40 % of its bfloat16 peak of 989 TFLOP/s takes 2, 10, 31, 71 and 630 days; s, m and l were measured
-at 36, 49 and 52 % on an H200 (docs/speed.md). OpenAI needed about 2,500 V100-days for l.
+for xl. One H100 at 40 % of its bfloat16 peak of 989 TFLOP/s takes 2, 10, 31, 71 and 630 days. An H200 reached 33 % with
+s as configured here, and without remat and with fewer images 36, 49 and 52 % with s, m and l (docs/speed.md). OpenAI
+needed about 2,500 V100-days for l.
 
 xl differs from the paper's in two ways. Its number of heads was never published; 24 is our choice. The paper's xl also
 read 100 million web images, which were not published; 2 million steps of 64 images are 104 epochs of ImageNet alone.

@@ -191,20 +191,20 @@ class Config:
         model = dataclasses.replace(model, dtype="auto", attention="auto")
         return cls(DataConfig("", image_size, channels), PaletteConfig(model.vocab_size), model)
 
-    def network(self, device=None) -> ModelConfig:
+    def network(self, device=None, tensor: int = 1) -> ModelConfig:
         """The model section with each "auto" replaced by the best choice for a device (default: JAX's first device).
 
-        Raises UserError if the attention back end cannot run on the device.
+        `tensor` devices share the heads. Raises UserError if the attention back end cannot run on the device.
         """
         device = device or all_devices()[0]
-        model, dtype = self.model, self.model.dtype
+        model, dtype, attention = self.model, self.model.dtype, self.model.attention
         if dtype == "auto":
             dtype = "float32" if device.platform == "cpu" else "bfloat16"
-        heads = max(1, model.num_heads // max(1, self.mesh.tensor)) if self.mesh else model.num_heads  # of one device
-        attention = resolve_backend(model.attention, device, dtype, heads, model.head_size, model.seq_len)
+        heads = model.num_heads // tensor if attention == "auto" else model.num_heads
+        attention = resolve_backend(attention, device, dtype, max(1, heads), model.head_size, model.seq_len)
         # A scan copies what each layer keeps for the backward pass, or fills the arrays for it with zeros first. Only a
         # TPU's compiler takes minutes for layers without a scan.
-        scan = device.platform == "tpu" if model.scan_layers == "auto" else model.scan_layers
+        scan = {"auto": "yes" if device.platform == "tpu" else "no"}.get(model.scan_layers, model.scan_layers)
         return dataclasses.replace(model, dtype=dtype, attention=attention, platform=device.platform, scan_layers=scan)
 
     def to_dict(self) -> dict:

@@ -56,18 +56,20 @@ class ModelConfig:
     scale_scores: bool = True  # multiplies scores by 1 / sqrt(K); only Hugging Face's models set this or the next field
     scale_scores_by_layer: bool = False  # also multiplies the scores of layer l = 0, 1, ... by 1 / (l + 1)
     dtype: str = "float32"  # dtype of the computation; parameters are always float32
-    attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces "auto" in this field and in dtype
+    attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces each "auto"
     remat: str = "none"  # a key of REMAT
-    platform: str = ""  # "cpu", "gpu" or "tpu": the products take the form that is fast there; `Config.network` sets it
-    scan_layers: bool | str = True  # True: one compiled block serves all layers; False: the layers are unrolled; "auto"
+    platform: str = (
+        ""  # of the devices; products take the form that is fast on "cpu" or "gpu"; `Config.network` sets it
+    )
+    scan_layers: str | bool = "yes"  # one compiled block serves all layers | "no": they are unrolled | "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "sos", self.sos and self.causal)
         check_at_least(self, "model.", width=1, depth=1, num_heads=1, vocab_size=1, seq_len=1 + self.first_predicted)
         check_at_least(self, "model.", mlp_width=0, num_classes=0, norm_epsilon=0.0)
-        scan = {"yes": True, "no": False}.get(self.scan_layers, self.scan_layers)  # words, as in configuration files
-        object.__setattr__(self, "scan_layers", scan)
-        check_choice(self, "model.", scan_layers=(True, False, "yes", "no", "auto"))
+        given = self.scan_layers  # a boolean in runs of earlier versions
+        object.__setattr__(self, "scan_layers", {"true": "yes", "false": "no"}.get(str(given).lower(), given))
+        check_choice(self, "model.", scan_layers=("yes", "no", "auto"))
         check_choice(self, "model.", dtype=("float32", "bfloat16", "auto"), attention=(*BACKENDS, "auto"))
         check_choice(self, "model.", activation=tuple(ACTIVATIONS), remat=tuple(REMAT))
         if self.width % self.num_heads:
@@ -330,7 +332,7 @@ class ImageGPT(nnx.Module):
         if config.remat != "none":
             run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
         keys = None if key is None else jax.random.split(key, depth)
-        unroll = 1 if config.scan_layers else max(depth, 1)
+        unroll = max(depth, 1) if config.scan_layers == "no" else 1
         return jax.lax.scan(run_block, x, (stacked, jnp.arange(depth), keys, by_layer), unroll=unroll)
 
     def attend(self, q, k, v, key, of_layer=None):

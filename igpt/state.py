@@ -81,7 +81,7 @@ def build_program(config: Config, mesh: Mesh) -> TrainProgram:
 
 def _igpt_program(config: Config, mesh: Mesh) -> TrainProgram:
     train, data, objective = config.train, config.data, config.objective
-    model = config.network(mesh.devices.flat[0])
+    model = config.network(mesh.devices.flat[0], mesh.shape["tensor"])
     check_dropout(model.attention, model.attention_dropout)
     optimizer, schedule = make_optimizer(config.optim, train.steps)
     graph, abstract = abstract_state(model, optimizer, mesh)

@@ -44,7 +44,7 @@ def cudnn_is_installed(monkeypatch):
 def for_h100(monkeypatch):
     """Every "auto" of a configuration is chosen for an H100, whatever the mesh's devices are."""
     network = Config.network
-    monkeypatch.setattr(Config, "network", lambda self, device=None: network(self, H100))
+    monkeypatch.setattr(Config, "network", lambda self, device=None, tensor=1: network(self, H100, tensor))
 
 
 def traced(config, mesh):

@@ -236,7 +236,7 @@ def test_the_speed_page_shows_a_gpu_once_it_has_been_measured(tmp_path):
     speeds = {"images_per_s": {"ours": 123.4, "transformers": 5.67}, "share_of_bound": 0.61, "goal_images_per_s": 90}
     alone = speeds | {"images_per_s": {"ours": 45.6}}
     rows = [{"size": "s", "batch_size": 128} | speeds, {"size": "m", "batch_size": 64} | alone]
-    sampling = {"device": "NVIDIA H200", "rows": rows}
+    sampling = {"device": "NVIDIA H200", "rows": rows, "not_measured": {"l": "not reached"}}
     (tmp_path / "training_gpu.json").write_text(json.dumps(training))
     (tmp_path / "sampling_gpu.json").write_text(json.dumps(sampling))
     data = {"device": "NVIDIA H200", "training_step": {"slower_by": 0.123}}
@@ -248,5 +248,5 @@ def test_the_speed_page_shows_a_gpu_once_it_has_been_measured(tmp_path):
         and "measured on a TPU yet" in made
     )
     assert "| S | 128 | 123 | 5.7 | 61 % | 90 |\n| M | 64 | 46 | - | 61 % | 90 |" in made and "on NVIDIA H200" in made
-    assert "Sampling was not measured for L." in made
+    assert "The same run was to measure other sizes (L: not reached)." in made
     assert "NVIDIA H200 takes 12.3 % more time with the loader" in " ".join(made.split())

@@ -200,7 +200,7 @@ def test_a_layer_that_does_not_exist_is_refused(layers):
 @pytest.mark.parametrize(
     "change",
     [
-        {"scan_layers": False},
+        {"scan_layers": "no"},
         {"remat": "minimal"},
         {"remat": "dots"},
         {"remat": "full"},

@@ -205,7 +205,7 @@ def check_start_over(workdir: AnyPath) -> None:
     A bucket as a whole is refused, too, because it cannot be renamed.
     """
     if is_bucket(workdir) and str(workdir.parent).endswith("//"):
-        raise UserError(f"{workdir} is a whole bucket, which --start_over cannot rename; name another folder in it")
+        raise UserError(f"{workdir} is a whole bucket, which --start_over cannot rename; name a folder in it")
     names = sorted(path.name for path in workdir.iterdir()) if workdir.is_dir() else []
     others = [name for name in names if not name.startswith("running-")]
     if others and not any(name.startswith(("config.json", "checkpoints", "damaged-")) for name in names):

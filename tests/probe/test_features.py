@@ -161,7 +161,7 @@ def test_features_below_a_block_do_not_compute_it(layer):
     scanned = str(jax.make_jaxpr(features(random_model(), (layer,)))(nnx.state(random_model())))
     assert f"length={layer}" in scanned and "length=3" not in scanned
 
-    unrolled = with_config(random_model(), scan_layers=False)  # the compiler counts one iteration of a loop only
+    unrolled = with_config(random_model(), scan_layers="no")  # the compiler counts one iteration of a loop only
     flops = [
         features(unrolled, layers).lower(nnx.state(unrolled)).compile().cost_analysis()["flops"]
         for layers in ((layer,), (TINY_MODEL.depth,))
