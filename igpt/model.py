@@ -58,9 +58,7 @@ class ModelConfig:
     dtype: str = "float32"  # dtype of the computation; parameters are always float32
     attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces each "auto"
     remat: str = "none"  # a key of REMAT
-    platform: str = (
-        ""  # of the devices; products take the form that is fast on "cpu" or "gpu"; `Config.network` sets it
-    )
+    platform: str = ""  # on "cpu" and "gpu" products take the form that is fast there; `Config.network` sets it
     scan_layers: str | bool = "yes"  # one compiled block serves all layers | "no": they are unrolled | "auto"
 
     def __post_init__(self):
