@@ -1,5 +1,6 @@
 """The scaling study finds the optimum of curves that are known, and its intervals contain it."""
 
+import itertools
 import json
 import sys
 
@@ -190,10 +191,16 @@ def test_the_figures_of_the_scaling_page_are_the_recorded_ones(scaling):
         cells = [shown(fit, name) for fit in (loss, accuracy) for name in ("parameters", "tokens_per_parameter")]
         assert f"| {loss['flops']:.1e} | " + " | ".join(cells) + " |" in page
         assert loss["parameters"]["interval"][1] < accuracy["parameters"]["interval"][0]  # disjoint, as the page says
-    for name in ("parameters", "tokens"):
-        exponent = fits["loss"]["exponents"][name]
+    for metric, name in itertools.product(("loss", "accuracy"), ("parameters", "tokens")):
+        exponent = fits[metric]["exponents"][name]
         assert "{:.2f} [{:.2f}, {:.2f}]".format(exponent["value"], *exponent["interval"]) in page
     assert f"{len(recorded['runs'])} runs on scattered Fashion-MNIST" in page
+    assert f"took {sum(recorded['seconds'].values()) / 60:.0f} minutes on one core" in page
+    apart = [
+        accuracy["parameters"]["value"] / loss["parameters"]["value"]
+        for loss, accuracy in zip(fits["loss"]["budgets"], fits["accuracy"]["budgets"], strict=True)
+    ]
+    assert f"is {apart[0]:.0f} times that by loss at the smallest budget, {apart[-1]:.1f} times" in page
     at_a_budget, at_a_size = (scaling[1].agreement(recorded["runs"], shared) for shared in ("flops", "size"))
     values = [f"{value:.2f}" for value in at_a_budget["rank_correlations"].values()]
     assert f"accuracy are {', '.join(values[:-1])} and {values[-1]};" in page
