@@ -77,11 +77,21 @@ class Labels:
         return len(self.numbers)
 
     def __getitem__(self, index) -> np.ndarray | np.int32:
-        numbers, known = self.numbers[index], self.records.known
-        asked = np.unique(numbers)
+        return self._named(self._read(self.numbers[index]))
+
+    def _read(self, numbers: np.ndarray | np.integer, skip: bool = False) -> np.ndarray | np.int32:
+        """The labels in the records of these numbers. With `skip`, UNREAD where a record cannot be read."""
+        known, asked = self.records.known, np.unique(numbers)
         for number in asked[known[asked] == UNREAD].tolist():
-            self.records[number]  # stores the label in `known`
-        return known[numbers] if self.table is None else self.table[known[numbers]]
+            try:
+                self.records[number]  # stores the label in `known`
+            except UnreadableImage:
+                if not skip:
+                    raise
+        return known[numbers]
+
+    def _named(self, labels: np.ndarray | np.int32) -> np.ndarray | np.int32:
+        return labels if self.table is None else self.table[labels]
 
     def renumbered(self, table: np.ndarray) -> "Labels":
         return Labels(self.records, self.numbers, table, self.skip)
@@ -98,14 +108,8 @@ class Labels:
         return np.union1d(numbers, self._readable(self.numbers[:LOOKED_AT]))
 
     def _readable(self, numbers: np.ndarray) -> np.ndarray:
-        labels = []
-        for number in numbers.tolist():
-            try:
-                labels.append(Labels(self.records, np.array([number]), self.table)[0])
-            except UnreadableImage:
-                if not self.skip:
-                    raise
-        return np.array(labels, np.int32)
+        labels = self._read(numbers, self.skip)
+        return self._named(labels[labels != UNREAD])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
