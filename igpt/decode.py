@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from igpt.attention import attend_to_cache
-from igpt.model import Block, ImageGPT, Linear
+from igpt.layers import Linear
+from igpt.model import Block, ImageGPT
 from igpt.sharding import shard_cache
 
 # The products of a block. Its hidden layer is [F, B, T], other than in igpt/model.py: XLA would transpose a copy of it.

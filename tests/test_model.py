@@ -9,7 +9,7 @@ from flax import nnx
 from igpt import chunked
 from igpt.errors import UserError
 from igpt.loss import next_pixel
-from igpt.model import PRESETS, ImageGPT, ModelConfig, Norm, count_params
+from igpt.model import PRESETS, ImageGPT, ModelConfig, count_params
 from igpt.plan import compiled as planned
 from tests.helpers import TINY_MODEL, random_model, random_tokens, with_config
 
@@ -283,11 +283,6 @@ def test_a_model_without_a_head_refuses_to_use_it():
         bare(random_tokens())
     with pytest.raises(UserError, match="no classifier"):
         bare.classify(random_tokens())
-
-
-def test_the_norm_neither_centres_nor_shifts():
-    x = jnp.array([[3.0, 4.0]])
-    np.testing.assert_allclose(Norm(2, 1e-5)(x), x / np.sqrt(12.5 + 1e-5), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from igpt.layers import dropout
 from igpt.loss import cross_entropy
-from igpt.model import ImageGPT, dropout
+from igpt.model import ImageGPT
 from igpt.sharding import replicate, shard_batch
 
 IGNORED = -100  # targets with this label do not count in the loss
