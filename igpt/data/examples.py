@@ -248,11 +248,14 @@ def _classes(split: Split) -> np.ndarray:
     return split.labels.classes() if hasattr(split.labels, "classes") else np.unique(split.labels)
 
 
-def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[np.ndarray, "n"]:
+def few_labels(labels: Any, per_class: int, seed: int) -> Int[np.ndarray, "n"]:
     """Sorted indices of `per_class` random examples of each class, for low-data sets (Chen et al. 2020, section 4.7).
 
     With the same seed, a larger set contains every smaller set. Raises UserError if a class has too few examples.
+    `labels` are those of a `Split`. In files they may have a method `readable`, which leaves out damaged records.
     """
+    readable = labels.readable() if hasattr(labels, "readable") else np.arange(len(labels))
+    labels = labels[readable]
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
         scarce = classes[counts.argmin()]
@@ -261,7 +264,7 @@ def few_labels(labels: Int[np.ndarray, "N"], per_class: int, seed: int) -> Int[n
             f"examples; choose {counts.min()} or fewer"
         )
     chosen = [
-        np.random.default_rng((seed, index)).permutation(np.flatnonzero(labels == label))[:per_class]
+        np.random.default_rng((seed, index)).permutation(readable[labels == label])[:per_class]
         for index, label in enumerate(classes)
     ]
     return np.sort(np.concatenate(chosen))

@@ -107,6 +107,10 @@ class Labels:
         numbers = np.arange(self.records.num_classes) if self.table is None else self.table[:-1]
         return np.union1d(numbers, self._readable(self.numbers[:LOOKED_AT]))
 
+    def readable(self) -> np.ndarray:
+        """The indices of all labels. With `skip`, without those of records that cannot be read."""
+        return np.flatnonzero(self._read(self.numbers, self.skip) != UNREAD)
+
     def _readable(self, numbers: np.ndarray) -> np.ndarray:
         labels = self._read(numbers, self.skip)
         return self._named(labels[labels != UNREAD])

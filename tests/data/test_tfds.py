@@ -23,7 +23,7 @@ from PIL import Image
 from igpt.data.arrays import of_arrays
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
 from igpt.data.classes import with_classes
-from igpt.data.examples import check_labels
+from igpt.data.examples import check_labels, few_labels
 from igpt.data.images import Preprocess
 from igpt.data.settings import DataConfig
 from igpt.data.tfds import UNREAD, Labels, _class_names, _prepare, open_tfds
@@ -338,27 +338,36 @@ def test_names_that_do_not_exist_are_refused(tmp_path, name, message):
     assert len(str(error.value)) < 600
 
 
-def test_damaged_records_are_refused_or_passed_over_and_counted(prepared, tmp_path):
-    shutil.copytree(prepared[0], tmp_path / "copy")
-    (record,) = (tmp_path / "copy" / "photos" / "1.0.0").glob("*train*")
+@pytest.fixture
+def damaged(prepared, tmp_path):
+    """A copy of the data sets in which some training records of "photos" cannot be read."""
+    (record,) = (shutil.copytree(prepared[0], tmp_path / "copy") / "photos" / "1.0.0").glob("*train*")
     content = bytearray(record.read_bytes())
-    damaged = content.find(photo(2)[10:40])  # as good as any: no image is compressed once more
-    content[damaged : damaged + 8] = bytes(8)
+    found = content.find(photo(2)[10:40])  # as good as any: no image is compressed once more
+    content[found : found + 8] = bytes(8)
     record.write_bytes(content)
+    return str(tmp_path / "copy")
+
+
+def test_damaged_records_are_refused_or_passed_over_and_counted(damaged):
     with pytest.raises(UserError, match=r"photos train record \d+ cannot be read"):
-        opened("photos", str(tmp_path / "copy")).train.read(np.arange(25))
-    source = opened("photos", str(tmp_path / "copy"), skip=True)
+        opened("photos", damaged).train.read(np.arange(25))
+    source = opened("photos", damaged, skip=True)
     _, used = source.train.read(np.arange(25))
     assert 1 <= len(source.unreadable) < 5
     assert np.array_equal(np.flatnonzero(used != np.arange(25)), sorted(source.train.images.unreadable))
 
 
-def test_labels_are_checked_where_damaged_records_are_passed_over(prepared, tmp_path):
-    (record,) = (shutil.copytree(prepared[0], tmp_path / "copy") / "photos" / "1.0.0").glob("*train*")
-    content = bytearray(record.read_bytes())
-    damaged = content.find(photo(2)[10:40])
-    content[damaged : damaged + 8] = bytes(8)
-    record.write_bytes(content)
+@pytest.mark.parametrize("read", [check_labels, lambda split: few_labels(split.labels, 1, seed=0)])
+def test_labels_are_read_where_damaged_records_are_passed_over(damaged, read):
     with pytest.raises(UserError, match=r"photos train record \d+ cannot be read"):
-        check_labels(opened("photos", str(tmp_path / "copy")).train)
-    check_labels(opened("photos", str(tmp_path / "copy"), skip=True).train)
+        read(opened("photos", damaged).train)
+    read(opened("photos", damaged, skip=True).train)
+
+
+def test_few_labels_come_from_records_that_can_be_read(damaged):
+    train = opened("photos", damaged, skip=True).train
+    chosen = few_labels(train.labels, 1, seed=0)  # every image has a class of its own
+    _, used = train.read(np.arange(len(train)))
+    np.testing.assert_array_equal(chosen, np.flatnonzero(used == np.arange(len(train))))
+    assert len(chosen) < len(train)
