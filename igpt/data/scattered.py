@@ -18,6 +18,7 @@ class ScatteredImages(Images):
     """Small images [n, h, w, 3] on canvases of (H, W). Row i is image i % n: more rows than images have more places.
 
     `key` makes the places of evaluation. `backgrounds`, uint8 [m, 2 H, 2 W, 3], are cut to the canvas at random.
+    `unreadable` names the pictures that were passed over for them.
     """
 
     draws = 9  # scale, top, left, red, green, blue, background, its top, its left
@@ -27,7 +28,9 @@ class ScatteredImages(Images):
         self.shape = (len(rows), *settings.image_size, 3)
 
     def take(self, indices: np.ndarray) -> "ScatteredImages":
-        return ScatteredImages(self.small, self.settings, self.key, self.rows[indices], self.backgrounds)
+        taken = ScatteredImages(self.small, self.settings, self.key, self.rows[indices], self.backgrounds)
+        taken.unreadable = self.unreadable
+        return taken
 
     def read(self, indices: np.ndarray, draws: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         indices = np.where(indices < 0, indices + len(self), indices)
@@ -83,6 +86,8 @@ def scatter(source: Source, settings: DataConfig, backgrounds: Source | None) ->
             pictures = _pictures(getattr(backgrounds, name), name, settings)
         rows, key = np.arange(copies * len(split)), (settings.split_seed, PURPOSE, number)
         images = ScatteredImages(split.images, settings, key, rows, pictures)
+        if pictures is not None:
+            images.unreadable = getattr(backgrounds, name).images.unreadable
         return Split(images, None if split.labels is None else np.tile(split.labels, copies))
 
     splits = [scattered(number, *named) for number, named in enumerate(source.splits().items())]

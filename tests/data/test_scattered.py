@@ -1,7 +1,11 @@
 """Small images at random places: the same place for an image in every evaluation, and for a step in every run."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from igpt.data import prepare
 from igpt.data.batches import Augmentation, TrainBatches
@@ -124,6 +128,19 @@ def test_backgrounds_of_a_split_are_of_the_same_split_of_the_pictures(path, tmp_
     source = open_source(DataConfig.of(vars(how) | {"channels": 3}))
     seen = {name: set(np.unique(split.images.backgrounds)) for name, split in source.splits().items()}
     assert not seen["train"] & seen["test"] and len(seen["train"]) == 14 and len(seen["test"]) == 4
+
+
+def test_backgrounds_that_cannot_be_read_are_named(path, tmp_path):
+    for number in range(20):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    for number in (3, 11):
+        (tmp_path / f"{number:02}.png").write_bytes(b"no picture")
+    how = dataclasses.replace(settings(path, scatter_background=f"folder:{tmp_path}"), channels=3)
+    with pytest.raises(UserError, match=r"(03|11)\.png"):
+        open_source(how)
+    source = open_source(dataclasses.replace(how, on_unreadable="skip"))
+    source = dataclasses.replace(source, train=source.train.take(np.arange(5)))
+    assert sorted(Path(reason.split(" ")[0]).name for reason in source.unreadable) == ["03.png", "11.png"]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (22, 14)])
