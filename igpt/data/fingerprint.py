@@ -70,6 +70,7 @@ def _content(images: Images) -> Iterable:
     match images:
         case ScatteredImages():
             options = {name: getattr(images.settings, name) for name in SCATTER}
+            options["scatter_background"] = ""  # the pictures tell; where they lie does not matter
             own = [repr((sorted(options.items()), images.shape, images.key)), images.rows]
             pictures = [] if images.backgrounds is None else [images.backgrounds]
             return [*_content(images.small), *own, *pictures]

@@ -66,7 +66,9 @@ class Rows:
         self.names, self.image, self.source = [*data.splits], data.image, source
         self.starts = np.cumsum([0, *map(len, self.parts)])
         folders = (place.folder, config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
-        self.folders = [os.path.join(os.path.abspath(folder), "") for folder in folders if folder]
+        # The library may give the path behind a symbolic link.
+        paths = (find(folder) for folder in folders if folder for find in (os.path.abspath, os.path.realpath))
+        self.folders = [os.path.join(path, "") for path in paths]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -83,14 +85,14 @@ class Rows:
 
     @functools.cached_property
     def identity(self) -> str:
-        """The splits with their numbers of rows, and a digest of the bytes of some rows."""
+        """The splits with their numbers of rows, and a digest of the bytes of some rows, or of their files' names."""
         digest = hashlib.sha256()
         for number in np.linspace(0, len(self) - 1, SAMPLED).astype(int).tolist():
             try:
-                content, name = self[number]
-            except UnreadableImage as error:
-                content = str(error).encode()
-            digest.update(content if isinstance(content, bytes) else name.encode())
+                content, _ = self[number]
+            except UnreadableImage:
+                content = b"unreadable"
+            digest.update(content if isinstance(content, bytes) else os.fsencode(content.name))
         counts = " ".join(f"{name}:{len(part)}" for name, part in zip(self.names, self.parts, strict=True))
         return f"{self.image} {counts} {digest.hexdigest()}"
 

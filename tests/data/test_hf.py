@@ -251,6 +251,15 @@ def test_the_fingerprint_knows_the_images_wherever_they_lie(places, tmp_path):
     assert fingerprint(opened(tmp_path / "moved"))["splits"] != one["splits"]
 
 
+def test_a_folder_of_pictures_is_the_same_in_another_place_and_behind_a_link(places, tmp_path):
+    shutil.copytree(places / "pictures", tmp_path / "moved")
+    (tmp_path / "link").symlink_to(places / "pictures")
+    one, *others = (opened(place) for place in (places / "pictures", tmp_path / "moved", tmp_path / "link"))
+    for other in others:
+        assert json.dumps(fingerprint(one)) == json.dumps(fingerprint(other))
+        np.testing.assert_array_equal(one.train.images[:3], other.train.images[:3])
+
+
 def test_decoding_agrees_with_files_on_disk(places):
     content, name = opened(places / "parquet").train.images.files[0]
     assert name.endswith("train row 0 (0.png)") and decode(content, name).size == (9, 8)

@@ -26,6 +26,10 @@ def settings(path, **fields) -> DataConfig:
     return DataConfig(source=f"scattered:npz:{path}", image_size=(7, 11), channels=1, **fields)
 
 
+def on_pictures(path, background: str) -> DataConfig:
+    return dataclasses.replace(settings(path, scatter_background=background), channels=3)
+
+
 @pytest.fixture
 def path(write_npz):
     return write_npz(images=IMAGES, labels=LABELS)
@@ -124,8 +128,7 @@ def test_scales_are_drawn_between_the_smallest_and_the_largest(write_npz):
 def test_backgrounds_of_a_split_are_of_the_same_split_of_the_pictures(path, tmp_path):
     pictures = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(40, 1).repeat(40, 2).repeat(3, 3) * 10
     np.savez(tmp_path / "pictures.npz", images=pictures)
-    how = settings(path, scatter_background=f"npz:{tmp_path}/pictures.npz")
-    source = open_source(DataConfig.of(vars(how) | {"channels": 3}))
+    source = open_source(on_pictures(path, f"npz:{tmp_path}/pictures.npz"))
     seen = {name: set(np.unique(split.images.backgrounds)) for name, split in source.splits().items()}
     assert not seen["train"] & seen["test"] and len(seen["train"]) == 14 and len(seen["test"]) == 4
 
@@ -135,7 +138,7 @@ def test_backgrounds_that_cannot_be_read_are_named(path, tmp_path):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
     for number in (3, 11):
         (tmp_path / f"{number:02}.png").write_bytes(b"no picture")
-    how = dataclasses.replace(settings(path, scatter_background=f"folder:{tmp_path}"), channels=3)
+    how = on_pictures(path, f"folder:{tmp_path}")
     with pytest.raises(UserError, match=r"(03|11)\.png"):
         open_source(how)
     source = open_source(dataclasses.replace(how, on_unreadable="skip"))
@@ -178,3 +181,13 @@ def test_other_options_are_other_images(path):
 def test_options_that_cannot_be_are_refused_in_words(path, fields, message):
     with pytest.raises(UserError, match=message):
         open_source(DataConfig.of(vars(settings(path)) | fields))
+
+
+def test_the_fingerprint_knows_the_backgrounds_wherever_they_lie(path, tmp_path):
+    pictures = np.random.default_rng(1).integers(0, 256, (20, 14, 22, 3), np.uint8)
+    for name, content in (("one", pictures), ("moved", pictures), ("other", pictures[::-1])):
+        np.savez(tmp_path / f"{name}.npz", images=content)
+    one, moved, other = (
+        fingerprint(open_source(on_pictures(path, f"npz:{tmp_path}/{name}.npz"))) for name in ("one", "moved", "other")
+    )
+    assert one == moved and one != other
