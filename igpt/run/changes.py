@@ -26,7 +26,10 @@ FREE = (
     *("train.checkpoint_every", "train.max_to_keep", "train.patience", "train.on_bad_step", "train.profile_at"),
 )
 # Fields that say which images are read. Once images.json exists, the images themselves are compared instead.
-OF_IMAGES = ("data.source", "data.split_file", "data.split_seed", "data.validation_fraction", "data.test_fraction")
+OF_IMAGES = (
+    *("data.source", "data.split_file", "data.split_seed", "data.validation_fraction", "data.test_fraction"),
+    "data.scatter_background",
+)
 # Fields that may change with a word of the user: the network and the optimizer's state keep their arrays.
 WITH_A_WORD = (
     *("optim.learning_rate", "optim.warmup_steps", "optim.schedule", "optim.weight_decay"),

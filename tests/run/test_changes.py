@@ -116,6 +116,13 @@ def test_a_run_resumes_with_its_images_wherever_they_lie(photos, tmp_path):
     assert not (tmp_path / "run" / "changes.jsonl").exists()
 
 
+def test_backgrounds_that_lie_elsewhere_are_no_other_configuration(tmp_path):
+    (tmp_path / "images.json").write_text("{}")
+    scattered = {"data.source": "scattered:digits", "data.image_size": (12, 12)}
+    there, here = (configured(**scattered, **{"data.scatter_background": place}) for place in ("npz:a", "npz:b"))
+    assert changed_fields(there, here, tmp_path) == []
+
+
 def test_an_added_picture_needs_a_word_and_then_is_recorded(photos, tmp_path, capsys):
     start(tmp_path / "run", of_folder(photos))
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
