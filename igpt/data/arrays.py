@@ -50,12 +50,10 @@ def divide(own: dict[str, np.ndarray], settings: DataConfig, whole: bool = False
     return [drawn[0], *(own.get(name, part) for name, part in zip(SPLITS[1:], drawn[1:], strict=True))]
 
 
-def split_indices(
-    count: int, settings: DataConfig, own: Collection[str] = (), what: str = "images"
-) -> list[np.ndarray]:
+def split_indices(count: int, settings: DataConfig, own: Collection[str] = ()) -> list[np.ndarray]:
     """Random indices of the training, validation and test examples. A split of `own` has its own, and gets none here.
 
-    Raises UserError if another split is empty; `what` names the examples.
+    Raises UserError if another split is empty.
     """
     shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
     held_out = {name: round(share * count) for name, share in shares.items() if name not in own}
@@ -63,7 +61,7 @@ def split_indices(
     if min(sizes.values()) < 1:
         found = ", ".join(f"{size} for {name}" for name, size in sizes.items())
         raise UserError(
-            f"{count} {what} split into {found}; each needs at least one, so give more images or change "
+            f"{count} images split into {found}; each needs at least one, so give more images or change "
             "data.validation_fraction and data.test_fraction; igpt evaluate reads all of them with --split=all"
         )
     ends = np.cumsum([sizes["train"], sizes.get("validation", 0)])

@@ -9,9 +9,9 @@ import difflib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from igpt.data.arrays import split_indices
+from igpt.data.arrays import divide
 from igpt.data.classes import distinct_names, full_names
-from igpt.data.examples import EncodedImages, Source, Split
+from igpt.data.examples import SPLITS, EncodedImages, Source, Split
 from igpt.data.images import Preprocess, UnreadableImage
 from igpt.data.settings import DataConfig
 from igpt.errors import UserError, first_line
@@ -122,9 +122,9 @@ class Labels:
 def open_tfds(name: str, settings: DataConfig) -> Source:
     """Opens the data set `name`, as tfds.builder calls it. Raises UserError if it cannot be used.
 
-    A part of the split "train" is held out for validation. The test images are the split "test" or, if that is missing
-    or has no labels as in ImageNet, the split "validation". If neither can be used, another part of "train" is held out
-    for test. Other splits are ignored.
+    Its own splits "train", "validation" and "test" are used as they are. If "test" is missing or has no labels, as in
+    ImageNet, the test images are the split "validation". Splits that are missing then are held out of "train". Other
+    splits are ignored.
     """
     source_name = settings.source
     builder = prepared_builder(name, settings.data_dir)
@@ -143,21 +143,19 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
             raise UserError(f"{source_name}, split {split!r}, cannot be opened: {first_line(error)}") from None
         return Records(data_source, features, f"{source_name} {split}")
 
-    train = read("train")
+    own = {"train": read("train")}
     for official in ("test", "validation"):
         if official in builder.info.splits and builder.info.splits[official].num_examples:
-            test = read(official)
-            if not labelled or Labels(test, np.arange(1))[0] >= 0:
-                break
-    else:
-        test = None
-    own = () if test is None else ("test",)
-    numbers = split_indices(len(train), settings, own, f"training records of {source_name}")
-    if test is not None:
-        numbers[2] = np.arange(len(test))
+            records = read(official)
+            if not labelled or Labels(records, np.arange(1))[0] >= 0:
+                own[official] = records
+    if "test" not in own and "validation" in own:
+        own["test"] = own.pop("validation")
+    numbers = divide({split: np.arange(len(records)) for split, records in own.items()}, settings)
     preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
     splits = []
-    for records, some in zip((train, train, train if test is None else test), numbers, strict=True):
+    for split, some in zip(SPLITS, numbers, strict=True):
+        records = own.get(split, own["train"])
         images = EncodedImages(records, preprocess, settings.channels, skip, some)
         splits.append(Split(images, Labels(records, some, skip=skip) if labelled else None, may_lack_labels=True))
     return Source(source_name, *splits, settings.channels, class_names=_class_names(source_name, features))

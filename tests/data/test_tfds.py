@@ -76,6 +76,12 @@ def prepare(folder: str) -> dict[str, str]:
         {"train": (0, TRAIN), "validation": (40, 43), "test": (50, 57)},
         lambda number: {"image": tile(number), "label": -1 if number >= 50 else number},
     )
+    builder(
+        "thirds",
+        {"image": tfds.features.Image(shape=(7, 5, 3)), "label": tfds.features.Scalar(np.int64)},
+        {"train": (0, TRAIN), "validation": (40, 43), "test": (50, 57)},
+        lambda number: {"image": tile(number), "label": number},
+    )
     builder("bare", {"image": colour}, {"train": (0, TRAIN)}, lambda number: {"image": tile(number)})
     builder("texts", {"note": tfds.features.Text()}, {"train": (0, 2)}, lambda number: {"note": "none"})
     builder("only_test", {"image": colour}, {"test": (0, 2)}, lambda number: {"image": tile(number)})
@@ -83,7 +89,7 @@ def prepare(folder: str) -> dict[str, str]:
     old = builder("old", {"image": colour}, {"train": (0, 3)}, lambda number: {"image": tile(number)})
     old(data_dir=folder).download_and_prepare(file_format="tfrecord")
     errors = {}
-    for name in ("photos", "tiles", "bare", "texts", "only_test", "broken", "old"):
+    for name in ("photos", "tiles", "thirds", "bare", "texts", "only_test", "broken", "old"):
         try:
             opened(name, folder)
         except UserError as error:
@@ -132,6 +138,12 @@ def test_validation_is_held_out_of_train_by_the_split_seed(prepared):
     order = np.random.default_rng(4).permutation(TRAIN)
     assert np.array_equal(records_of(first.train), order[:25])
     assert np.array_equal(records_of(first.validation), order[25:])
+
+
+def test_all_three_official_splits_are_used_as_they_are(prepared):
+    source = opened("thirds", prepared[0])
+    assert sorted(source.validation.labels) == [40, 41, 42] and sorted(source.test.labels) == [*range(50, 57)]
+    assert sorted(source.train.labels) == [*range(TRAIN)]
 
 
 def test_without_test_labels_the_official_validation_split_is_the_test(prepared):
