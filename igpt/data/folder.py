@@ -240,7 +240,8 @@ def read_split_file(path: Path, folder: Path, images: list[str]) -> list[np.ndar
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        name, _, split = (text.strip() for text in line.rpartition(","))
+        name, _, split = line.rpartition(",")
+        name, split = name if name in position else name.strip(), split.strip()
         if name not in position:
             name = composed.get(unicodedata.normalize("NFC", name), name)
         if split not in parts or name not in position or name in seen:

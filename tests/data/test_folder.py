@@ -332,6 +332,12 @@ def test_names_that_are_no_text_are_read_and_can_be_printed(photos):
     assert r"ant/wrong\xff.png cannot be read as an image" in source.unreadable[0] and source.unreadable[0].encode()
 
 
+def test_a_split_file_takes_names_that_begin_with_a_space(photos):
+    (photos / "ant").rename(photos / " ant")
+    source = load_source(f"folder:{photos}", split_file=write_splits(photos))
+    assert sum(map(len, splits_of(source))) == 21 and source.class_names[0] == " ant"
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"])
 def test_a_split_file_decides(photos, newline):
     save(photos / "ant" / "a, b.png")
