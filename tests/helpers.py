@@ -3,6 +3,7 @@
 PyTorch, transformers and TensorFlow are imported inside the functions that need them: most tests need none of them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -381,6 +382,8 @@ def openai_variables(bert=False, classes=0, seed=0, T=OPENAI_DIMS["T"]):
 def write_tf_checkpoint(prefix, variables, shards=5):
     """The V2 format that TensorFlow 1's Saver writes on several devices: prefix.index and prefix.data-*-of-*."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401 - comes with PyTorch for GPUs, and crashes the process if TensorFlow is loaded first
     import tensorflow as tf
 
     names, parts = list(variables), []
