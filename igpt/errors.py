@@ -39,7 +39,7 @@ class StorageError(UserError):
 
 
 class UnreadableProgramError(UserError):
-    """A program compiled, but its text cannot be read, so that nothing is known of its speed."""
+    """The compiler failed at a program, or its text cannot be read, so that nothing is known of its speed."""
 
 
 class MissingProcessError(UserError):

@@ -300,13 +300,18 @@ def grid_pool(normed: Float[Array, "B T D"], shape: tuple[int, int], cells: int)
 
     Sides that `cells` does not divide have parts that differ by a pixel. Raises UserError if a part would be empty.
     """
-    if cells > min(shape):
-        raise UserError(f"an image of {shape[0]} x {shape[1]} cannot be cut into {cells} x {cells} parts; use fewer")
+    check_cells(shape, cells)
     rows, columns = ([jnp.arange(side) * cells // side == cell for cell in range(cells)] for side in shape)
     inside = jnp.stack([jnp.outer(row, column).reshape(-1) for row in rows for column in columns])  # [cells^2, T]
     shares = inside / jnp.sum(inside, axis=1, keepdims=True)
     means = jnp.einsum("ct,btd->bcd", shares, normed.astype(jnp.float32), precision="highest")
     return means.reshape(len(normed), -1)
+
+
+def check_cells(shape: tuple[int, int], cells: int) -> None:
+    """Raises UserError if an image of `shape` (height, width) has too few tokens for cells x cells parts."""
+    if cells > min(shape):
+        raise UserError(f"an image of {shape[0]} x {shape[1]} cannot be cut into {cells} x {cells} parts; use fewer")
 
 
 def count_params(config: ModelConfig) -> int:

@@ -131,14 +131,14 @@ def probe_curve(results: dict, path) -> None:
         axes.grid(alpha=0.3)
 
 
-def loss_curve(curves: dict[str, dict[int, float]], path) -> None:
-    """Draws losses in nats per token over the training steps: {label: {step: loss}}."""
+def loss_curve(curves: dict[str, dict[int, float]], path, ylabel: str) -> None:
+    """Draws losses over the training steps: {label: {step: loss}}. `ylabel` says which loss, and in which unit."""
     with _figure(path, width=6.4, height=4.0) as axes:
         for label, curve in curves.items():
             if curve:
                 steps = sorted(curve)
                 axes.plot(steps, [curve[step] for step in steps], "." if len(steps) == 1 else "-", label=label)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set(xlabel="step", ylabel=ylabel)
         axes.legend()
         axes.grid(alpha=0.3)
 

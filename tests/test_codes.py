@@ -18,10 +18,11 @@ import igpt
 import train
 from igpt.__main__ import main as run_igpt
 from igpt.codes import Codes
+from igpt.config import Config
 from igpt.draw import Sampling
 from igpt.errors import UserError
 from igpt.page.answers import Answers
-from igpt.run.directory import load_config
+from igpt.run.directory import RunDirectory, load_config
 from igpt.tokenizer import Bytes, Tokenizer, find_tokenizer
 from igpt.vqvae import VQVAE, VQConfig
 from tests.helpers import GREY_PALETTE, ROOT, probe_config, read_arrays, records
@@ -180,6 +181,16 @@ def test_a_stopped_run_of_a_vqvae_resumes_bit_by_bit(vqvae_run, tmp_path):
     assert find_tokenizer(stopped).digest == find_tokenizer(vqvae_run).digest
 
 
+def test_an_extended_run_of_a_vqvae_has_no_tokenizer_until_it_ends(vqvae_run, tmp_path):
+    config, extended = vqvae_config(), shutil.copytree(vqvae_run, tmp_path / "run")
+    config.train.steps = 8
+    run = RunDirectory(extended, Config.of(config))
+    with run.opened(Bytes()):
+        pass
+    with pytest.raises(UserError, match="the run of a VQ-VAE writes its file when it ends"):
+        find_tokenizer(extended)
+
+
 def test_a_model_of_codes_keeps_its_tokenizer_and_says_what_its_bits_are(model_run, vqvae_run, prepared):
     run, codes = igpt.load(model_run), find_tokenizer(vqvae_run)
     assert run.tokenizer.digest == codes.digest and run.model.config.seq_len == 16
@@ -252,6 +263,14 @@ def test_a_palette_is_no_tokenizer_of_codes(tmp_path):
 def test_export_writes_the_file_of_a_vqvae(vqvae_run, tmp_path):
     run_igpt(["export", f"--model={vqvae_run}", f"--out={tmp_path}/exported"])
     assert find_tokenizer(tmp_path / "exported").digest == find_tokenizer(vqvae_run).digest
+
+
+@pytest.mark.parametrize("flag", ["--step=3", "--license=mit", "--data_license=CC0"])
+def test_flags_that_the_export_of_a_vqvae_cannot_use_are_refused(vqvae_run, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        run_igpt(["export", f"--model={vqvae_run}", f"--out={tmp_path}/exported", flag])
+    assert "--step, --license and --data_license are for a transformer" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
 
 
 def test_the_configuration_of_a_palette_is_written_as_before(finished_run):

@@ -319,7 +319,9 @@ class ImageGPTPreTrainedModel:
             return nnx.merge(self._graph, self.params)
         network = dataclasses.replace(self._network, pixel_head=True)
         graph = nnx.graphdef(nnx.eval_shape(lambda: ImageGPT(network, nnx.Rngs(0))))
-        return nnx.merge(graph, self.params | {"head": {"kernel": self.params["token_table"].T}})
+        model = nnx.merge(graph, self.params | {"head": {"kernel": self.params["token_table"].T}})
+        model.head.flat = model.head.kernel[...].shape  # one output more than a head of its own has
+        return model
 
 
 def _computed_in(dtype: Any, config: ImageGPTConfig) -> str:

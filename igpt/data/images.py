@@ -220,7 +220,7 @@ def _centred(size: tuple[int, int], aspect: float) -> tuple[float, float, float,
     if width > height * aspect:
         margin = (width - height * aspect) / 2
         return margin, 0, width - margin, height
-    margin = (height - width / aspect) / 2
+    margin = max(0.0, height - width / aspect) / 2  # rounding makes it negative where the aspect ratios are equal
     return 0, margin, width, height - margin
 
 

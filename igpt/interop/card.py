@@ -12,6 +12,7 @@ from pathlib import Path
 
 from igpt.config import Config
 from igpt.data.classes import listed
+from igpt.data.folder import printable
 from igpt.files import is_bucket
 from igpt.interop.results import CLASSES, DRAWING, Figure
 from igpt.model import ModelConfig, count_params
@@ -104,7 +105,7 @@ class Card:
     def text(self) -> str:
         """README.md: metadata as YAML, then Markdown."""
         parts = [self._metadata(), self._introduction(), *self._results(), self._use(), self._configuration()]
-        return "\n".join(parts)
+        return printable("\n".join(parts))  # paths may have bytes that are not UTF-8
 
     def _metadata(self) -> str:
         """The YAML block that the hub reads. Values are written as JSON, which is YAML as well."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from igpt.errors import UserError
-from igpt.files import expand_home, is_bucket
+from igpt.files import expand_home, is_bucket, read_json
 
 FETCHING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # see hub.resolve
-NO_UPLOAD = "nothing is ever uploaded: save the files, then use the command `hf upload`"
+NO_UPLOAD = "these classes upload nothing: save the files, then `igpt export --model=DIRECTORY --push=user/name`"
 
 Refused = Mapping[str, tuple[str, Any]]  # argument -> (the reason, the value or tuple of values that change nothing)
 
@@ -51,7 +51,7 @@ def fetching(arguments: dict) -> dict:
 
 
 def folder_to_save(directory: str | Path) -> Path:
-    """The folder of a save_pretrained, which is made if it is missing. UserError if it is a bucket or a file."""
+    """The folder of a save_pretrained, which is made if it is missing. UserError for a bucket, a file, or a run."""
     if is_bucket(directory):
         raise UserError(f"{directory} is a bucket; save to a local or mounted path, and copy it")
     folder = Path(expand_home(directory))
@@ -60,6 +60,9 @@ def folder_to_save(directory: str | Path) -> Path:
     except (FileExistsError, NotADirectoryError):
         what = "is" if folder.exists() else "is in"
         raise UserError(f"{directory} {what} a file; name a directory to save into") from None
+    config = folder / "config.json"
+    if (folder / "checkpoints").exists() or (config.is_file() and "model_type" not in read_json(config)):
+        raise UserError(f"{directory} holds a run of igpt, whose files this would replace; name another directory")
     return folder
 
 

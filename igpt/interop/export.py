@@ -182,6 +182,9 @@ def run(args) -> None:
             raise UserError(
                 f"{args.model} is a VQ-VAE, which no class of transformers reads; give --out instead of --push"
             )
+        if args.step is not None or licences != (card.UNKNOWN, card.UNKNOWN):
+            given = "--step, --license and --data_license are"
+            raise UserError(f"{given} for a transformer; the newest network of a VQ-VAE is exported, without a card")
         made = export_codes(directory, args.out)
         print(f"wrote {made}: {', '.join(sorted(path.name for path in made.iterdir()))}")
         return

@@ -126,6 +126,8 @@ def run(args) -> None:
     if args.ref:
         if args.size:
             raise UserError("--size is for --checkpoint only; leave it out: a Hugging Face directory has its own size")
+        if args.revision and Path(args.ref).is_dir():
+            raise UserError(f"--revision is for ids of the hub, and {args.ref} is a directory; leave it out")
         made = import_directory(args.ref, args.out, args.clusters, args.revision)
     else:
         if args.revision or not args.clusters:

@@ -27,6 +27,8 @@ from igpt.state import with_shardings
 from igpt.tokenizer import Tokenizer, load_tokenizer
 from igpt.vqvae import VQVAE
 
+OTHER_PROBLEMS = ("regression", "multi_label_classification")  # problem_types that need no softmax over classes
+
 
 class Pretrained(NamedTuple):
     """A model with everything that is needed to use it.
@@ -133,6 +135,8 @@ def config_of_weights(directory: AnyPath, weights: hf_weights.Weights, processor
     usual = (processor.do_rescale, processor.rescale_factor, processor.do_normalize) == (True, 1 / 255, True)
     if weights.config.tie_word_embeddings:
         problem = "its head is its embedding, but our network has a separate head; use such a model through igpt.api"
+    elif model.num_classes and (model.num_classes == 1 or weights.config.problem_type in OTHER_PROBLEMS):
+        problem = "its classifier is for regression or for several labels an image; use such a model through igpt.api"
     elif math.prod(size) != model.seq_len:
         makes = f"the processor makes images of {size[0]} x {size[1]}, the model has {model.seq_len} positions"
         problem = f"{makes}; set 'size' in preprocessor_config.json to a height and a width with that product"

@@ -40,7 +40,10 @@ def figures(directory: AnyPath, step: int, classifies: bool, depth: int) -> tupl
         fits = probe["pretrained"]["layers"]
         best = next(fit for fit in fits if fit["layer"] == probe["pretrained"]["best_layer"])
         if _is_number(best["test_accuracy"]):
-            name = f"accuracy of a linear probe on layer {best['layer']} of {depth}"
+            pool = str(probe.get("solver", {}).get("pool", "mean"))
+            kind = "an attentive probe" if pool.startswith("attention") else "a linear probe"
+            name = f"accuracy of {kind} on layer {best['layer']} of {depth}"
+            name += f", pool {pool}" if pool != "mean" else ""
             source = str(probe.get("source") or "")
             found.append(Figure(CLASSES, "test", "accuracy", name, best["test_accuracy"], _interval(best), source))
     evaluated = _records(directory, step).get(step, {})
@@ -66,11 +69,11 @@ def pictures(directory: AnyPath, step: int, classifies: bool, folder: Path) -> d
     }
     if any(len(curve) > 1 for curve in curves.values()):
         check_drawing()
-        loss_curve(curves, folder / "curves.png")
+        loss_curve(curves, folder / "curves.png", "loss" if classifies else "loss (nats per token)")
         shown["curves.png"] = "The loss by step"
     for path, of, text in (
         ("confusion.png", "finetune.json", "The confusion matrix on the test images"),
-        ("probe/probe.png", "probe/probe.json", "The accuracy of linear probes, layer by layer"),
+        ("probe/probe.png", "probe/probe.json", "The accuracy of probes, layer by layer"),
     ):
         if (directory / path).is_file() and _results(directory / of, step):
             (folder / Path(path).name).write_bytes((directory / path).read_bytes())

@@ -60,12 +60,18 @@ class Answers:
         depth = self.run.model.config.depth
         if self.probe is None:
             return {"best_layer": depth // 2, "layers": []}, None
-        main = {"step": self.probe.get("step")} | self.probe["pretrained"]
-        fits = next((fits for fits in self.probe.get("checkpoints", []) if fits["step"] == self.run.step), main)
-        if (deepest := max(fit["layer"] for fit in fits["layers"])) > depth:
-            problem = f"{self.probe_folder}/probe.json is of a model with layer {deepest}, and this one has layers 0 to"
-            raise UserError(f"{problem} {depth}; name the folder of this model's probe: --probe")
-        return fits, None if fits["step"] == self.run.step else fits["step"]
+        path, remedy = self.probe_folder / "probe.json", "name the folder of this model's probe: --probe"
+        try:
+            main = {"step": self.probe.get("step")} | self.probe["pretrained"]
+            fits = next((fits for fits in self.probe.get("checkpoints", []) if fits["step"] == self.run.step), main)
+            deepest = max(int(fit["layer"]) for fit in fits["layers"] if float(fit["test_accuracy"]) >= 0)
+            step, _ = fits["step"], int(fits["best_layer"])
+        except (KeyError, TypeError, ValueError):  # another program may have written the file
+            raise UserError(f"{path} is no result of eval_probe.py; {remedy}, or remove the file") from None
+        if deepest > depth:
+            problem = f"{path} is of a model with layer {deepest}, and this one has layers 0 to {depth}"
+            raise UserError(f"{problem}; {remedy}")
+        return fits, None if step == self.run.step else step
 
     def about(self) -> dict:
         """What the page shows at its start."""

@@ -77,6 +77,8 @@ def make_server(answers: Answers, host: str, port: int) -> Server:
         pass
 
     Handler.answers = answers
+    if not host:
+        raise UserError("--host is empty, which means every interface; give 127.0.0.1 for this machine, or 0.0.0.0")
     try:
         server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:

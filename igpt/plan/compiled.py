@@ -211,10 +211,13 @@ def _compile(traced, gradients: int) -> tuple[jax.stages.Compiled | None, dict]:
 
 
 def _required_bytes(message: str) -> int:
-    """Bytes per chip that a program needs, from the compiler's out-of-memory message; UserError for other failures."""
+    """Bytes per chip that a program needs, from the compiler's out-of-memory message.
+
+    Raises UnreadableProgramError for any other failure.
+    """
     found = re.search(r"(?:HLO temporaries \(|Ran out of memory in memory space hbm. Used )([\d.]+)([KMGT])", message)
     if not found:
-        raise UserError(f"the TPU compiler failed: {message.strip().splitlines()[0][:300]}")
+        raise UnreadableProgramError(f"the TPU compiler failed: {message.strip().splitlines()[0][:300]}")
     return round(float(found[1]) * {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}[found[2]])
 
 

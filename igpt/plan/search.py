@@ -59,7 +59,8 @@ def search_plans(config: ConfigDict | Config, topology: str, enough: int = ENOUG
 
     The search ends when `enough` plans fit, or when all other predictions are more than MARGIN slower than the
     prediction of the best plan. It skips a candidate that is predicted to need at least the memory of a program that
-    did not fit, and one that differs only in fsdp from a plan that fits. It passes over programs that cannot be read.
+    did not fit, and one that differs only in fsdp from a plan that fits. It passes over programs that the compiler
+    cannot make, or that cannot be read.
     Raises UserError if there is no candidate, UnreadableProgramError if no program could be read.
     """
     config = Config.of(config, trains=True)

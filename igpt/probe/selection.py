@@ -10,7 +10,8 @@ from igpt.data.sources import open_source
 from igpt.errors import UserError
 from igpt.files import AnyPath
 from igpt.interop.load import Pretrained, data_settings, is_huggingface
-from igpt.probe.config import ProbeConfig
+from igpt.model import check_cells
+from igpt.probe.config import ProbeConfig, kind_of
 from igpt.run import checkpoint
 from igpt.run.cluster import is_first_process
 from igpt.tokenizer import check_same
@@ -49,6 +50,9 @@ def probed_images(config: ProbeConfig, pretrained: Pretrained, ref: str | Path) 
         raise UserError(f"{ref} was not trained here, so that its images are not known; set --config.source")
     source = few_images(open_source(settings), config.train_images)
     check_labels(source.train, source.validation, source.test)
+    kind, cells = kind_of(config.pool)
+    if kind == "grid":
+        check_cells(pretrained.tokenizer.grid(*source.image_size), cells)
     check_same(pretrained.tokenizer, ref, source.tokenizer, f"source={source.name}")
     if is_first_process():
         print(f"classes  {class_counts(source)}", flush=True)

@@ -12,7 +12,7 @@ import transformers
 from igpt.api import GenerationConfig, ImageGPTConfig, ImageGPTForCausalImageModeling
 from igpt.api.generation import DEFAULTS, REFUSED
 from igpt.errors import UserError
-from tests.helpers import API_SIZES, api_tokens
+from tests.helpers import API_SIZES, api_tokens, hf_and_ours
 
 LEFT = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
 EVERYTHING = dict(
@@ -94,6 +94,15 @@ def test_a_prompt_of_embeddings_continues_like_its_ids(causal):
     np.testing.assert_array_equal(np.argmax(np.stack(scores.scores, 1), -1), new)
     with pytest.raises(UserError, match=r"inputs_embeds has shape \[3, 5, 7\]"):
         ours.generate(inputs_embeds=np.zeros((3, 5, 7)))
+
+
+def test_a_tied_head_draws_what_transformers_draws(tmp_path):
+    theirs, ours = hf_and_ours(tmp_path, tie_word_embeddings=True)
+    x = api_tokens(length=5)
+    expected = theirs.generate(torch.tensor(x), max_length=12, do_sample=False)
+    np.testing.assert_array_equal(ours.generate(x, max_length=12), expected)
+    embeds = ours.get_input_embeddings()(x)
+    np.testing.assert_array_equal(ours.generate(inputs_embeds=embeds, max_new_tokens=7), np.asarray(expected)[:, 5:])
 
 
 def test_the_prompt_has_three_forms_and_is_given_once(causal):

@@ -22,7 +22,14 @@ from igpt.api import (
 from igpt.api.pretrained import LOADING, METHODS, SAVING
 from igpt.errors import UserError
 from igpt.interop.documented import FETCHING
-from tests.helpers import API_SIZES, api_labels, api_tokens, hf_and_ours
+from tests.helpers import (
+    API_SIZES,
+    PROCESSOR_CLUSTERS,
+    api_labels,
+    api_tokens,
+    hf_and_ours,
+    write_imported_run,
+)
 
 NAMES = {"cat": 0, "dog": 1, "cow": 2}
 
@@ -89,6 +96,15 @@ def test_a_classifier_of_another_size_is_replaced_on_request(saved, tmp_path):
         (name, str(tuple(there)), str(tuple(here))) for name, there, here in theirs["mismatched_keys"]
     }
     assert model.config.id2label[4] == "LABEL_4" and model.num_labels == 5
+
+
+def test_nothing_is_saved_into_a_run(causal, tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for saved in (causal[1], causal[1].config, ImageGPTImageProcessor(clusters=PROCESSOR_CLUSTERS)):
+        with pytest.raises(UserError, match="run holds a run of igpt, whose files this would replace"):
+            saved.save_pretrained(run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ def test_shrinking_takes_the_largest_part_in_the_centre(filter):
         np.testing.assert_allclose(found, means, atol=1.0)
 
 
+@pytest.mark.parametrize(("size", "there"), [((15, 21), (15, 21)), ((10, 14), (15, 21)), ((20, 28), (30, 42))])
+def test_shrinking_takes_the_whole_of_an_image_of_the_same_shape(size, there):
+    photo = Image.effect_noise(there[::-1], 90).convert("RGB")
+    found = Preprocess(size, "shrink")(photo, None, "it")
+    np.testing.assert_allclose(found, photo.resize(size[::-1], FILTERS["bicubic"]), atol=1)
+
+
 def whole_then_cut(photo, draws, resample, low=37, high=53, crop=31, size=16):
     """The simple way: resize everything, cut, shrink."""
     short = crop if draws is None else low + int(draws[0] * (high - low + 1))

@@ -19,6 +19,7 @@ from igpt.errors import UserError
 from igpt.interop.card import public_source
 from igpt.interop.export import export
 from igpt.interop.import_run import import_directory
+from igpt.interop.results import figures
 from tests.helpers import HF_IMAGE_SIZE, write_imported_run
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (6, *HF_IMAGE_SIZE, 3), np.uint8)
@@ -143,6 +144,21 @@ def test_the_card_has_the_figures_and_pictures_of_the_exported_step(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [
+        ("attention:2", "accuracy of an attentive probe on layer 2 of 3, pool attention:2"),
+        ("grid:2", "accuracy of a linear probe on layer 2 of 3, pool grid:2"),
+    ],
+)
+def test_a_probe_that_does_not_take_the_mean_is_told_by_its_pool(tmp_path, pool, name):
+    run = write_imported_run(tmp_path / "run")
+    add_results(run, step=3)
+    probe = json.loads((run / "probe" / "probe.json").read_text())
+    (run / "probe" / "probe.json").write_text(json.dumps(probe | {"solver": {"pool": pool}}))
+    assert name in [figure.name for figure in figures(run, 3, False, 3)]
+
+
 def test_a_probe_of_other_images_is_told_with_their_source(tmp_path):
     run = write_imported_run(tmp_path / "run")
     add_results(run, step=3)
@@ -191,6 +207,12 @@ def test_the_card_names_no_folder_of_the_machine_and_no_bucket(tmp_path, place, 
     change_config(run, data=dict(data_dir=f"{place}/data", **data), palette=palette, init_from=f"{place}/runs/first")
     text = (export(run, tmp_path / "hf") / "README.md").read_text()
     assert "anna" not in text and shown in text and str(tmp_path) not in text
+
+
+def test_a_card_can_name_a_folder_that_is_not_utf_8(tmp_path):
+    run = write_imported_run(tmp_path / "run")
+    change_config(run, data=dict(source="folder:caf\udce9"))
+    assert r"folder:caf\xe9" in (export(run, tmp_path / "hf") / "README.md").read_text()
 
 
 def test_a_bucket_without_a_folder_has_no_public_name():

@@ -325,5 +325,5 @@ def test_json_files_folders_and_unused_arguments_are_documented_ways_to_load(tmp
             ImageGPTConfig.from_pretrained(tmp_path / "inner", **{name: 3})
     with pytest.raises(UserError, match="from_pretrained does not support proxies="):
         ImageGPTConfig.from_pretrained(tmp_path / "inner", proxies={"http": "x"})
-    with pytest.raises(UserError, match="save_pretrained does not support push_to_hub=True: nothing is ever uploaded"):
+    with pytest.raises(UserError, match="save_pretrained does not support push_to_hub=True: these classes upload"):
         config.save_pretrained(tmp_path, push_to_hub=True)

@@ -60,6 +60,19 @@ def test_parts_that_do_not_fit_each_other_are_refused(hf_copy):
         import_directory(hf_copy, hf_copy.parent / "run")
 
 
+@pytest.mark.parametrize("kind", [dict(problem_type="multi_label_classification"), dict(num_labels=1)], ids=str)
+def test_a_classifier_that_gives_no_probabilities_of_classes_is_refused(tmp_path, kind):
+    there = save_hf_model(tmp_path / "hf", hf_model("classes", **kind))
+    with pytest.raises(UserError, match="its classifier is for regression or for several labels an image"):
+        igpt.load(there)
+
+
+def test_a_revision_of_a_directory_is_refused(hf, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_igpt(["import", f"--from={hf}", "--revision=main", f"--out={tmp_path}/run"])
+    assert "--revision is for ids of the hub" in capsys.readouterr().err
+
+
 def test_clusters_can_be_given_where_there_is_no_processor(tmp_path):
     hf_model(n_positions=36).save_pretrained(tmp_path / "hf")
     Palette(HF_CLUSTERS).save(tmp_path / "clusters.npy")

@@ -291,7 +291,7 @@ def test_json_files_are_written_and_read(tmp_path):
     make_processor().to_json_file(tmp_path / "any.json")
     assert ImageGPTImageProcessor.from_json_file(tmp_path / "any.json") == make_processor()
     assert ImageGPTImageProcessorPil.from_json_file(tmp_path / "any.json").size == {"height": 13, "width": 11}
-    with pytest.raises(UserError, match="nothing is ever uploaded"):
+    with pytest.raises(UserError, match="these classes upload nothing"):
         make_processor().save_pretrained(tmp_path, push_to_hub=True)
 
 

@@ -220,6 +220,12 @@ def test_a_probe_of_a_deeper_model_is_refused(run, tmp_path):
         Answers(run, 10, probed(tmp_path / "deeper", step=2, pretrained=deeper))
 
 
+@pytest.mark.parametrize("content", [{}, {"pretrained": {"best_layer": 1, "layers": []}}, {"pretrained": 3}], ids=str)
+def test_a_file_that_is_no_probe_is_named(run, tmp_path, content):
+    with pytest.raises(UserError, match=r"probe\.json is no result of eval_probe\.py; name .* --probe, or remove"):
+        Answers(run, 10, probed(tmp_path / "other", **content))
+
+
 def test_a_client_that_goes_away_stops_its_drawing(server, ask, monkeypatch):
     stopped = threading.Event()
 
@@ -260,5 +266,7 @@ def test_a_port_in_use_and_a_missing_probe_are_explained(server, run, tmp_path):
         make_server(server.RequestHandlerClass.answers, *server.server_address)
     with pytest.raises(UserError, match="--host=192.0.2.1 .* cannot be used: .*; --host=127.0.0.1 is this machine"):
         make_server(server.RequestHandlerClass.answers, "192.0.2.1", 0)  # an address for documentation, RFC 5737
+    with pytest.raises(UserError, match="--host is empty, which means every interface"):
+        make_server(server.RequestHandlerClass.answers, "", 0)
     with pytest.raises(UserError, match="has no probe.json; eval_probe.py --workdir="):
         Answers(run, 10, tmp_path)

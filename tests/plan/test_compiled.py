@@ -262,9 +262,9 @@ def test_the_compilers_out_of_memory_messages_are_parsed(message):
     assert compiled._required_bytes(message) == round(52.53 * 2**30)
 
 
-def test_another_failure_of_the_compiler_is_a_user_error():
+def test_another_failure_of_the_compiler_is_an_error_that_a_search_passes_over():
     for message in ("INTERNAL: something else", "Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem."):
-        with pytest.raises(UserError, match=f"the TPU compiler failed: {message[:9]}"):
+        with pytest.raises(UnreadableProgramError, match=f"the TPU compiler failed: {message[:9]}"):
             compiled._required_bytes(message)
 
 

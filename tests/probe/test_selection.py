@@ -64,6 +64,7 @@ def refused(config, ref, workdir, message):
         (dict(features_out="absent/features.npz"), "features_out=absent/features.npz cannot be written"),
         (dict(features_out="."), "features_out=. cannot be written"),
         (dict(seed=-1), "seed is -1"),
+        (dict(pool="grid:99"), "cannot be cut into 99 x 99 parts"),
     ],
 )
 def test_a_mistake_in_a_setting_is_reported_before_any_computation(no_compute, trained, tmp_path, changes, message):
