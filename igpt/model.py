@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from igpt.activations import ACTIVATIONS
@@ -21,7 +20,7 @@ from igpt.errors import UserError
 from igpt.fields import check_at_least, check_choice
 from igpt.layers import Linear, Norm, dropout, rows_of
 from igpt.remat import REMAT
-from igpt.sharding import replicate, shard_batch
+from igpt.sharding import channels_last, replicate, shard_batch
 from igpt.token_ids import Tokens, checked_ids
 
 # Sizes: Chen et al. 2020, table 2. Heads: OpenAI's README. XL's heads are unpublished; we chose 24 heads of size 128.
@@ -59,7 +58,7 @@ class ModelConfig:
     dtype: str = "float32"  # dtype of the computation; parameters are always float32
     attention: str = "chunked"  # a name in BACKENDS; `Config.network` replaces each "auto"
     remat: str = "none"  # a key of REMAT
-    platform: str = ""  # on "cpu" and "gpu" products take the form that is fast there; `Config.network` sets it
+    platform: str = ""  # "cpu", "gpu" or "tpu": products take the form that is fast there; `Config.network` sets it
     scan_layers: str | bool = "yes"  # one compiled block serves all layers | "no": they are unrolled | "auto"
 
     def __post_init__(self):
@@ -236,12 +235,7 @@ class ImageGPT(nnx.Module):
         x = rows_of(tokens, inputs) if self.config.platform == "gpu" else tokens[inputs]
         x = x if keep is None else x * keep[..., None]
         x = x + jax.lax.dynamic_slice_in_dim(positions, first_position, inputs.shape[1])[None]
-        x = shard_batch(x.astype(self.config.dtype))
-        if self.config.platform == "gpu":
-            # The gradient of the positions sums over B. For it XLA would put B last here, and so in every layer, and
-            # then transpose what each product reads.
-            x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-        return x
+        return shard_batch(x.astype(self.config.dtype))
 
     def logits(self, normed: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
         if self.head is None:
@@ -275,6 +269,9 @@ class ImageGPT(nnx.Module):
 
         def run_block(x, layer):
             params, index, key, of_layer = layer
+            if config.platform in ("gpu", "tpu"):
+                # On GPUs XLA would put B last in x, on TPUs T, and then transpose what each product reads.
+                x = channels_last(x)
             x, outputs = nnx.merge(graph, params)(x, index, functools.partial(attend, of_layer=of_layer), key, pooling)
             return shard_batch(x), outputs
 

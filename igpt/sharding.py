@@ -11,9 +11,10 @@ import re
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from igpt.errors import UserError, first_line
 from igpt.fields import check_at_least
@@ -208,6 +209,20 @@ def to_devices(batch: dict, batch_size: int, mesh: Mesh, axis: int = 0) -> dict:
 def shard_batch(x: jax.Array) -> jax.Array:
     """Shards the leading dimension of `x` over the batch axes. Outside a mesh (one device) it changes nothing."""
     return _constrain(x, BATCH)
+
+
+def channels_last(x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+    """Keeps the order of x's dimensions in memory, which XLA else changes for all that layers pass on.
+
+    The constraint stands in a shard_map, because the partitioner may gather the whole of x for a constraint outside.
+    """
+
+    def constrain(x):
+        return with_layout_constraint(x, Layout((0, 1, 2)))
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        constrain = jax.shard_map(constrain, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+    return constrain(x)
 
 
 def shard_cache(x: jax.Array) -> jax.Array:

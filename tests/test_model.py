@@ -276,6 +276,12 @@ def test_the_classifier_reads_the_pooled_final_norm():
     np.testing.assert_allclose(jax.jit(lambda m, t: m.classify(t))(model, tokens), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("platform", "fixed"), [("", False), ("cpu", False), ("gpu", True), ("tpu", True)])
+def test_the_layout_of_a_layers_input_is_fixed_on_accelerators(platform, fixed):
+    model = with_config(random_model(), platform=platform)
+    assert ("layout_constraint" in str(jax.make_jaxpr(model)(random_tokens()))) == fixed
+
+
 def test_a_model_without_a_head_refuses_to_use_it():
     bare = random_model(dataclasses.replace(TINY_MODEL, pixel_head=False))
     assert features_of(bare, random_tokens()).shape == (4, 3, 14)

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from igpt.errors import UserError
 from igpt.model import PRESETS, ModelConfig
 from igpt.sharding import (
     BATCH,
+    channels_last,
     check_batch_size,
     make_mesh,
     process_rows,
@@ -133,6 +136,18 @@ def test_constraints_hold_inside_a_mesh_and_vanish_outside():
         split = jax.jit(lambda x: shard_batch(x) * 2)(x)
         assert split.sharding.spec == BATCH
         assert jax.jit(replicate)(split).sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_a_layout_is_fixed_without_moving_anything_between_devices(sizes):
+    mesh, x = make_mesh(*sizes), jnp.arange(8 * 5 * 6.0).reshape(8, 5, 6)
+    with jax.set_mesh(mesh):
+        double = jax.jit(lambda x: shard_batch(2 * channels_last(shard_batch(jnp.sin(x)))))
+        lowered = double.lower(jax.device_put(x, NamedSharding(mesh, BATCH)))
+        assert "LayoutConstraint" in lowered.as_text()
+        assert not re.findall("all-[a-z]+|collective", lowered.compile().as_text())
+        np.testing.assert_allclose(double(x), 2 * np.sin(x), rtol=1e-6)
+    np.testing.assert_array_equal(channels_last(x), x)  # on one device
 
 
 def test_shardings_keep_the_structure_of_the_tree():

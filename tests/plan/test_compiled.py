@@ -305,6 +305,14 @@ def test_nothing_copies_queries_keys_or_values_for_our_kernels(compiler, small_c
 
 
 @pytest.mark.tpu_compile
+def test_no_layer_has_positions_last_in_its_input(compiler, small_config, monkeypatch):
+    texts = []
+    monkeypatch.setattr(compiled, "HloProgram", lambda text: texts.append(text) or HloProgram(text))
+    compile_plan(small_config(**{"train.batch_size": 64}), "v5e:2x2")
+    assert "bf16[16,1024,512]{2,1,0" in texts[0] and "bf16[16,1024,512]{1,2,0" not in texts[0]
+
+
+@pytest.mark.tpu_compile
 def test_splash_compiles_where_our_kernels_do_not_fit(compiler, small_config):
     plan = compile_plan(small_config(**{"model.width": 448, "model.num_heads": 7}), "v5e:2x2")
     assert plan["fits"] and plan["attention"] == "splash" and plan["kernels"]["splash_mha_fwd_residuals"] > 0
