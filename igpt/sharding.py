@@ -221,7 +221,7 @@ def channels_last(x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         return with_layout_constraint(x, Layout((0, 1, 2)))
 
     if not jax.sharding.get_abstract_mesh().empty:
-        constrain = jax.shard_map(constrain, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+        constrain = jax.shard_map(constrain, in_specs=BATCH, out_specs=BATCH)
     return constrain(x)
 
 

@@ -140,13 +140,19 @@ def test_constraints_hold_inside_a_mesh_and_vanish_outside():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_layout_is_fixed_without_moving_anything_between_devices(sizes):
+    def double(x):
+        return shard_batch(2 * channels_last(shard_batch(jnp.sin(x))))
+
+    def gradient(x):
+        return jax.vjp(double, x)[1](x)
+
     mesh, x = make_mesh(*sizes), jnp.arange(8 * 5 * 6.0).reshape(8, 5, 6)
     with jax.set_mesh(mesh):
-        double = jax.jit(lambda x: shard_batch(2 * channels_last(shard_batch(jnp.sin(x)))))
-        lowered = double.lower(jax.device_put(x, NamedSharding(mesh, BATCH)))
-        assert "LayoutConstraint" in lowered.as_text()
-        assert not re.findall("all-[a-z]+|collective", lowered.compile().as_text())
-        np.testing.assert_allclose(double(x), 2 * np.sin(x), rtol=1e-6)
+        for function in (double, gradient):
+            lowered = jax.jit(function).lower(jax.device_put(x, NamedSharding(mesh, BATCH)))
+            assert "LayoutConstraint" in lowered.as_text()
+            assert not re.findall("all-[a-z]+|collective", lowered.compile().as_text())
+        np.testing.assert_allclose(jax.jit(double)(x), 2 * np.sin(x), rtol=1e-6)
     np.testing.assert_array_equal(channels_last(x), x)  # on one device
 
 
