@@ -18,11 +18,10 @@ import igpt
 import train
 from igpt.__main__ import main as run_igpt
 from igpt.codes import Codes
-from igpt.config import Config
 from igpt.draw import Sampling
 from igpt.errors import UserError
 from igpt.page.answers import Answers
-from igpt.run.directory import RunDirectory, load_config
+from igpt.run.directory import load_config
 from igpt.tokenizer import Bytes, Tokenizer, find_tokenizer
 from igpt.vqvae import VQVAE, VQConfig
 from tests.helpers import GREY_PALETTE, ROOT, probe_config, read_arrays, records
@@ -179,16 +178,6 @@ def test_a_stopped_run_of_a_vqvae_resumes_bit_by_bit(vqvae_run, tmp_path):
     train.run(vqvae_config(), stopped)
     jax.tree.map(np.testing.assert_array_equal, read_arrays(stopped, 6), read_arrays(vqvae_run, 6))
     assert find_tokenizer(stopped).digest == find_tokenizer(vqvae_run).digest
-
-
-def test_an_extended_run_of_a_vqvae_has_no_tokenizer_until_it_ends(vqvae_run, tmp_path):
-    config, extended = vqvae_config(), shutil.copytree(vqvae_run, tmp_path / "run")
-    config.train.steps = 8
-    run = RunDirectory(extended, Config.of(config))
-    with run.opened(Bytes()):
-        pass
-    with pytest.raises(UserError, match="the run of a VQ-VAE writes its file when it ends"):
-        find_tokenizer(extended)
 
 
 def test_a_model_of_codes_keeps_its_tokenizer_and_says_what_its_bits_are(model_run, vqvae_run, prepared):

@@ -115,7 +115,10 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
             known = {f"{prefix}{kind}" for prefix in PREFIXES.values() for kind in ("images", "labels")} | {"names"}
             if others := [name for name in arrays.files if name not in known]:
                 print(f"{path}: passed over the arrays {', '.join(others)}")
-            return {name: arrays[name] for name in arrays.files if name in known}
+            found = {name: arrays[name] for name in arrays.files if name in known}
+        if broken := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
+            raise UserError(f"{path} cannot be read as an .npz of plain arrays: {broken[0]} is no array")
+        return found
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except UserError:

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 import jax
 import numpy as np
 
-from igpt.codes import Codes
 from igpt.config import Config
 from igpt.data.classes import listed, save_names
 from igpt.data.examples import Source
@@ -150,9 +149,7 @@ class RunDirectory:
                     changes.record_images(self.path, self.source, self.images)
                 tokenizer.save(self.path / tokenizer.file)
                 if self.last_step > self.first_step or self.evaluation_is_missing:
-                    # Old results are out of date: the test accuracy, or the tokenizer that a VQ-VAE became.
-                    old = Codes.file if self.config.program == "vqvae" else "finetune.json"
-                    (self.path / old).unlink(missing_ok=True)
+                    (self.path / "finetune.json").unlink(missing_ok=True)  # the old result is out of date
             barrier()
             # At the end of the block, Checkpoints waits for the running save.
             with checkpoint.Checkpoints(self.path, self.config.train.max_to_keep, self.progress) as checkpoints:

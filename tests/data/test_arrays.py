@@ -1,5 +1,7 @@
 """Sources held in memory: scikit-learn's digits and .npz files."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,13 @@ def test_an_npz_of_the_wrong_kind_is_refused(write_npz, arrays, message):
         arrays = {"images": np.zeros((18, 4, 4), np.uint8), "labels": np.arange(18) % 3} | arrays
     with pytest.raises(UserError, match=message):
         load_source(f"npz:{write_npz(**arrays)}")
+
+
+def test_an_npz_with_a_damaged_member_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "damaged.npz", "w") as file:
+        file.writestr("images.npy", b"junk")
+    with pytest.raises(UserError, match="cannot be read as an .npz of plain arrays: images is no array"):
+        load_source(f"npz:{tmp_path}/damaged.npz")
 
 
 def test_names_of_an_npz_belong_to_its_labels(write_npz):

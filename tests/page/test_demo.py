@@ -11,7 +11,7 @@ from tests.helpers import ROOT, write_run
 
 
 def test_an_interrupt_during_a_drawing_ends_the_demo_quietly(tmp_path):
-    run = write_run(tmp_path / "run", "digits", steps=(2,), depth=12, width=256)
+    run = write_run(tmp_path / "run", "digits", steps=(2,), depth=6, width=256)
     command = [sys.executable, "-m", "igpt", "demo", f"--model={run}", "--port=0", "--compilation_cache=off"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as demo:
@@ -23,7 +23,7 @@ def test_an_interrupt_during_a_drawing_ends_the_demo_quietly(tmp_path):
                 )
                 time.sleep(1.5)  # the drawing compiles, or draws
                 demo.send_signal(signal.SIGINT)
-                _, said = demo.communicate(timeout=60)
+                _, said = demo.communicate(timeout=240)
         finally:
             demo.kill()
     assert demo.returncode == 0 and said == ""
