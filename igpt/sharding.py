@@ -212,9 +212,9 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
 
 def channels_last(x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
-    """Keeps the order of x's dimensions in memory, which XLA else changes for all that layers pass on.
+    """x, whose dimensions lie in memory in this order on each device. XLA may otherwise put B or T last.
 
-    The constraint stands in a shard_map, because the partitioner may gather the whole of x for a constraint outside.
+    The constraint stands in a shard_map: for one outside, the partitioner may gather the whole of x.
     """
 
     def constrain(x):
