@@ -37,7 +37,7 @@ class Answers:
         if self.probe_folder.is_file():
             self.probe_folder = self.probe_folder.parent
         self.probe = read_json(self.probe_folder / "probe.json") if self._has_probe(probe) else None
-        self.fits, self.probe_step = self._fits_of_step()
+        self.accuracies, self.best_layer, self.probe_step = self._accuracies()
         self.examples, self.train, self.why_no_data = None, None, ""
         try:
             if self.data.source:
@@ -55,28 +55,30 @@ class Answers:
             raise UserError(f"--probe={asked} has no probe.json; eval_probe.py --workdir={asked} writes it")
         return found
 
-    def _fits_of_step(self) -> tuple[dict, int | None]:
-        """The probe's results for the run's step, or its main results and their step, if it has none of the run's."""
+    def _accuracies(self) -> tuple[dict[int, float], int, int | None]:
+        """The probe's accuracy of each layer, its best layer, and its step, or None if that is the run's.
+
+        If it has no results of the run's step, these are its main results.
+        """
         depth = self.run.model.config.depth
         if self.probe is None:
-            return {"best_layer": depth // 2, "layers": []}, None
+            return {}, depth // 2, None
         path, remedy = self.probe_folder / "probe.json", "name the folder of this model's probe: --probe"
         try:
             main = {"step": self.probe.get("step")} | self.probe["pretrained"]
             fits = next((fits for fits in self.probe.get("checkpoints", []) if fits["step"] == self.run.step), main)
-            deepest = max(int(fit["layer"]) for fit in fits["layers"] if float(fit["test_accuracy"]) >= 0)
-            step, _ = fits["step"], int(fits["best_layer"])
+            accuracies = {int(fit["layer"]): float(fit["test_accuracy"]) for fit in fits["layers"]}
+            best, step, deepest = int(fits["best_layer"]), fits["step"], max(accuracies)
         except (KeyError, TypeError, ValueError):  # another program may have written the file
             raise UserError(f"{path} is no result of eval_probe.py; {remedy}, or remove the file") from None
         if deepest > depth:
             problem = f"{path} is of a model with layer {deepest}, and this one has layers 0 to {depth}"
             raise UserError(f"{problem}; {remedy}")
-        return fits, None if step == self.run.step else step
+        return accuracies, best, None if step == self.run.step else step
 
     def about(self) -> dict:
         """What the page shows at its start."""
         model = self.run.model.config
-        accuracies = {fit["layer"]: fit["test_accuracy"] for fit in self.fits["layers"]}
         return {
             "text": repr(self.run).strip("<>").removeprefix("igpt.Run "),
             "rows": self.run.tokenizer.grid(*self.data.image_size)[0],  # of tokens: so many steps draw an image
@@ -85,8 +87,8 @@ class Answers:
             "can_complete": bool(model.causal and model.pixel_head),
             "can_sample": bool(model.causal and model.pixel_head and model.sos),
             "vocab_size": model.vocab_size,
-            "layers": [{"layer": i, "accuracy": accuracies.get(i)} for i in range(model.depth + 1)],
-            "best_layer": self.fits["best_layer"],
+            "layers": [{"layer": i, "accuracy": self.accuracies.get(i)} for i in range(model.depth + 1)],
+            "best_layer": self.best_layer,
             "probe_step": self.probe_step,  # None: the accuracies are those of this step
             "has_probe_picture": bool(self.probe) and (self.probe_folder / "probe.png").is_file(),
             "examples": 0 if self.examples is None else len(self.examples),
