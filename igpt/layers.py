@@ -62,6 +62,7 @@ class Linear(nnx.Module):
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """x with zeros at this rate, and all else divided by 1 - rate. Without a key, x itself."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)

@@ -103,15 +103,16 @@ class Labels:
         cannot be read have no label here.
         """
         if not self.records.num_classes:
-            return np.unique(self._readable(self.numbers))
+            return np.unique(self._found_in(self.numbers))
         numbers = np.arange(self.records.num_classes) if self.table is None else self.table[:-1]
-        return np.union1d(numbers, self._readable(self.numbers[:LOOKED_AT]))
+        return np.union1d(numbers, self._found_in(self.numbers[:LOOKED_AT]))
 
     def readable(self) -> np.ndarray:
         """The indices of all labels. With `skip`, without those of records that cannot be read."""
         return np.flatnonzero(self._read(self.numbers, self.skip) != UNREAD)
 
-    def _readable(self, numbers: np.ndarray) -> np.ndarray:
+    def _found_in(self, numbers: np.ndarray) -> np.ndarray:
+        """The labels of these records that can be read."""
         labels = self._read(numbers, self.skip)
         return self._named(labels[labels != UNREAD])
 
@@ -143,22 +144,33 @@ def open_tfds(name: str, settings: DataConfig) -> Source:
             raise UserError(f"{source_name}, split {split!r}, cannot be opened: {first_line(error)}") from None
         return Records(data_source, features, f"{source_name} {split}")
 
-    own = {"train": read("train")}
+    own, skip = {"train": read("train")}, settings.on_unreadable == "skip"
     for official in ("test", "validation"):
         if official in builder.info.splits and builder.info.splits[official].num_examples:
             records = read(official)
-            if not labelled or Labels(records, np.arange(1))[0] >= 0:
+            if not labelled or _has_labels(records, skip):
                 own[official] = records
     if "test" not in own and "validation" in own:
         own["test"] = own.pop("validation")
     numbers = divide({split: np.arange(len(records)) for split, records in own.items()}, settings)
-    preprocess, skip = Preprocess.of(settings), settings.on_unreadable == "skip"
+    preprocess = Preprocess.of(settings)
     splits = []
     for split, some in zip(SPLITS, numbers, strict=True):
         records = own.get(split, own["train"])
         images = EncodedImages(records, preprocess, settings.channels, skip, some)
         splits.append(Split(images, Labels(records, some, skip=skip) if labelled else None, may_lack_labels=True))
     return Source(source_name, *splits, settings.channels, class_names=_class_names(source_name, features))
+
+
+def _has_labels(records: Records, skip: bool) -> bool:
+    """Whether the first record has a label, and is not marked as without one. With `skip`, the first readable one."""
+    for number in range(len(records)):
+        try:
+            return bool(Labels(records, np.arange(number, number + 1))[0] >= 0)
+        except UnreadableImage:
+            if not skip:
+                raise
+    return False
 
 
 def _num_classes(features: tfds.features.FeaturesDict) -> int:

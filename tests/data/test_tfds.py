@@ -24,9 +24,9 @@ from igpt.data.arrays import of_arrays
 from igpt.data.batches import Augmentation, TrainBatches, eval_batches
 from igpt.data.classes import with_classes
 from igpt.data.examples import check_labels, few_labels
-from igpt.data.images import Preprocess
+from igpt.data.images import Preprocess, UnreadableImage
 from igpt.data.settings import DataConfig
-from igpt.data.tfds import UNREAD, Labels, _class_names, _prepare, open_tfds
+from igpt.data.tfds import UNREAD, Labels, Records, _class_names, _has_labels, _prepare, open_tfds
 from igpt.errors import UserError
 from igpt.palette import Palette
 from tests.helpers import ROOT
@@ -383,3 +383,21 @@ def test_few_labels_come_from_records_that_can_be_read(damaged):
     _, used = train.read(np.arange(len(train)))
     np.testing.assert_array_equal(chosen, np.flatnonzero(used == np.arange(len(train))))
     assert len(chosen) < len(train)
+
+
+def test_a_damaged_first_record_does_not_decide_whether_there_are_labels():
+    class Damaged(Records):
+        def __init__(self):
+            self.known, self.num_classes = np.full(3, UNREAD, np.int32), 5
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, number):
+            if number == 0:
+                raise UnreadableImage("record 0 cannot be read")
+            self.known[number] = 4
+
+    assert _has_labels(Damaged(), skip=True)
+    with pytest.raises(UnreadableImage, match="record 0"):
+        _has_labels(Damaged(), skip=False)
