@@ -34,7 +34,16 @@ from igpt.command import Parser, at_least
 from igpt.data.classes import class_counts
 from igpt.data.examples import SPLITS, ArrayImages, Source
 from igpt.data.fingerprint import fingerprint as fingerprint_of_images
-from igpt.data.prepared import PLAN, count_shards, grid_of, map_shard, open_prepared, shard_path, shard_rows
+from igpt.data.prepared import (
+    PLAN,
+    count_shards,
+    grid_of,
+    map_shard,
+    open_prepared,
+    shard_path,
+    shard_rows,
+    unreadable_path,
+)
 from igpt.data.settings import DataConfig
 from igpt.data.sources import add_source_arguments, load_source, open_source, source_settings
 from igpt.errors import UserError
@@ -196,8 +205,11 @@ def _write_shard(
         advance(len(grids))
     labels = None if split.labels is None else np.asarray(split.labels[rows[readable]], np.int32)
     try:
-        if not readable.all():
-            path, reasons = shard_path(folder, name, number, "unreadable").with_suffix(".txt"), split.images.unreadable
+        path = unreadable_path(folder, name, number)
+        if readable.all():
+            path.unlink(missing_ok=True)  # an earlier command may have skipped images that can be read now
+        else:
+            reasons = split.images.unreadable
             write_text(path, "".join(f"{reasons[i]}\n" for i in rows if i in reasons))
         # The tokens are written last, because a shard whose tokens exist counts as finished.
         for kind, array in (("labels", labels), ("tokens", tokens[readable])):

@@ -72,13 +72,15 @@ def open_prepared(folder: str) -> Source:
 def _check_plan(plan: dict, path: Path) -> None:
     """Raises UserError if `igpt prepare` cannot have written this prepared.json."""
     data, images = plan.get("data"), plan.get("images")
-    size = data.get("image_size") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    size = data.get("image_size")
     counts = [plan.get("shard_images")]
     for sides in (size, plan.get("grid", size)):
         counts += sides if isinstance(sides, list) and len(sides) == 2 else [None]
     counts += [images.get(name) for name in SPLITS] if isinstance(images, dict) else [None]
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
-    whole = whole and isinstance(plan.get("labels"), bool) and isinstance(plan.get("palette_sha256"), str)
+    whole = whole and isinstance(plan.get("labels"), bool)
+    whole = whole and all(isinstance(text, str) for text in (plan.get("palette_sha256"), data.get("source", "")))
     if plan.get("format") != 1 or not whole or data.get("channels") not in (1, 3):
         raise UserError(f"{path} is damaged or not ours; prepare it again")
 
@@ -100,7 +102,8 @@ def map_shard(folder: Path, name: str, number: int, plan: dict) -> tuple[np.ndar
         return array
 
     most = len(shard_rows(plan, name, number))
-    least = 0 if plan["data"].get("on_unreadable") == "skip" else most
+    skips = plan["data"].get("on_unreadable") == "skip"  # that of the last command; an earlier one may have skipped
+    least = 0 if skips or unreadable_path(folder, name, number).exists() else most
     tokens = mapped("tokens", np.uint16, (math.prod(grid_of(plan)),), least, most)
     if not plan["labels"]:
         return tokens, None
@@ -129,3 +132,8 @@ def shard_rows(plan: dict, name: str, number: int) -> range:
 
 def shard_path(folder: Path, split: str, number: int, kind: str) -> Path:
     return folder / f"{split}-{number:05d}.{kind}.npy"
+
+
+def unreadable_path(folder: Path, split: str, number: int) -> Path:
+    """The list of a shard's images that could not be read. There is no such file if all could."""
+    return shard_path(folder, split, number, "unreadable").with_suffix(".txt")

@@ -234,6 +234,8 @@ def test_unreadable_images_stop_it_or_are_left_out_named_and_counted(pictures, p
     for _ in range(2):  # a second time everything is finished, and the count is the same
         run_igpt([*command, f"--out={tmp_path}/skip", "--on_unreadable=skip"])
         assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
+    run_igpt([*command, f"--out={tmp_path}/skip"])  # nothing is left to be read, and so nothing to stop at
+    assert "passed over 13 that cannot be read, named in " in capsys.readouterr().out
     named = "".join(path.read_text() for path in sorted((tmp_path / "skip").glob("*.unreadable.txt")))
     assert len(named.splitlines()) == 13 and all(str(path) in named for path in broken)
     opened = open_prepare_source(f"tokens:{tmp_path}/skip")
@@ -261,12 +263,16 @@ def test_other_images_are_refused_with_the_flags_of_the_command(palette, tmp_pat
                 "prepare",
                 "--source=digits",
                 "--size=7",
+                "--channels=1",
                 "--preprocess=none",
                 f"--palette={palette}",
                 f"--out={tmp_path}/o",
             ]
         )
     assert "set --size=8x8 --channels=1. To resize them, set --preprocess=shrink" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_igpt(["prepare", "--source=digits", "--size=7", f"--palette={palette}", f"--out={tmp_path}/o"])
+    assert capsys.readouterr().err.endswith("set --size=7x7 --channels=1\n")  # resizing would change no channels
     for wrong, message in (("--size=x", "--size=x; give a number"), ("--workers=0", "--workers is 0; it must")):
         with pytest.raises(SystemExit):
             run_igpt(["prepare", "--source=digits", "--size=8", f"--palette={palette}", f"--out={tmp_path}/o", wrong])
