@@ -183,14 +183,17 @@ def choose_tokenizer(config: Config, run: RunDirectory, source: Source) -> Token
     by_colors = config.tokenizer == "palette"
     field, path = ("palette.path", config.palette.path) if by_colors else ("tokenizer", config.tokenizer)
     name = f"{field}={path}"
-    # A resumed run has its own copy. A VQ-VAE that is still at its old place must not have changed since.
-    is_read = path and (not resumed or (not by_colors and exists(as_path(path))))
+    # A resumed run has its own copy. A palette elsewhere, and a VQ-VAE that is still there, must be equal to it.
+    has_moved = by_colors and resumed and path != run.before.palette.path
+    is_read = path and (not resumed or has_moved or (not by_colors and exists(as_path(path))))
     named = find_tokenizer(path) if is_read else None
     if isinstance(named, Palette) and not by_colors:
         raise UserError(f"{name} is a palette; name it in palette.path, and leave tokenizer=palette")
     if resumed:
         origin, tokenizer = run.path, resumed
         check_same(tokenizer, origin, named, name)
+        if not path:  # a named tokenizer also encodes the images of tokens
+            check_same(tokenizer, origin, source.tokenizer, f"data.source={source.name}")
     elif init_from:
         origin, tokenizer = init_from, load.tokenizer_of(resolve(init_from))
         check_same(tokenizer, f"init_from={origin}", named, name)

@@ -107,13 +107,19 @@ class Lock:
             time.sleep(random.uniform(0.0, 0.3) if alive else 0.0)
 
     def _others_after_writing(self) -> list[AnyPath]:
-        """Writes the own file and lists those of others. If there are any, removes the own file."""
+        """Writes the own file and lists those of others. If there are any, removes the own file.
+
+        Writes again if the own file is gone, because another program has renamed the folder meanwhile.
+        """
         with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps(self.content))
-            others = sorted(set(lock_files(self.folder)) - {self.path})
+            is_there = False
+            while not is_there:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.path, json.dumps(self.content))
+                others = sorted(set(lock_files(self.folder)) - {self.path})
+                is_there = self.path.exists()
             if others:
-                self.path.unlink()
+                self.path.unlink(missing_ok=True)
         return others
 
     def _renew(self) -> None:

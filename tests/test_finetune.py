@@ -306,7 +306,7 @@ def test_a_run_without_names_meets_any_source_by_number(images, tmp_path):
 
 def progress_of(workdir):
     steps = checkpoint.finished_steps(workdir)
-    return steps, dataclasses.replace(restore.progress_at(workdir, steps[-1]), tokenizer="")
+    return steps, dataclasses.replace(restore.progress_at(workdir, steps[-1]), tokenizer="", images="")
 
 
 def test_training_ends_with_patience_and_more_patience_resumes_it(images, start, tmp_path, script, capsys):
@@ -337,7 +337,8 @@ def test_training_ends_with_patience_and_more_patience_resumes_it(images, start,
     assert_bitwise_equal(read_arrays(tmp_path / "run", 12), read_arrays(tmp_path / "whole", 12))
 
 
-def test_accuracies_on_other_images_do_not_count(images, start, tmp_path, script):
+@pytest.mark.parametrize("killed", [False, True], ids=["at once", "after a kill"])
+def test_accuracies_on_other_images_do_not_count(images, start, tmp_path, script, killed):
     config = tuning(images, start, train__steps=40, train__eval_every=1)
     config.train.update(patience=3, checkpoint_every=100)
     script(0.5, 0.9, 0.8, 0.9, 0.1)
@@ -345,8 +346,12 @@ def test_accuracies_on_other_images_do_not_count(images, start, tmp_path, script
     arrays = dict(np.load(images))
     np.savez(tmp_path / "others.npz", **arrays | {"labels": 2 - arrays["labels"]})
     config.data.source = f"npz:{tmp_path}/others.npz"
+    if killed:
+        script()  # the first evaluation ends the command, when the other images are recorded already
+        with pytest.raises(StopIteration):
+            train.run(config, tmp_path / "run", allowed=("data",))
     script(0.3, 0.2, 0.4, 0.1, 0.1, 0.1)  # the first one is of the same step as before
-    train.run(config, tmp_path / "run", allowed=("data",))
+    train.run(config, tmp_path / "run", allowed=() if killed else ("data",))
     assert progress_of(tmp_path / "run") == ([7, 10], checkpoint.Progress(10, 7, 0.4, 3))
 
 

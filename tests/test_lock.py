@@ -120,6 +120,22 @@ def test_a_lock_follows_its_renamed_folder(tmp_path):
             first.follow(tmp_path / "older")
 
 
+def test_a_lock_whose_folder_is_renamed_while_it_looks_for_others_is_written_again(tmp_path, monkeypatch):
+    real, looks = lock.lock_files, []
+
+    def renamed(folder):
+        looks.append(folder)
+        if len(looks) == 1:
+            folder.rename(tmp_path / "old")
+            folder.mkdir()
+        return real(folder)
+
+    monkeypatch.setattr(lock, "lock_files", renamed)
+    with Lock(tmp_path / "run") as held:
+        held.check()
+    assert len(looks) == 2
+
+
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file"), Lock(tmp_path / "file" / "run"):

@@ -41,6 +41,14 @@ def fingerprint(source: Source) -> dict:
     return {"format": 1, "kind": source.name.partition(":")[0], "splits": splits, "sizes": sizes}
 
 
+def is_fingerprint(content: dict) -> bool:
+    """Whether the content of a file can be a fingerprint of this format."""
+    splits = content.get("splits")
+    counts = [splits.get(name) for name in SPLITS] if isinstance(splits, dict) else [None]
+    counted = all(isinstance(split, dict) and isinstance(split.get("images"), int) for split in counts)
+    return counted and isinstance(content.get("sizes"), dict)
+
+
 def file_splits(source: Source) -> dict[str, str]:
     """The split of every file of a folder, by its path relative to the folder. Empty for other sources."""
     return {file: name for name, split in source.splits().items() for file in _relative_paths(split.images)}

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from igpt.config import Config
 from igpt.data.examples import Source
-from igpt.data.fingerprint import differences, file_splits, split_lines
+from igpt.data.fingerprint import differences, file_splits, is_fingerprint, split_lines
 from igpt.errors import UserError
 from igpt.files import AnyPath, read_json, whole, write_json
 from igpt.optim import make_optimizer
@@ -110,6 +110,8 @@ def changed_images(workdir: AnyPath, source: Source, found: dict) -> list[str]:
         return []
     if there.get("format") != found["format"]:
         raise UserError(f"{workdir / IMAGES_FILE} was written by another version of igpt; with it, the run resumes")
+    if not is_fingerprint(there):
+        raise UserError(f"{workdir / IMAGES_FILE} is damaged; restore it from a copy, or delete it to trust the images")
     return differences(there, found, read_splits(workdir / SPLITS_FILE), file_splits(source))
 
 

@@ -54,6 +54,7 @@ class Progress:
     best_accuracy: float = -1.0
     evaluations_since: int = 0
     tokenizer: str = ""  # the digest of the tokenizer that made the tokens; empty: none, or by an earlier version
+    images: str = ""  # the digest of the images that were learnt and evaluated; empty: written by an earlier version
 
     def note(self, step: int, accuracy: float) -> bool:
         """Records an evaluation of a classifier; returns whether it is the best so far."""

@@ -47,7 +47,7 @@ class RunDirectory:
         self.allowed, self.lock = allowed, lock
         self.before = config  # the configuration at the last start
         self.changed = []  # what differs from it, in words
-        self.source = self.images = None  # set by `same_images`
+        self.source, self.images, self.images_digest = None, None, ""  # set by `same_images`
         self.has_new_images = False
         if start_over:
             check_start_over(self.path)
@@ -68,7 +68,8 @@ class RunDirectory:
         The user may allow other images. Every process must call this method; process 0 compares.
         """
         self.source, self.images = source, fingerprint(source)
-        digest = np.frombuffer(hashlib.sha256(json.dumps(self.images).encode()).digest(), np.int32)
+        content = hashlib.sha256(json.dumps(self.images).encode())
+        digest, self.images_digest = np.frombuffer(content.digest(), np.int32), content.hexdigest()
         if not all_processes(np.array_equal(broadcast(digest), digest)):
             raise UserError(
                 f"{source.name} does not hold the same images on every host; make all hosts see the same files"
@@ -102,7 +103,8 @@ class RunDirectory:
         state = restore.state(self.path, program.abstract, self.first_step)
         known = restore.progress_at(self.path, self.first_step)
         self.progress = known or checkpoint.Progress(evaluated_step=self.first_step)
-        if self.has_new_images:  # accuracies on other images do not count
+        # Accuracies on other images do not count. An earlier start may have been killed after it recorded the new ones.
+        if self.has_new_images or (self.progress.images and self.progress.images != self.images_digest):
             self.progress = checkpoint.Progress(tokenizer=self.progress.tokenizer)
         return state
 
@@ -132,7 +134,7 @@ class RunDirectory:
         class_names: those of the classifier's outputs. A directory with a config.json has them all.
         """
         check_tokenizer(self.path, self.progress, tokenizer)
-        self.progress.tokenizer = tokenizer.digest
+        self.progress.tokenizer, self.progress.images = tokenizer.digest, self.images_digest
         barrier()  # process 0 renames an old run only after all processes have read it
         with storage_errors(self.path):
             if is_first_process():
@@ -220,7 +222,8 @@ def set_aside(workdir: AnyPath) -> AnyPath | None:
     earlier = sorted(set(workdir.iterdir()) - set(lock_files(workdir))) if workdir.is_dir() else []
     if not earlier:
         return None
-    workdir = workdir.absolute()  # the path "." has no name to extend
+    # The path "." has no name to extend. Of a link, the folder is renamed, so that the new run lies where it points.
+    workdir = workdir.resolve() if not is_bucket(workdir) and workdir.is_symlink() else workdir.absolute()
     number = 1
     while (aside := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
         number += 1
@@ -229,6 +232,7 @@ def set_aside(workdir: AnyPath) -> AnyPath | None:
             path.rename(aside / path.name)
     else:
         workdir.rename(aside)
+        workdir.mkdir()
     print(f"renamed the earlier run to {aside}")
     return aside
 

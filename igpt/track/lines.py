@@ -41,24 +41,27 @@ class JsonLines:
 
 def records(folder: AnyPath) -> list[dict]:
     """The records of DIR/metrics.jsonl in their order. [] if it is missing. Incomplete lines are passed over."""
+    return [record for record, _ in _read(folder / NAME)]
+
+
+def _read(path: AnyPath) -> list[tuple[dict, str]]:
+    """The records of a file and their lines. A killed run, or a full disk, may leave incomplete lines."""
     found = []
     with contextlib.suppress(OSError):
-        for line in (folder / NAME).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # a killed run may leave an incomplete line
-                record = json.loads(line)
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(text := line.decode())
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    found.append(record)
+                    found.append((record, text))
     return found
 
 
 def _drop_records_after(path: Path, step: int, repeats_evaluation: bool) -> None:
     """Removes the records that a killed run wrote and the resumed run will write again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # skips a line that the kill cut off
-            record = json.loads(line)
-            if record["step"] < step + 1 - (repeats_evaluation and "eval/loss" in record):
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    if path.exists():
+        kept = [
+            text + "\n"
+            for record, text in _read(path)
+            if record["step"] < step + 1 - (repeats_evaluation and "eval/loss" in record)
+        ]
+        write_text(path, "".join(kept))

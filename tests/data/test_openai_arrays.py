@@ -1,5 +1,7 @@
 """OpenAI's encoded data sets: splits, labels and palette, and files of the wrong kind."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -96,7 +98,37 @@ def test_a_palette_that_is_given_comes_before_that_of_the_source(write_openai, t
     Palette(np.zeros((17, 3), np.float32)).save(tmp_path / "mine.npy")
     tiny_config.palette.path, tiny_config.palette.colors = str(tmp_path / "mine.npy"), 17
     config = Config.of(tiny_config, trains=True)
+    run = RunDirectory(tmp_path / "run", config)
+    assert not train.choose_tokenizer(config, run, source).centers.any()
+    with run.opened(Palette.load(tmp_path / "mine.npy")):
+        pass
     assert not train.choose_tokenizer(config, RunDirectory(tmp_path / "run", config), source).centers.any()
+
+
+def test_a_resumed_run_reads_no_tokens_of_another_palette(write_openai, tiny_config, tmp_path):
+    tiny_config.palette.colors = 17
+    config = Config.of(tiny_config, trains=True)
+    with RunDirectory(tmp_path / "run", config).opened(Palette(np.zeros((17, 3), np.float32))):
+        pass
+    resumed, source = RunDirectory(tmp_path / "run", config), load_source(f"openai:{write_openai()}")
+    with pytest.raises(UserError, match=r"data\.source=openai:.* has another palette than .*/run, whose network"):
+        train.choose_tokenizer(config, resumed, source)
+
+
+def test_a_resumed_run_takes_a_palette_elsewhere_only_if_it_is_equal(tiny_config, tmp_path):
+    tiny_config.palette.update(colors=17, path=str(tmp_path / "mine.npy"))
+    Palette(np.zeros((17, 3), np.float32)).save(tmp_path / "mine.npy")
+    config = Config.of(tiny_config, trains=True)
+    with RunDirectory(tmp_path / "run", config).opened(Palette.load(tmp_path / "mine.npy")):
+        pass
+    (tmp_path / "mine.npy").rename(tmp_path / "moved.npy")
+    Palette(np.ones((17, 3), np.float32)).save(tmp_path / "other.npy")
+    for name, message in (("moved", ""), ("other", "has another palette than"), ("absent", "absent.npy")):
+        tiny_config.palette.path = str(tmp_path / f"{name}.npy")
+        config = Config.of(tiny_config, trains=True)
+        resumed = RunDirectory(tmp_path / "run", config, allowed=["palette.path"])
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            train.choose_tokenizer(config, resumed, load_source("digits"))
 
 
 @pytest.mark.parametrize(

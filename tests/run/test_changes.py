@@ -170,6 +170,13 @@ def test_a_record_of_a_newer_version_is_refused(photos, tmp_path):
         start(tmp_path / "run", of_folder(photos))
 
 
+def test_a_damaged_record_is_one_message(photos, tmp_path):
+    start(tmp_path / "run", of_folder(photos))
+    (tmp_path / "run" / "images.json").write_text(json.dumps({"format": 1, "splits": [], "sizes": {}}))
+    with pytest.raises(UserError, match="images.json is damaged; restore it from a copy, or delete it"):
+        start(tmp_path / "run", of_folder(photos))
+
+
 def test_hosts_that_see_other_images_are_refused(photos, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "run", of_folder(photos))
     source = open_source(run.config.data)

@@ -68,6 +68,20 @@ def test_the_current_directory_is_renamed_and_the_new_run_takes_its_place(tmp_pa
     assert load_config(tmp_path / "run").train.steps == 9
 
 
+def test_of_a_link_the_folder_is_renamed_so_that_the_new_run_lies_where_it_points(tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    for steps in (7, 9):
+        config = configured(**{"train.steps": steps})
+        with locked(tmp_path / "link") as lock:
+            run = RunDirectory(tmp_path / "link", config, start_over=True, lock=lock)
+            with run.opened(GREY_PALETTE):
+                run.check_lock()
+    assert (tmp_path / "link").is_symlink()
+    assert load_config(tmp_path / "disk" / "run.old-1").train.steps == 7
+    assert load_config(tmp_path / "disk" / "run").train.steps == 9
+
+
 def test_a_run_that_starts_over_keeps_its_lock(tmp_path):
     for number in (0, 1):
         with locked(tmp_path / "run") as lock:

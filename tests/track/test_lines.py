@@ -20,6 +20,12 @@ def test_records_are_json_lines_that_survive_a_restart_without_repeats(tmp_path)
     assert found == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
+def test_a_damaged_line_does_not_stop_a_resumed_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 1.0}\n\xff\xfe\n[1]\n{"step": "1"}\n')
+    JsonLines(tmp_path, after=1).close()
+    assert [record["step"] for record in records(tmp_path)] == [1]
+
+
 def test_a_record_whose_line_has_no_end_yet_gets_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}')
     lines = JsonLines(tmp_path, after=1)
