@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -55,7 +56,12 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reported():
-    """Prints a `UserError` as one message on stderr, without a traceback, and exits with the error's `exit_code`."""
+    """Prints a `UserError` as one message on stderr, without a traceback, and exits with the error's `exit_code`.
+
+    What stdout cannot encode, such as a file's name that is no UTF-8, is printed as escape sequences.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

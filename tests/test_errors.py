@@ -1,5 +1,6 @@
 """How a command ends."""
 
+import os
 import subprocess
 import sys
 
@@ -68,6 +69,13 @@ def test_a_reader_that_leaves_ends_the_program_without_a_word():
         program.stdout.readline()
         program.stdout.close()
         assert program.wait(timeout=60) == 141 and program.stderr.read() == b""
+
+
+def test_a_file_name_that_is_no_text_can_be_printed():
+    program = "from igpt.errors import reported\nwith reported(): print('photo\\udcff.png')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout) == (0, "photo\\udcff.png\n"), ran.stderr
 
 
 def test_a_single_process_shows_the_traceback_of_a_defect():

@@ -1,5 +1,8 @@
 """Sources held in memory: scikit-learn's digits and .npz files."""
 
+import contextlib
+import os
+import zipfile
 from collections.abc import Collection
 
 import numpy as np
@@ -115,6 +118,7 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
             known = {f"{prefix}{kind}" for prefix in PREFIXES.values() for kind in ("images", "labels")} | {"names"}
             if others := [name for name in arrays.files if name not in known]:
                 print(f"{path}: passed over the arrays {', '.join(others)}")
+            _check_memory(path, {name for name in arrays.files if name in known}, arrays.zip)
             found = {name: arrays[name] for name in arrays.files if name in known}
         if broken := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
             raise UserError(f"{path} cannot be read as an .npz of plain arrays: {broken[0]} is no array")
@@ -125,6 +129,21 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # damaged files raise exceptions of many types
         raise UserError(f"{path} cannot be read as an .npz of plain arrays: {first_line(error)}") from None
+
+
+def _check_memory(path: str, names: set[str], archive: zipfile.ZipFile) -> None:
+    """Raises UserError if arrays unpack to more than this machine's memory: a small file may hold much."""
+    needed = sum(item.file_size for item in archive.infolist() if item.filename.removesuffix(".npy") in names)
+    if needed > (memory := machine_memory()):
+        found = f"its arrays unpack to {needed / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f} GB of memory"
+        raise UserError(f"{path}: {found}; split it, or make a folder of images")
+
+
+def machine_memory() -> int:
+    """The bytes of this machine's memory; a very large number where the system does not say."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1 << 62
 
 
 def _images_and_labels(path: str, prefix: str, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -81,7 +81,10 @@ class DataConfig:
             )
         plain = all(getattr(self, name) == getattr(DataConfig, name) for name in SCATTER)
         if not plain and not self.source.startswith("scattered:"):
-            raise UserError(f"data.scatter_* is set, but data.source is {self.source}; use scattered:{self.source}")
+            remedy = f"use scattered:{self.source}"
+            if self.source != "digits" and not self.source.startswith("npz:"):
+                remedy = "only digits and npz:FILE can be scattered; leave these fields out"
+            raise UserError(f"data.scatter_* is set, but data.source is {self.source}; {remedy}")
         if self.source.startswith("scattered:") and self.preprocess != "none":
             problem = f"data.preprocess is {self.preprocess}, but scattered images are placed, not resized"
             raise UserError(f"{problem}; set preprocess=none, and data.scatter_scale if sizes are to differ")

@@ -42,16 +42,18 @@ def open_source(settings, is_command: bool = False, whole: bool = False) -> Sour
         height, width = source.image_size
         if is_command:
             as_they_are = f"use the images as they are, set --size={height}x{width} --channels={source.channels}"
-            resize = "--preprocess=shrink"
+            resizes = "--preprocess=shrink"
         else:
             fields = f"--config.data.image_size='({height},{width})' --config.data.channels={source.channels}"
             as_they_are = f"train on the images as they are, set {fields}"
-            resize = "--config.data.preprocess=shrink (train.py), --config.preprocess=shrink (eval_probe.py) or "
-            resize += "--preprocess=shrink (igpt)"
+            resizes = "--config.data.preprocess=shrink (train.py), --config.preprocess=shrink (eval_probe.py) or "
+            resizes += "--preprocess=shrink (igpt)"
+        # Tokens cannot be resized, and resizing changes no channels.
+        can_resize = not source.tokenizer and source.channels == settings.channels
         raise UserError(
             f"{settings.source} has images of {height} x {width} with {source.channels} channel(s), but "
             f"the settings ask for {' x '.join(map(str, settings.image_size))} with {settings.channels}. To "
-            f"{as_they_are}" + ("" if source.tokenizer else f". To resize them, set {resize}")
+            f"{as_they_are}" + (f". To resize them, set {resizes}" if can_resize else "")
         )
     return source
 
@@ -86,9 +88,15 @@ def load_source(settings, whole: bool = False) -> Source:
             return open_hf(argument, settings, whole)
         case "scattered" if argument == "digits" or argument.startswith("npz:"):
             small = load_source(settings.without_places(source=argument), whole)
-            backgrounds = settings.scatter_background and load_source(background_settings(settings))
-            return scatter(small, settings, backgrounds or None)
+            return scatter(small, settings, _backgrounds(settings) if settings.scatter_background else None)
     raise UserError(f"data.source is {settings.source!r}; choose {KINDS}")
+
+
+def _backgrounds(settings: DataConfig) -> Source:
+    try:
+        return load_source(background_settings(settings))
+    except UserError as error:
+        raise UserError(f"data.scatter_background={settings.scatter_background}: {error}") from None
 
 
 def _from_bucket(kind: str, argument: str, settings: DataConfig, whole: bool) -> Source:

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
-import functools
+import importlib.machinery
+import importlib.util
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -14,6 +16,8 @@ from igpt.command import Parser
 from igpt.errors import UserError
 from igpt.files import check_workdir
 from igpt.run.directory import load_config
+
+WHERE = "every field and its default: configs/base.py, a probe's: configs/probe.py; the flags: --help"
 
 
 def parse_with_config(parser: Parser, argv: list[str] | None = None, resumes: bool = False) -> argparse.Namespace:
@@ -43,32 +47,45 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None, resumes: bo
 def _read(given: str | ConfigDict, overrides: list[str]) -> ConfigDict:
     """Reads a config file, or takes a ConfigDict, and applies the overrides.
 
-    Raises UserError for any error of absl and ml_collections.
+    Raises UserError for any error of the file, of absl and of ml_collections.
     """
-    values = flags.FlagValues()
-    if isinstance(given, ConfigDict):
-        words, define = overrides, functools.partial(config_flags.DEFINE_config_dict, config=given)
-    else:
-        words, define = [f"--config={given}", *overrides], config_flags.DEFINE_config_file
-        if (root := str(Path(given.partition(":")[0]).absolute().parent.parent)) not in sys.path:
-            sys.path.append(root)  # so that configs/digits.py can import configs.base
-    options = dict(flag_values=values, lock_config=True, sys_argv=["igpt", *words], help_string="-")
+    config, values = given if isinstance(given, ConfigDict) else _from_file(given), flags.FlagValues()
+    options = dict(flag_values=values, lock_config=True, sys_argv=["igpt", *overrides], help_string="-")
     try:
-        holder = define("config", **options)
-        stray = values(["igpt", *words])[1:]
-        config = holder.value
-        if not isinstance(config, ConfigDict):
-            config.seed  # noqa: B018 - if the config file failed to load, reading a field raises its error
-    except OSError as error:  # the last line of the message names the missing file
-        raise UserError(f"the config file could not be loaded: {str(error).splitlines()[-1].strip()}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        holder = config_flags.DEFINE_config_dict("config", config, **options)
+        stray = values(["igpt", *overrides])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         message = str(error).strip("\"'").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
         field = re.match(r"'?(\w+)('? Did you mean \W*(\w+)|$)", message)
         if field and isinstance(error, AttributeError | KeyError):
             message = f"there is no field {field[1]!r}" + (f"; did you mean {field[3]!r}?" if field[3] else "")
-        raise UserError(
-            f"{message} (every field and its default: configs/base.py, a probe's: configs/probe.py; the flags: --help)"
-        ) from None
+        raise UserError(f"{message} ({WHERE})") from None
     if stray:
         raise UserError(f"{' '.join(stray)!r} is not a flag; options are written --name=value")
+    return holder.value
+
+
+def _from_file(given: str) -> ConfigDict:
+    """What get_config() of a file returns; FILE:TEXT calls get_config(TEXT). A UserError names the line at fault."""
+    file, colon, text = given.partition(":")
+    if (root := str(Path(file).absolute().parent.parent)) not in sys.path:
+        sys.path.append(root)  # so that configs/digits.py can import configs.base
+    name = "igpt_config_file"
+    loader = importlib.machinery.SourceFileLoader(name, file)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    sys.modules[name] = module  # dataclasses look up the module that they are defined in
+    try:
+        loader.exec_module(module)
+        config = module.get_config(*([text] if colon else []))
+    except UserError:
+        raise
+    except OSError as error:
+        problem = f"{error.strerror or error}: {str(error.filename or file)!r}"
+        raise UserError(f"the config file could not be loaded: {problem}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        place = f"{file}, line {lines[-1]}" if lines else file
+        raise UserError(f"{place}: {type(error).__name__}: {error} ({WHERE})") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() returned {type(config).__name__}; it must return a ConfigDict ({WHERE})")
     return config

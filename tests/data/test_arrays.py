@@ -53,6 +53,15 @@ def test_an_npz_of_the_wrong_kind_is_refused(write_npz, arrays, message):
         load_source(f"npz:{write_npz(**arrays)}")
 
 
+def test_an_npz_that_unpacks_to_more_than_the_machines_memory_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((1000, 16, 16), np.uint8), more=np.zeros(10**6))
+    monkeypatch.setattr("igpt.data.arrays.machine_memory", lambda: 300_000)
+    assert len(load_source(f"npz:{tmp_path}/zeros.npz", validation_fraction=0.1).train)  # other arrays are not unpacked
+    monkeypatch.setattr("igpt.data.arrays.machine_memory", lambda: 256_000)
+    with pytest.raises(UserError, match="zeros.npz: its arrays unpack to 0.0 GB, and this machine has 0.0 GB"):
+        load_source(f"npz:{tmp_path}/zeros.npz")
+
+
 def test_an_npz_with_a_damaged_member_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "damaged.npz", "w") as file:
         file.writestr("images.npy", b"junk")

@@ -173,6 +173,11 @@ def test_other_options_are_other_images(path):
         ({"scatter_copies": 0}, "data.scatter_copies is 0; it must be at least 1"),
         ({"preprocess": "shrink"}, "placed, not resized"),
         ({"source": "digits", "scatter_color": True}, "use scattered:digits"),
+        ({"source": "folder:x", "scatter_color": True}, "only digits and npz:FILE can be scattered; leave these"),
+        (
+            {"channels": 3, "scatter_background": "npzz:a"},
+            "data.scatter_background=npzz:a: data.source is 'npzz:a'",
+        ),
         ({"source": "scattered:folder:x"}, "choose digits, .* scattered:digits or scattered:npz:PATH"),
         ({"source": "scattered:scattered:digits"}, "choose digits"),
         ({"scatter_color": True}, "images of 7 x 11 with 3 channel"),

@@ -88,7 +88,27 @@ def test_a_mistake_is_named_with_what_is_right(arguments, message):
         parse(*arguments)
 
 
-def test_a_config_file_that_is_no_python_is_refused(tmp_path):
-    (tmp_path / "cut_short.py").write_text("def get_config(:")
-    with pytest.raises(UserError, match="invalid syntax .*every field and its default: configs/base.py"):
-        parse(f"--config={tmp_path}/cut_short.py")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def get_config(:",
+            r"mine\.py: SyntaxError: invalid syntax \(mine\.py, line 1\) \(every field and",
+        ),
+        ("import absent_package", r"mine\.py, line 1: ModuleNotFoundError: No module named 'absent_package' \(every"),
+        ("def get_config():\n    return confg", r"mine\.py, line 2: NameError: name 'confg' is not defined"),
+        ("def get_config():\n    raise ValueError('no')", r"mine\.py, line 2: ValueError: no \(every"),
+        ("seed = 1", r"mine\.py: AttributeError: .* has no attribute 'get_config'"),
+        ("def get_config():\n    return {}", r"mine\.py: get_config\(\) returned dict; it must return a ConfigDict"),
+        ("def get_config():\n    open('absent.txt')", r"could not be loaded: No such file or directory: 'absent\.txt'"),
+    ],
+)
+def test_an_error_in_a_config_file_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse(f"--config={tmp_path}/mine.py")
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    with pytest.raises(UserError, match="could not be loaded: Is a directory"):
+        parse(f"--config={tmp_path}")
