@@ -95,7 +95,20 @@ def table(results: dict) -> str:
             accuracy = f"{100 * entry['mean']:.1f} % +- {100 * entry['std']:.1f}"
             what = f"{entry['labels_per_class']} labels a class, {label}"
             lines.append(f"{what}: {accuracy} over {len(entry['accuracies'])} subsets")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_learning_rate_hint(results)])
+
+
+def _learning_rate_hint(results: dict) -> list[str]:
+    """A line if the best layer's learning rate is the largest of those tried. Of equally good ones, it would not be."""
+    best = next(fit for fit in results["pretrained"]["layers"] if fit["layer"] == results["pretrained"]["best_layer"])
+    if best.get("solver") not in ("sgd", "adamw"):
+        return []
+    section = "attention" if best["solver"] == "adamw" else "sgd"
+    rates = results["solver"].get("attention", results["solver"])["learning_rates"]
+    if best["learning_rate"] < max(rates):
+        return []
+    largest = f"validation chose {best['learning_rate']:g}, the largest learning rate of those tried"
+    return [f"{largest}; larger ones may do better: config.{section}.learning_rates"]
 
 
 def _line(name: str, fit: dict) -> str:

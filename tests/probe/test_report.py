@@ -34,6 +34,21 @@ def test_the_table_has_a_line_for_everything_that_was_fitted():
     assert len(table(RESULTS).splitlines()) == 3 and "random" not in table(RESULTS)
 
 
+@pytest.mark.parametrize(("solver", "section"), [("sgd", "sgd"), ("adamw", "attention")])
+def test_a_learning_rate_at_the_end_of_those_tried_is_told(solver, section):
+    settings = {"learning_rates": [0.3, 3.0]} | (
+        {"attention": {"learning_rates": [0.01, 0.1]}} if "w" in solver else {}
+    )
+    largest = 3.0 if solver == "sgd" else 0.1
+    for rate, told in ((largest, True), (0.1 * largest, False)):
+        layers = [fit | {"solver": solver, "learning_rate": rate} for fit in LAYERS]
+        results = {"pretrained": RESULTS["pretrained"] | {"layers": layers}, "solver": settings}
+        expected = (
+            f"{largest:g}, the largest learning rate of those tried; larger ones may do better: config.{section}."
+        )
+        assert (expected in table(results)) == told
+
+
 def test_a_full_disk_still_prints_the_results(monkeypatch, tmp_path):
     write_results(RESULTS, tmp_path)
     assert json.loads((tmp_path / "probe.json").read_text()) == RESULTS and (tmp_path / "probe.png").exists()
