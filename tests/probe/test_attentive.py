@@ -10,7 +10,16 @@ import pytest
 
 from configs import probe_digits
 from igpt.errors import UserError
-from igpt.probe.attentive import AttentiveClassifiers, Pooler, _descend, by_position, fit_attentive, logits, objective
+from igpt.probe.attentive import (
+    AttentiveClassifiers,
+    Pooler,
+    _descend,
+    by_position,
+    fit_attentive,
+    gain_of,
+    logits,
+    objective,
+)
 from igpt.probe.config import AdamW, ProbeConfig
 from igpt.probe.features import Features
 from igpt.probe.fit import fit_probe
@@ -28,6 +37,7 @@ PARAMS = Pooler(
 )
 ROWS = RNG.normal(size=(11, POSITIONS, WIDTH)).astype(np.float32)
 TARGETS = RNG.integers(0, CLASSES, 11).astype(np.int32)
+GAIN = RNG.uniform(0.5, 2.0, WIDTH).astype(np.float32)
 
 
 def by_hand(params, image) -> np.ndarray:
@@ -45,6 +55,7 @@ def loss_by_hand(params) -> float:
     total = 0.0
     for r in range(RATES):
         of_one = Pooler(*(x[r] for x in params))
+        of_one = of_one._replace(kernel=of_one.kernel * GAIN[:, None])
         for image, target in zip(ROWS, TARGETS, strict=True):
             found = by_hand(of_one, image)
             total += (np.log(np.exp(found).sum()) - found[target]) / len(ROWS)
@@ -60,7 +71,7 @@ def test_the_logits_are_those_of_a_reference_by_hand():
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    gradient = jax.grad(objective)(PARAMS, jnp.asarray(ROWS), jnp.asarray(TARGETS))
+    gradient = jax.grad(objective)(PARAMS, jnp.asarray(ROWS), jnp.asarray(TARGETS), GAIN)
     for name, index in (("query", (1, 2, 3)), ("kernel", (0, 1, 4, 2)), ("bias", (1, 3))):
         around = []
         for sign in (1, -1):
@@ -74,13 +85,22 @@ def test_a_first_step_is_adamws():
     rates, decay = np.float32([0.1, 0.01]), np.float32([0.5])
     zeros = jax.tree.map(np.zeros_like, PARAMS)
     state = optax.ScaleByAdamState(np.int32(0), zeros, zeros)
-    params, _ = _descend((PARAMS, state), ROWS[None], TARGETS[None], decay, rates, np.float32(0.2))
-    gradient = jax.grad(objective)(PARAMS, jnp.asarray(ROWS), jnp.asarray(TARGETS))
+    params, _ = _descend((PARAMS, state), ROWS[None], TARGETS[None], decay, rates, np.float32(0.2), GAIN)
+    gradient = jax.grad(objective)(PARAMS, jnp.asarray(ROWS), jnp.asarray(TARGETS), GAIN)
     for name, weight_decay in (("query", 0.0), ("kernel", 0.2), ("bias", 0.0)):
         before, slope = getattr(PARAMS, name), np.asarray(getattr(gradient, name), np.float64)
         rate = 0.5 * rates.reshape(-1, *[1] * (before.ndim - 1))
         expected = before - rate * (slope / (np.abs(slope) + 1e-8) + weight_decay * before)
         np.testing.assert_allclose(getattr(params, name), expected, rtol=0, atol=1e-4)
+
+
+def test_the_gain_makes_means_over_positions_as_large_as_those_of_a_probe_of_means(monkeypatch):
+    monkeypatch.setattr("igpt.probe.attentive.NUMBERS_AT_ONCE", 3 * POSITIONS * WIDTH)  # several chunks
+    features = (5 * ROWS + 40).reshape(11, -1)
+    features[:, ::WIDTH] = 7.0  # a channel without content
+    scale = Scale.of(features.reshape(-1, WIDTH))
+    means = by_position(scale)(features).mean(axis=1) * gain_of(features, scale)
+    np.testing.assert_allclose(means.std(axis=0), [0.0] + [1.0] * (WIDTH - 1), rtol=0, atol=1e-5)
 
 
 def needles(count, seed):
