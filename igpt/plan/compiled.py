@@ -53,13 +53,16 @@ class Chip(NamedTuple):
     links: float  # bytes/s that collectives reach over the links of one torus dimension, in both directions
     clock: float  # Hz: the peak divided by the FLOPs that the compiler assumes per cycle
     cores: int = 1  # tensor cores, which share the loops of each operation
+    kernel_share: float = (
+        1.0  # predicted share of the peak that our attention kernels reach, in the blocks they compute
+    )
 
 
 CHIPS = {
     "v4": Chip(32 * GIB, 275e12, 1.23e12, 0.9e11, 1.05e9, 2),
     "v5e": Chip(16 * GIB, 197e12, 0.82e12, 0.9e11, 1.5e9),
     "v5p": Chip(95 * GIB, 459e12, 2.77e12, 1.8e11, 1.75e9, 2),
-    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 1.8e11, 1.75e9),
+    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 1.8e11, 1.75e9, kernel_share=0.4),  # a head fills half of its wider unit
 }
 # How often the bytes of a collective pass the links of a closed ring. Open rings take up to twice as long.
 LINK_PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 0.25, "collective-permute": 2}

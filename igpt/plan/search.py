@@ -15,17 +15,18 @@ from igpt.config import Config
 from igpt.errors import UnreadableProgramError, UserError
 from igpt.flops import attention_flops_per_image, train_flops_per_image
 from igpt.model import ModelConfig, count_params
-from igpt.plan.compiled import CHIPS, KERNEL_SHARE, Chip, compile_plan, kernel_flops, topology_devices
+from igpt.plan.compiled import CHIPS, Chip, compile_plan, kernel_flops, topology_devices
 
 MAX_COMPILED = 8  # programs in one search
 ENOUGH = 4  # plans that fit end a search
 MARGIN = 0.1  # assumed relative error between two predictions
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 # Per token and layer, in units of D bfloat16 numbers: memory kept for the backward pass, and memory traffic of a step.
-# Fitted to compiled programs of size s on v5e and l on v5p, whose arrays are padded. Recomputation saves traffic.
-# "attention" is fitted to second estimates of s, m and l on v5e with our kernels, the others to first ones with splash.
+# The traffic is fitted to second estimates on v5e and v5p (benchmarks/results/plan_remat.json, docs/results/plan.json).
 KEPT_WIDTHS = {"none": 36, "minimal": 12.5, "dots": 11, "attention": 2.5, "full": 1.5}
-TRAFFIC_WIDTHS = {"none": 500, "minimal": 260, "dots": 245, "attention": 30, "full": 165}
+TRAFFIC_WIDTHS = {"none": 78, "minimal": 46, "dots": 50, "attention": 31, "full": 33}
+# Share of a step's products that is computed again: of the forward pass, a third of the step, all but the mlp's second.
+RECOMPUTED = {"attention": 2 / 9, "full": 2 / 9}
 UNSPLIT_TRAFFIC = 0.2  # share of the traffic that the tensor axis does not split
 UPDATE_BYTES = 40  # bytes per parameter that an update reads and writes
 FSDP_PASSES = 4  # times that all kernels pass the links: two gathers and the gradients' sum (3 on few chips)
@@ -121,7 +122,7 @@ def _with_candidate(config: Config, one: Candidate) -> Config:
 
 def best_estimate(plan: dict) -> dict:
     """The second estimate, which is nearer to published runs (docs/plans.md), or the first if that is all there is."""
-    return plan.get("second_estimate", plan["estimate"])
+    return plan["second_estimate"] if "second_estimate" in plan else plan["estimate"]
 
 
 def step_seconds(plan: dict) -> float:
@@ -151,9 +152,9 @@ def _predict_memory(model: ModelConfig, batch_size: int, chips: int, tensor, fsd
 def _predict_seconds(model: ModelConfig, batch_size: int, chips: int, chip, tensor, fsdp, accumulate, remat) -> float:
     products = train_flops_per_image(model) - 3 * attention_flops_per_image(model)
     images = batch_size / chips
-    recomputed = products / 3 if remat == "full" else 0.0
+    products *= 1 + RECOMPUTED.get(remat, 0.0)
     attention = kernel_flops(model, (4 if remat in ("dots", "full") else 2) + 7)  # forward + 7, see KERNEL_PRODUCTS
-    compute = images * (products + recomputed + attention / KERNEL_SHARE) / chip.peak
+    compute = images * (products + attention / chip.kernel_share) / chip.peak
     traffic = _hidden_bytes(model, images) * TRAFFIC_WIDTHS[remat] * (1 + UNSPLIT_TRAFFIC * (tensor - 1))
     traffic += UPDATE_BYTES * _count_params(model) / (tensor * fsdp)
 
@@ -163,7 +164,7 @@ def _predict_seconds(model: ModelConfig, batch_size: int, chips: int, chip, tens
     # hidden states once for each half of a block, in the forward pass, the backward pass and the recomputation.
     moved = accumulate * kernels * (FSDP_PASSES * (fsdp > 1) + 2 * (data > 1) / fsdp)
     if tensor > 1:
-        moved += 2 * 2 * (2 + (remat == "full")) * _hidden_bytes(model, images * tensor)
+        moved += 2 * 2 * (2 + (remat in RECOMPUTED)) * _hidden_bytes(model, images * tensor)
     return compute + traffic / chip.bandwidth + moved / chip.links
 
 
