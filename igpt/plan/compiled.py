@@ -53,9 +53,7 @@ class Chip(NamedTuple):
     links: float  # bytes/s that collectives reach over the links of one torus dimension, in both directions
     clock: float  # Hz: the peak divided by the FLOPs that the compiler assumes per cycle
     cores: int = 1  # tensor cores, which share the loops of each operation
-    kernel_share: float = (
-        1.0  # predicted share of the peak that our attention kernels reach, in the blocks they compute
-    )
+    kernel_share: float = 1.0  # predicted share of the peak that our attention kernels reach
 
 
 CHIPS = {

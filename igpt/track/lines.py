@@ -41,18 +41,19 @@ class JsonLines:
 
 def records(folder: AnyPath) -> list[dict]:
     """The records of DIR/metrics.jsonl in their order. [] if it is missing. Incomplete lines are passed over."""
-    return [record for record, _ in _read(folder / NAME)]
+    with contextlib.suppress(OSError):
+        return [record for record, _ in _read(folder / NAME)]
+    return []
 
 
 def _read(path: AnyPath) -> list[tuple[dict, str]]:
     """The records of a file and their lines. A killed run, or a full disk, may leave incomplete lines."""
     found = []
-    with contextlib.suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(text := line.decode())
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    found.append((record, text))
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(text := line.decode())
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                found.append((record, text))
     return found
 
 

@@ -1,6 +1,10 @@
 """metrics.jsonl has each step once, whatever happens to the program that writes it."""
 
+import errno
 import json
+from pathlib import Path
+
+import pytest
 
 from igpt.track.lines import JsonLines
 from tests.helpers import records
@@ -23,6 +27,18 @@ def test_records_are_json_lines_that_survive_a_restart_without_repeats(tmp_path)
 def test_a_damaged_line_does_not_stop_a_resumed_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 1.0}\n\xff\xfe\n[1]\n{"step": "1"}\n')
     JsonLines(tmp_path, after=1).close()
+    assert [record["step"] for record in records(tmp_path)] == [1]
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_not_emptied(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(Path, "read_bytes", fail)
+        JsonLines(tmp_path, after=1)
     assert [record["step"] for record in records(tmp_path)] == [1]
 
 
