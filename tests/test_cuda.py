@@ -86,7 +86,8 @@ def test_the_step_of_every_size_lowers_for_cuda_with_cudnns_attention(for_h100, 
     assert not re.search(rf"dot_general.*tensor<{model.width}x3x{model.width}xbf16>", text)
     x = rf"tensor<\d+x{model.seq_len}x{model.width}xbf16>"
     fixed = re.findall(rf"@LayoutConstraint.*result_layouts = \[dense<\[2, 1, 0\]>.*-> {x}", text)
-    assert len(fixed) == 3  # forward, computed again, and the gradient
+    # Forward, computed again, and the gradient: JAX 0.10 and 0.11 write each once, 0.12 for each layer.
+    assert len(fixed) in (3, 3 * model.depth)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

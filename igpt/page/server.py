@@ -14,7 +14,7 @@ import json
 import socket
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Generator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -158,9 +158,9 @@ class PageHandler(BaseHTTPRequestHandler):
             found = self.answers.nearest(image, layer)
         self.send_json([{"image": data_url(one), "cosine": cosine, "class": name} for one, cosine, name in found])
 
-    def draw(self, states: Iterator) -> None:
+    def draw(self, states: Generator) -> None:
         """Sends the images after each row. The drawing ends when the client goes away."""
-        with self.answers.computing:
+        with self.answers.computing, contextlib.closing(states):
             first = next(states)  # a wrong setting is refused before the answer begins
             self.begin("application/x-ndjson")
             for images in [first], states:
