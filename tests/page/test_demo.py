@@ -14,7 +14,9 @@ def test_an_interrupt_during_a_drawing_ends_the_demo_quietly(tmp_path):
     run = write_run(tmp_path / "run", "digits", steps=(2,), depth=6, width=256)
     command = [sys.executable, "-m", "igpt", "demo", f"--model={run}", "--port=0", "--compilation_cache=off"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as demo:
+    # What a shell starts in the background ignores SIGINT, and so would its children.
+    heeds = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    with subprocess.Popen(command, cwd=ROOT, **pipes, **heeds) as demo:
         try:
             port = int(re.search(r":(\d+)/", demo.stdout.readline())[1])
             with socket.create_connection(("127.0.0.1", port)) as connection:
