@@ -126,7 +126,7 @@ def test_unreadable_images_are_passed_over_if_asked_for_and_counted(named_run, t
     flags = ("--split=all", f"--source=folder:{tmp_path}/photos")
     with pytest.raises(SystemExit):
         figures_of(capsys, run, tmp_path / "out.json", *flags)
-    assert "(igpt prepare and igpt evaluate: --on_unreadable=skip); or remove it" in capsys.readouterr().err
+    assert "(igpt palette, prepare and evaluate: --on_unreadable=skip); or remove it" in capsys.readouterr().err
     figures, said = figures_of(capsys, run, tmp_path / "out.json", *flags, "--on_unreadable=skip")
     assert figures["images"] == 4 and "passed over 1 unreadable images, such as: " in said and "4.png" in said
 

@@ -106,7 +106,9 @@ class EncodedImages(Images):
                     return self.preprocess(image, draws, name), index
                 except UnreadableImage as error:
                     if not self.skip:
-                        remedy = "skip passes over such images (igpt prepare and igpt evaluate: --on_unreadable=skip)"
+                        remedy = (
+                            "skip passes over such images (igpt palette, prepare and evaluate: --on_unreadable=skip)"
+                        )
                         raise UserError(f"{error}. data.on_unreadable={remedy}; or remove it") from None
                     self.unreadable[index] = str(error)
             index = (index + 1) % len(self)

@@ -123,10 +123,10 @@ def run(args: argparse.Namespace) -> None:
     pixels, looked_at = sample_pixels(source.train.images, args.pixels, args.seed)
     print(f"{len(pixels):,} pixels of {looked_at:,} of {len(source.train):,} images")
     palette = fit_pixels(pixels, args.colors, args.seed, flag="--colors")
-    with written(f"--out={args.out}"):
-        palette.save(args.out)
     held_out, others = sample_pixels(source.validation.images, max(1, args.pixels // 10), args.seed)
     error, psnr = quantisation_error(palette, held_out)
+    with written(f"--out={args.out}"):  # after all that an unreadable image may stop
+        palette.save(args.out)
     print(
         f"wrote {args.out}: {palette.vocab_size} colours. On {len(held_out):,} pixels of {others:,} other images: "
         f"mean squared error {error:.4g} (bytes squared, a channel), PSNR {psnr:.2f} dB"

@@ -2,6 +2,7 @@
 
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from igpt.data.sources import load_source
 from igpt.errors import UserError
 from igpt.palette import Palette
 from igpt.run.directory import RunDirectory
+from tests.helpers import prepare_settings
 
 
 def test_grey_levels_are_kept_exactly_when_there_is_room():
@@ -143,6 +145,21 @@ def test_k_means_is_as_good_as_scikit_learns_and_a_function_of_the_seed():
     nearest = np.square(values[:, None] - ours.centers.astype(np.float64)).sum(-1).argmin(1)
     by_hand = np.square(ours.decode(nearest) / 1.0 - pixels).mean()
     np.testing.assert_allclose([error, psnr], [by_hand, 20 * np.log10(255) - 10 * np.log10(by_hand)])
+
+
+def test_an_unreadable_picture_leaves_no_palette_unless_it_is_passed_over(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        Image.new("RGB", (5, 7), (i, 10 * i, 0)).save(tmp_path / "photos" / f"{i:02d}.png")
+    command = ["palette", f"--source=folder:{tmp_path}/photos", "--size=5", "--colors=3", f"--out={tmp_path}/p.npy"]
+    held_out = load_source(prepare_settings(f"folder:{tmp_path}/photos")).validation.images
+    Path(held_out.files[held_out.indices[0]][0]).write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        run_igpt(command)
+    assert "igpt palette, prepare and evaluate: --on_unreadable=skip" in capsys.readouterr().err
+    assert not (tmp_path / "p.npy").exists()
+    run_igpt([*command, "--on_unreadable=skip"])
+    assert (tmp_path / "p.npy").exists() and "passed over 1 unreadable images" in capsys.readouterr().out
 
 
 def test_the_command_fits_writes_and_reports_an_exact_palette(tmp_path, capsys):
