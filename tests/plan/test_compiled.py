@@ -321,7 +321,7 @@ def test_splash_compiles_where_our_kernels_do_not_fit(compiler, small_config):
 
 @pytest.mark.tpu_compile
 def test_a_batch_that_is_too_large_names_its_largest_buffer(compiler, small_config):
-    plan = compile_plan(small_config(**{"train.batch_size": 16384}), "v5e:2x2")
+    plan = compile_plan(small_config(**{"train.batch_size": 16384, "model.remat": "none"}), "v5e:2x2")
     assert not plan["fits"] and plan["peak_share"] > 1
     assert plan["largest_buffer"].startswith("32.0 GiB a chip, bfloat16[2,16384,1024,2048]")  # a quarter of it
 
