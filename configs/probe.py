@@ -40,13 +40,8 @@ def get_config() -> ConfigDict:
     sgd.batch_size = 256
     sgd.weight_decay = 0.0  # times half the squared norm; 1 / (C N) is equivalent to L-BFGS's C
     config.attention = attention = ConfigDict()  # AdamW, for pool=attention
-    attention.learning_rates = (
-        0.1,
-        0.03,
-        0.01,
-        0.003,
-        0.001,
-    )  # at the start of a cosine; chosen on the validation split
+    # At the start of a cosine; chosen on the validation split.
+    attention.learning_rates = (0.1, 0.03, 0.01, 0.003, 0.001)
     attention.steps = 500
     attention.batch_size = 128
     attention.weight_decay = 0.1  # decoupled, on the classifier's kernel

@@ -7,6 +7,7 @@ the backgrounds. Where the source lies does not matter.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 
@@ -39,6 +40,11 @@ def fingerprint(source: Source) -> dict:
             "labels": _digest([labels]) if isinstance(labels, np.ndarray) else None,
         }
     return {"format": 1, "kind": source.name.partition(":")[0], "splits": splits, "sizes": sizes}
+
+
+def digest_of(found: dict) -> str:
+    """A fingerprint in 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def is_fingerprint(content: dict) -> bool:

@@ -14,7 +14,6 @@ Images are preprocessed as for evaluation: --preprocess=crop takes the centre, n
 import argparse
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import math
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from igpt.command import Parser, at_least
 from igpt.data.classes import class_counts
 from igpt.data.examples import SPLITS, ArrayImages, Source
-from igpt.data.fingerprint import fingerprint as fingerprint_of_images
+from igpt.data.fingerprint import digest_of, fingerprint
 from igpt.data.prepared import (
     PLAN,
     count_shards,
@@ -81,7 +80,7 @@ def prepare(
         images = {name: len(split) for name, split in source.splits().items()}
         labelled = source.train.labels is not None
         class_names = source.class_names
-        digest = hashlib.sha256(json.dumps(fingerprint_of_images(source)).encode()).hexdigest()
+        digest = digest_of(fingerprint(source))
     plan = {
         "format": 1,
         "data": json.loads(json.dumps(settings)),

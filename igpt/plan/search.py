@@ -25,7 +25,8 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 # The traffic is fitted to second estimates on v5e and v5p (benchmarks/results/plan_remat.json, docs/results/plan.json).
 KEPT_WIDTHS = {"none": 36, "minimal": 12.5, "dots": 11, "attention": 2.5, "full": 1.5}
 TRAFFIC_WIDTHS = {"none": 78, "minimal": 46, "dots": 50, "attention": 31, "full": 33}
-# Share of a step's products that is computed again: of the forward pass, a third of the step, all but the mlp's second.
+# Share of a step's products that is computed again: the forward pass is a third of them, and the mlp's second product,
+# a third of a block, is not needed.
 RECOMPUTED = {"attention": 2 / 9, "full": 2 / 9}
 UNSPLIT_TRAFFIC = 0.2  # share of the traffic that the tensor axis does not split
 UPDATE_BYTES = 40  # bytes per parameter that an update reads and writes

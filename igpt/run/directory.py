@@ -6,7 +6,6 @@ Decisions that must be the same on all processes are made here. Only process 0 w
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 
@@ -16,7 +15,7 @@ import numpy as np
 from igpt.config import Config
 from igpt.data.classes import listed, save_names
 from igpt.data.examples import Source
-from igpt.data.fingerprint import fingerprint
+from igpt.data.fingerprint import digest_of, fingerprint
 from igpt.errors import UserError
 from igpt.files import AnyPath, check_workdir, is_bucket, read_json, storage_errors, write_json
 from igpt.lock import InUseError, Lock, lock_files
@@ -68,8 +67,8 @@ class RunDirectory:
         The user may allow other images. Every process must call this method; process 0 compares.
         """
         self.source, self.images = source, fingerprint(source)
-        content = hashlib.sha256(json.dumps(self.images).encode())
-        digest, self.images_digest = np.frombuffer(content.digest(), np.int32), content.hexdigest()
+        self.images_digest = digest_of(self.images)
+        digest = np.frombuffer(bytes.fromhex(self.images_digest), np.int32)
         if not all_processes(np.array_equal(broadcast(digest), digest)):
             raise UserError(
                 f"{source.name} does not hold the same images on every host; make all hosts see the same files"
@@ -232,7 +231,7 @@ def set_aside(workdir: AnyPath) -> AnyPath | None:
             path.rename(aside / path.name)
     else:
         workdir.rename(aside)
-        workdir.mkdir()
+        workdir.mkdir()  # for a link that would point nowhere
     print(f"renamed the earlier run to {aside}")
     return aside
 

@@ -25,7 +25,7 @@ def test_an_interrupt_during_a_drawing_ends_the_demo_quietly(tmp_path):
                 )
                 time.sleep(1.5)  # the drawing compiles, or draws
                 demo.send_signal(signal.SIGINT)
-                _, said = demo.communicate(timeout=240)
+                _, said = demo.communicate(timeout=60)
         finally:
             demo.kill()
     assert demo.returncode == 0 and said == ""
