@@ -250,7 +250,7 @@ def main() -> None:
         parser.error("--model is missing; name a run of configs/digits.py")
     results = {"what": "linear probes, float32, medians"}
     if args.only:
-        results = json.loads(Path(args.out).read_text())
+        results |= json.loads(Path(args.out).read_text()) if Path(args.out).exists() else {}
         write(args.out, {**results, args.only: machine() | runs[args.only]()})
     else:
         write(args.out, results | {name: runs[name]() for name in PARTS})

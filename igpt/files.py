@@ -191,11 +191,14 @@ def written(what: str):
         raise UserError(f"{problem}; make room, or name another place") from None
 
 
-def check_writable(path: str, flag: str) -> None:
-    """Raises UserError if the file `path` of a flag cannot be written. Comes before long work. Asks no bucket."""
+def check_writable(path: AnyPath | str, flag: str = "", suffix: str = "") -> None:
+    """Raises UserError if a file cannot be written, or lacks the suffix. Comes before long work. Asks no bucket."""
+    what = f"{flag}={path}" if flag else str(path)
+    if not str(path).lower().endswith(suffix):
+        raise UserError(f"{what}: this file is written as {suffix}; give a name that ends in {suffix}")
     if is_bucket(path):
         return
-    with written(f"{flag}={path}"):
+    with written(what):
         if Path(expand_home(path)).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         tempfile.TemporaryFile(dir=Path(expand_home(path)).absolute().parent).close()

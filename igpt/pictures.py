@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from igpt.plots import check_writable, image_grid, save_png
+from igpt.files import check_writable
+from igpt.plots import image_grid, save_png
 
 
 class Pictures(np.ndarray):
@@ -27,7 +28,7 @@ class Pictures(np.ndarray):
 
     def save(self, path: str | Path) -> None:
         """Writes the grid as PNG."""
-        check_writable(path)
+        check_writable(path, suffix=".png")
         save_png(self.grid(), path)
 
     def _repr_png_(self) -> bytes | None:

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -57,15 +56,6 @@ def palette_picture(colors: np.ndarray | None, before: np.ndarray, after: np.nda
     picture[2 : 2 + len(swatches), 2 : 2 + swatches.shape[1]] = swatches
     picture[-len(images) :, : images.shape[1]] = images
     return picture
-
-
-def check_writable(path) -> None:
-    """Raises UserError if no PNG can be written to `path`. Call this function before a long computation."""
-    folder = Path(path).absolute().parent
-    if Path(path).suffix.lower() != ".png":
-        raise UserError(f"{path}: pictures are written as PNG; give a name that ends in .png")
-    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(path).is_dir():
-        raise UserError(f"{path} cannot be written; name a file in an existing, writable folder")
 
 
 def save_png(picture: np.ndarray, path) -> None:

@@ -29,10 +29,10 @@ from igpt.data.sources import open_source
 from igpt.decode import KVCache, decode, decoder_of, grow, prefill
 from igpt.draw import STATIC_RULES, Sampling, draw_tokens, image_keys
 from igpt.errors import UserError
-from igpt.files import written
+from igpt.files import check_writable, written
 from igpt.interop.load import Pretrained, load, picture_settings
 from igpt.model import ImageGPT
-from igpt.plots import check_writable, image_grid, save_png
+from igpt.plots import image_grid, save_png
 from igpt.run.cluster import add_process_arguments, is_first_process, join_from
 from igpt.sharding import batch_shards, make_mesh, replicate, shard_batch
 from igpt.token_ids import checked_ids
@@ -238,7 +238,7 @@ def run(args) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     keep = 0.5 if args.keep is None else args.keep
     if is_first_process():
-        check_writable(args.out)
+        check_writable(args.out, "--out", ".png")
     mesh = make_mesh(fsdp=args.fsdp, tensor=args.tensor)
     pretrained = load(args.model, args.step, mesh)
     clock = Clock()

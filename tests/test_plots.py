@@ -11,9 +11,9 @@ from PIL import Image
 
 from igpt import plots
 from igpt.errors import UserError
+from igpt.files import check_writable
 from igpt.plots import (
     check_drawing,
-    check_writable,
     confusion_picture,
     image_grid,
     palette_picture,
@@ -43,8 +43,8 @@ def test_a_written_picture_is_complete_and_the_only_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpg", "absent/a.png"])
 def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path, name):
-    with pytest.raises(UserError, match="PNG|cannot be written"):
-        check_writable(tmp_path / name)
+    with pytest.raises(UserError, match="ends in .png|cannot be written"):
+        check_writable(tmp_path / name, suffix=".png")
 
 
 def test_the_probe_curve_is_a_picture(tmp_path):

@@ -10,7 +10,6 @@ eight images before and after. train.py computes the same palette for the same i
 
 import argparse
 import math
-import os
 import warnings
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from igpt.color_table import MAX_COLORS
 from igpt.command import Parser, add_shared, at_least
 from igpt.data.sources import add_source_arguments, load_source, source_settings
 from igpt.errors import UserError
-from igpt.files import written
+from igpt.files import check_writable, written
 from igpt.palette import Palette
-from igpt.plots import check_writable, palette_picture, save_png
+from igpt.plots import palette_picture, save_png
 from igpt.progress import progress_bar
 
 PIXELS_OF_AN_IMAGE = 64  # at least; with fewer, more images are needed, and decoding them takes longer than k-means
@@ -144,13 +143,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_out(args: argparse.Namespace) -> None:
     """Raises UserError if the output files exist or cannot be written. Runs before the fit, which takes minutes."""
-    if not args.out.endswith(".npy"):
-        raise UserError(f"--out={args.out}: palettes are .npy files; give a name that ends in .npy")
-    folder = Path(args.out).absolute().parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(args.out).is_dir():
-        raise UserError(f"--out={args.out} cannot be written; name a file in an existing, writable folder")
+    check_writable(args.out, "--out", ".npy")
     if args.picture:
-        check_writable(args.picture)
+        check_writable(args.picture, "--picture", ".png")
     there = [path for path in (args.out, args.picture) if path and Path(path).exists()]
     if there and not args.overwrite:
         raise UserError(f"{' and '.join(there)} exist(s) already; name another file, or give --overwrite")

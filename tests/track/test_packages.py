@@ -2,10 +2,13 @@
 
 import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from igpt.files import as_path
 
 CALLS = []
 
@@ -60,5 +63,15 @@ def test_a_run_of_trackio_is_named_by_its_folder_and_its_id(adapter, tmp_path, c
     tracker.close(failed=False)
     (_, (project,), named), *rest = CALLS
     assert project == "igpt" and named["resume"] == "allow" and named["config"] == {"data.image_size": "(8, 8)"}
-    assert named["name"].endswith(f"{tmp_path.name}-abc") and "/" not in named["name"]
+    assert named["name"] == f"{tmp_path.parent.name}-{tmp_path.name}-abc"
     assert rest == [("log", ({"test/accuracy": 0.5},), {"step": 6}), ("finish", (), {})]
+
+
+def test_a_run_of_trackio_has_the_same_name_however_its_folder_is_written(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (tmp_path, Path(tmp_path.name), Path(".", tmp_path.name)):
+        adapter("trackio").Trackio(folder, {}, "train", "abc")
+    assert {named["name"] for _, _, named in CALLS} == {f"{tmp_path.parent.name}-{tmp_path.name}-abc"}
+    CALLS.clear()
+    adapter("trackio").Trackio(as_path("gs://bucket/runs/digits"), {}, "train", "abc")
+    assert CALLS[0][2]["name"] == "runs-digits-abc"
