@@ -10,6 +10,9 @@ mask, position t attends to positions 0..t (Chen et al. 2020, section 2.2; OpenA
 - `splash`: JAX's kernel for TPUs and any length (jax.experimental.pallas.ops.tpu.splash_attention).
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -21,6 +24,8 @@ from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn", "fused", "splash")
 SPLASH_BLOCKS = (512, 256, 128)  # block sizes for `splash`, in positions; it uses the largest that divides T
+CHANNELS, PARTS = 16, 8  # of a cache on CPUs: channels that are summed side by side, and parts of its positions
+FOLDED_FROM = 1 << 20  # numbers in a layer's cached keys: smaller ones stay in the processor's own caches
 CUDNN_SHORTEST = 64  # positions, a tile of cuDNN's kernels; sampling starts with a sequence of one position
 
 
@@ -106,12 +111,39 @@ def attend_to_cache(
     q: Float[Array, "B N K"], keys: Float[Array, "B N T K"], values: Float[Array, "B N T K"], position: Array | int
 ) -> Float[Array, "B N K"]:
     """Attention of one query per sequence, at `position`, to the cached keys and values of positions 0..position."""
+    arguments = q, keys, values, jnp.asarray(position)
+    divisible = keys.shape[3] % CHANNELS == 0 and keys.shape[2] % PARTS == 0
+    if keys.dtype != jnp.float32 or keys.size < FOLDED_FROM or not divisible:
+        return _products_with_cache(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=_sums_over_cache, default=_products_with_cache)
+
+
+def _products_with_cache(q, keys, values, position):
     scores = jnp.einsum("bnk,bntk->bnt", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
     scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     mixed = jnp.einsum("bnt,bntk->bnk", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     # Division of K numbers instead of T weights saves a pass over them.
     return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)
+
+
+def _sums_over_cache(q, keys, values, position):
+    """`_products_with_cache` for CPUs, whose libraries read a matrix for one vector at half the speed of memory.
+
+    Sums of whole slices become loops that XLA compiles for many channels or positions at once. Only what is left of
+    them, an eighth or less, is summed one number after the other.
+    """
+    scores = jnp.sum(_fold(jnp.add, keys * q[:, :, None], 3, keys.shape[3] // CHANNELS), axis=-1)
+    scores = scores / jnp.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jnp.max(_fold(jnp.maximum, scores, 2, PARTS), axis=-1, keepdims=True))
+    mixed = jnp.sum(_fold(jnp.add, weights[..., None] * values, 2, PARTS), axis=2)
+    return mixed / jnp.sum(_fold(jnp.add, weights, 2, PARTS), axis=-1, keepdims=True)
+
+
+def _fold(combine: Callable, x: Array, axis: int, parts: int) -> Array:
+    """Combines equal parts of an axis, element by element."""
+    return functools.reduce(combine, jnp.split(x, parts, axis=axis))
 
 
 def resolve_backend(name: str, device, dtype: str, heads: int, head_size: int, seq_len: int) -> str:

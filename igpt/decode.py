@@ -5,6 +5,7 @@ reads them, and the cache has room only for the positions of the current segment
 T tokens, V palette size, D width, N heads, K head size, and S positions for which the cache has room.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from igpt.sharding import shard_cache
 # The products of a block. Its hidden layer is [F, B, T], other than in igpt/model.py: XLA would transpose a copy of it.
 EQUATIONS = {"qkv": "btd,dch->btch", "out": "bth,hd->btd", "up": "btd,df->fbt", "down": "fbt,fd->btd"}
 HEAD = "btd,dv->btv"
+HALVED_FROM = 1 << 18  # numbers in a kernel: for fewer, a second product costs more than it saves
 
 
 class KVCache(NamedTuple):
@@ -54,16 +56,21 @@ def by_rows(linear: Linear, dtype: str, equation: str) -> Callable[..., Array]:
     """`linear` as a function for few inputs: its kernel is [outputs, inputs], and products are kernel @ inputs.
 
     On the CPU, XLA multiplies a few vectors by a kernel [inputs, outputs] only after it has copied the kernel into
-    another layout. The copy takes longer than the product. It reads a kernel of this layout as it lies in memory.
+    another layout. The copy takes longer than the product. It reads a kernel of this layout as it lies in memory. Two
+    halves of a large kernel, each an array of its own, are read at the same time. Two threads on one array are slower.
     """
     operands, result = equation.split("->")
     read, given = operands.split(",")
     inputs = "".join(dim for dim in given if dim in read)
     outputs = "".join(dim for dim in given if dim not in read)
     kernel = jnp.einsum(f"{given}->{outputs}{inputs}", linear.kernel[...].astype(dtype).reshape(linear.flat))
+    last = len(outputs) - 1
+    one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    parts = jnp.array_split(kernel, 2 if one_cpu and kernel.size >= HALVED_FROM else 1, axis=last)
 
     def product(x: Array, out_dtype=None) -> Array:
-        y = jnp.einsum(f"{outputs}{inputs},{read}->{outputs}bt", kernel, x, preferred_element_type=out_dtype)
+        multiply = functools.partial(jnp.einsum, preferred_element_type=out_dtype)
+        y = jnp.concatenate([multiply(f"{outputs}{inputs},{read}->{outputs}bt", part, x) for part in parts], axis=last)
         if linear.bias is not None:
             y = y + jnp.broadcast_to(linear.bias[...].reshape(*y.shape[:-2], 1, 1), y.shape).astype(y.dtype)
         return jnp.einsum(f"{outputs}bt->{result}", y)

@@ -55,6 +55,18 @@ def test_the_cache_gives_what_the_full_sequence_gives():
         np.testing.assert_allclose(step, full[:, position], atol=1e-6)
 
 
+@pytest.mark.parametrize("position", [0, 700, 1023])
+def test_sums_over_a_large_cache_give_what_products_give(position):
+    q, k, v = (np.asarray(x, np.float64) for x in random_qkv(1024, heads=8, size=64))
+    keys, values = (jnp.asarray(np.swapaxes(x, 1, 2), jnp.float32) for x in (k, v))
+    assert "dot_general" not in jax.jit(attend_to_cache).lower(jnp.float32(q[:, 0]), keys, values, position).as_text()
+    step = attend_to_cache(jnp.asarray(q[:, position], jnp.float32), keys, values, position)
+    scores = np.einsum("bnk,btnk->bnt", q[:, position], k[:, : position + 1]) / 8
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bnt,btnk->bnk", weights / weights.sum(-1, keepdims=True), v[:, : position + 1])
+    np.testing.assert_allclose(step, expected, atol=2e-6)
+
+
 def test_dropout_keeps_the_mean_and_other_back_ends_refuse_it():
     q, k, _ = random_qkv(5)
     v = jnp.ones((2, 5, 3, 5))

@@ -10,6 +10,7 @@ from flax import nnx
 from igpt.decode import EQUATIONS, KVCache, by_rows, decode, decoder_of, grow, prefill
 from igpt.draw import Sampling, image_keys
 from igpt.errors import UserError
+from igpt.layers import Linear
 from igpt.plan.hlo import HloProgram
 from igpt.sample import generator, sample_tokens, segments
 from tests.helpers import TINY_MODEL, random_model, random_tokens
@@ -54,6 +55,15 @@ def test_products_by_rows_are_the_layers_products():
         product = by_rows(linear, "float32", equation)(given)
         expected = jnp.moveaxis(linear(x), -1, 0) if name == "up" else linear(x)
         np.testing.assert_allclose(product, expected, atol=1e-5)
+
+
+def test_a_large_kernel_is_read_in_two_halves_with_the_same_product():
+    linear = Linear("...d,df->...f", (512, 517), 0.02, (517,), nnx.Rngs(0))
+    linear.bias[...] = jnp.arange(517.0)
+    x = jax.random.normal(jax.random.key(3), (5, 1, 512))
+    product = by_rows(linear, "float32", "btd,df->btf")
+    np.testing.assert_allclose(product(x), linear(x), atol=1e-4)
+    assert jax.jit(product).lower(x).as_text().count("dot_general") == 2
 
 
 def test_a_growing_cache_keeps_its_entries():
