@@ -24,8 +24,8 @@ from igpt.errors import UserError
 
 BACKENDS = ("reference", "chunked", "cudnn", "fused", "splash")
 SPLASH_BLOCKS = (512, 256, 128)  # block sizes for `splash`, in positions; it uses the largest that divides T
-CHANNELS, PARTS = 16, 8  # of a cache on CPUs: channels that are summed side by side, and parts of its positions
-FOLDED_FROM = 1 << 20  # numbers in a layer's cached keys: smaller ones stay in the processor's own caches
+CACHE_LANES, CACHE_SLICES = 16, 8  # `_sums_over_cache` adds slices of 16 channels, and an eighth of the positions
+SUMMED_FROM = 1 << 20  # numbers in a layer's cached keys; for fewer, `_sums_over_cache` was slower (docs/decisions.md)
 CUDNN_SHORTEST = 64  # positions, a tile of cuDNN's kernels; sampling starts with a sequence of one position
 
 
@@ -112,8 +112,8 @@ def attend_to_cache(
 ) -> Float[Array, "B N K"]:
     """Attention of one query per sequence, at `position`, to the cached keys and values of positions 0..position."""
     arguments = q, keys, values, jnp.asarray(position)
-    divisible = keys.shape[3] % CHANNELS == 0 and keys.shape[2] % PARTS == 0
-    if keys.dtype != jnp.float32 or keys.size < FOLDED_FROM or not divisible:
+    divisible = keys.shape[3] % CACHE_LANES == 0 and keys.shape[2] % CACHE_SLICES == 0
+    if keys.dtype != jnp.float32 or keys.size < SUMMED_FROM or not divisible:
         return _products_with_cache(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=_sums_over_cache, default=_products_with_cache)
 
@@ -130,20 +130,20 @@ def _products_with_cache(q, keys, values, position):
 def _sums_over_cache(q, keys, values, position):
     """`_products_with_cache` for CPUs, whose libraries read a matrix for one vector at half the speed of memory.
 
-    Sums of whole slices become loops that XLA compiles for many channels or positions at once. Only what is left of
-    them, an eighth or less, is summed one number after the other.
+    XLA compiles sums of whole slices into loops that add many numbers at once. A sum over an axis would add one number
+    after the other, and remains for the last slice only.
     """
-    scores = jnp.sum(_fold(jnp.add, keys * q[:, :, None], 3, keys.shape[3] // CHANNELS), axis=-1)
+    scores = jnp.sum(_fold(jnp.add, keys * q[:, :, None], 3, keys.shape[3] // CACHE_LANES), axis=-1)
     scores = scores / jnp.sqrt(q.shape[-1])
     scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jnp.max(_fold(jnp.maximum, scores, 2, PARTS), axis=-1, keepdims=True))
-    mixed = jnp.sum(_fold(jnp.add, weights[..., None] * values, 2, PARTS), axis=2)
-    return mixed / jnp.sum(_fold(jnp.add, weights, 2, PARTS), axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.max(_fold(jnp.maximum, scores, 2, CACHE_SLICES), axis=-1, keepdims=True))
+    mixed = jnp.sum(_fold(jnp.add, weights[..., None] * values, 2, CACHE_SLICES), axis=2)
+    return mixed / jnp.sum(_fold(jnp.add, weights, 2, CACHE_SLICES), axis=-1, keepdims=True)
 
 
-def _fold(combine: Callable, x: Array, axis: int, parts: int) -> Array:
-    """Combines equal parts of an axis, element by element."""
-    return functools.reduce(combine, jnp.split(x, parts, axis=axis))
+def _fold(combine: Callable, x: Array, axis: int, slices: int) -> Array:
+    """Combines equal slices of an axis, element by element."""
+    return functools.reduce(combine, jnp.split(x, slices, axis=axis))
 
 
 def resolve_backend(name: str, device, dtype: str, heads: int, head_size: int, seq_len: int) -> str:

@@ -22,7 +22,7 @@ from igpt.sharding import shard_cache
 # The products of a block. Its hidden layer is [F, B, T], other than in igpt/model.py: XLA would transpose a copy of it.
 EQUATIONS = {"qkv": "btd,dch->btch", "out": "bth,hd->btd", "up": "btd,df->fbt", "down": "fbt,fd->btd"}
 HEAD = "btd,dv->btv"
-HALVED_FROM = 1 << 18  # numbers in a kernel: for fewer, a second product costs more than it saves
+HALVED_FROM = 1 << 18  # numbers in a kernel; for fewer, a second product costs more than it saves
 
 
 class KVCache(NamedTuple):
@@ -65,6 +65,7 @@ def by_rows(linear: Linear, dtype: str, equation: str) -> Callable[..., Array]:
     outputs = "".join(dim for dim in given if dim not in read)
     kernel = jnp.einsum(f"{given}->{outputs}{inputs}", linear.kernel[...].astype(dtype).reshape(linear.flat))
     last = len(outputs) - 1
+    # On several devices a half would not lie where the other kernels' shards lie.
     one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     parts = jnp.array_split(kernel, 2 if one_cpu and kernel.size >= HALVED_FROM else 1, axis=last)
 

@@ -43,3 +43,9 @@ def test_what_is_computed_from_pictures_is_shown_as_numbers():
 def test_pictures_are_saved_as_png_only(tmp_path):
     with pytest.raises(UserError, match=r"ends in \.png"):
         pictures(2).save(tmp_path / "grid.jpg")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pictures(2).save("~/grid.png")
+    assert (tmp_path / "grid.png").exists()
