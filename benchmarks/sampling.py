@@ -115,7 +115,8 @@ def merged(path: str, rows: list[dict]) -> list[dict]:
         case["trials"] = case["trials"] + row["trials"]
         for name in ("first_call_s", "did_not_run"):
             case[name] = case[name] | row[name]
-    return [row | summary(MODELS[row["model"]], row["batch_size"], row["trials"]) for row in cases.values()]
+    ordered = sorted(cases.values(), key=lambda row: (list(MODELS).index(row["model"]), row["batch_size"]))
+    return [row | summary(MODELS[row["model"]], row["batch_size"], row["trials"]) for row in ordered]
 
 
 def main() -> None:
